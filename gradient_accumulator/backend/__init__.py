@@ -1,0 +1,24 @@
+"""The loop over pieces, one file a backend; only the active backend's is imported."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import keras
+
+
+def active() -> ModuleType:
+    """The module of the backend that Keras runs on.
+
+    Raises:
+        NotImplementedError: If Keras runs on a backend that does not train.
+    """
+    name = keras.backend.backend()
+    if name not in ("tensorflow", "jax", "torch"):
+        raise NotImplementedError(
+            "Training in pieces needs a Keras backend that trains: set KERAS_BACKEND "
+            "to 'tensorflow', 'jax' or 'torch' before Keras is imported. "
+            f"Received: keras.backend.backend()={name!r}"
+        )
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,0 +1,225 @@
+"""Training in pieces on JAX: a host loop over one jitted function that adds a piece.
+
+Not `jax.lax.scan`: XLA runs convolutions inside a loop many times slower on CPUs, and
+a loop of the host takes pieces of different shapes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+
+from gradient_accumulator import normalizers
+from gradient_accumulator.backend import trainer
+from gradient_accumulator.pieces import (
+    Accumulation,
+    Epoch,
+    cut,
+    leaves,
+)
+
+
+def make_train_function(
+    model: keras.Model, accumulation: Accumulation, epoch: Epoch
+) -> Callable[[tuple, Iterator], tuple]:
+    """The function that `fit` calls with its state and iterator."""
+    update = _make_update(model, accumulation)
+    steps_per_execution = model.steps_per_execution
+
+    def train_function(state, iterator):
+        logs = None
+        for _ in range(steps_per_execution):
+            with _kept_on_failure(model, state):
+                try:
+                    data = epoch.draw(iterator, accumulation.accum_steps or 1)
+                except StopIteration:
+                    if logs is None:
+                        raise
+                    break
+                if not accumulation.accum_steps:
+                    data = cut(data[0], accumulation.microbatch_size, _take)
+                logs, state = update(state, data)
+        return logs, state
+
+    return train_function
+
+
+@contextmanager
+def _kept_on_failure(model: keras.Model, state: tuple) -> Iterator[None]:
+    """Give the model the state of before the update, if that fails.
+
+    During `fit` the state is here only: Keras takes the values out of its variables.
+    """
+    try:
+        yield
+    except StopIteration:
+        raise  # an epoch's end
+    except BaseException:
+        names = ("trainable", "non_trainable", "optimizer", "metrics")
+        model._jax_state = {
+            f"{name}_variables": values for name, values in zip(names, state)
+        }
+        model.jax_state_sync()
+        raise
+
+
+def _take(array, start, stop):
+    if isinstance(array, jax.Array):
+        # With the start an operand, one program serves all pieces.
+        return jax.lax.dynamic_slice_in_dim(array, start, stop - start)
+    return array[start:stop]
+
+
+def _make_update(model, accumulation):
+    """A function of the state and one update's pieces, with its compiled programs."""
+    zeros = partial(_zeros, model, accumulation)
+    add_piece = partial(_add_piece, model)
+    apply = partial(_apply, model)
+    measure = partial(_measure, model)
+    if model.jit_compile and not model.run_eagerly:
+        zeros, measure = jax.jit(zeros), jax.jit(measure)
+        add_piece = jax.jit(add_piece, donate_argnums=0)
+        apply = jax.jit(apply, donate_argnums=(1, 2))
+    factors_of = normalizers.HostFactors(model, measure, partial(_variables, model))
+    # Scaling the loss may need the optimizer's variables; else they stay out of it.
+    scales = trainer.has_own_scale_loss(model.optimizer)
+
+    def update(state, pieces):
+        trainable, non_trainable, optimizer, metrics = state
+        shares = normalizers.shares([_examples(piece) for piece in pieces])
+        factors = factors_of(pieces, shares, trainable, non_trainable)
+        accumulators = zeros()
+        for piece, share, factor in zip(pieces, shares, factors):
+            accumulators, non_trainable, metrics, logs = add_piece(
+                accumulators,
+                trainable,
+                non_trainable,
+                metrics,
+                optimizer if scales else None,
+                piece,
+                np.float32(share),
+                factor,
+            )
+        if trainable:
+            trainable, optimizer = apply(accumulators, trainable, optimizer)
+        else:
+            warnings.warn(
+                "The model does not have any trainable weights.", stacklevel=2
+            )
+        return logs, (trainable, non_trainable, optimizer, metrics)
+
+    return update
+
+
+def _examples(piece):
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(piece)
+    return leaves(x)[0].shape[0]
+
+
+def _zeros(model, accumulation):
+    return [
+        jnp.zeros(v.shape, trainer.accumulator_dtype(v, accumulation.accum_dtype))
+        for v in model.trainable_variables
+    ]
+
+
+def _measure(model, trainable, non_trainable, data):
+    """The denominators of a piece; of its forward pass only the masks are computed."""
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+    with _variables(model, trainable, non_trainable):
+        y_pred = trainer.forward(model, x, training=False)
+        return normalizers.values(normalizers.measure(model, data, y_pred))
+
+
+def _variables(model, trainable, non_trainable, metrics=(), **kwargs):
+    """A scope in which the model's variables have these values."""
+    mapping = [
+        *zip(model.trainable_variables, trainable),
+        *zip(model.non_trainable_variables, non_trainable),
+        *zip(model.metrics_variables, metrics),
+    ]
+    return trainer.StatelessScope(state_mapping=mapping, **kwargs)
+
+
+def _add_piece(
+    model,
+    accumulators,
+    trainable,
+    non_trainable,
+    metrics,
+    optimizer,
+    data,
+    share,
+    factors,
+):
+    """Add a piece's part of the full batch's gradient, and its metrics."""
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+
+    def worth(trainable):
+        kwargs = {"training": True} if model._call_has_training_arg else {}
+        y_pred, new_non_trainable, losses = model.stateless_call(
+            trainable, non_trainable, x, return_losses=True, **kwargs
+        )
+        with _variables(model, trainable, new_non_trainable, metrics) as scope:
+            loss = trainer.compute_loss(
+                model, (x, y, y_pred, sample_weight), losses, share, factors
+            )
+            trainer.update_loss(model, loss, _examples(data))
+        state = [
+            [scope.get_current_value(v) for v in variables]
+            for variables in (model.non_trainable_variables, model.metrics_variables)
+        ]
+        worth = loss * share.astype(loss.dtype)
+        with _optimizer_variables(model, optimizer):
+            return model.optimizer.scale_loss(worth), (y_pred, *state)
+
+    with jax.named_scope("accumulate_gradients"):
+        gradients, (y_pred, non_trainable, metrics) = jax.grad(worth, has_aux=True)(
+            trainable
+        )
+        accumulators = [
+            _add(accumulator, gradient.astype(accumulator.dtype), variable)
+            for accumulator, gradient, variable in zip(
+                accumulators, gradients, model.trainable_variables
+            )
+        ]
+    with _variables(model, trainable, non_trainable, metrics) as scope:
+        logs = model.compute_metrics(x, y, y_pred, sample_weight)
+    metrics = [scope.get_current_value(v) for v in model.metrics_variables]
+    return accumulators, non_trainable, metrics, logs
+
+
+def _optimizer_variables(model, values):
+    if values is None:
+        return nullcontext()
+    mapping = list(zip(model.optimizer.variables, values))
+    return trainer.StatelessScope(state_mapping=mapping)
+
+
+def _add(accumulator, gradient, variable):
+    if trainer.overwrites(variable):
+        return jnp.maximum(accumulator, gradient)
+    return accumulator + gradient
+
+
+def _apply(model, accumulators, trainable, optimizer):
+    """The finished gradient to the optimizer, once."""
+    gradients = [
+        accumulator.astype(value.dtype)
+        for accumulator, value in zip(accumulators, trainable)
+    ]
+    with jax.named_scope("apply_gradients"):
+        return model.optimizer.stateless_apply(optimizer, gradients, trainable)
+
+
+@contextmanager
+def drawing(epoch: Epoch, group: int) -> Iterator[None]:
+    """Around `fit`: here the train function draws its pieces itself."""
+    yield

@@ -1,0 +1,203 @@
+"""Training in pieces on PyTorch: `backward` on each piece adds to what is there."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import keras
+import keras.src.backend.torch.trainer as keras_trainer
+import torch
+
+from gradient_accumulator import normalizers
+from gradient_accumulator.backend import masks, trainer
+from gradient_accumulator.pieces import (
+    Accumulation,
+    Epoch,
+    cut,
+    leaves,
+)
+
+
+def make_train_function(
+    model: keras.Model, accumulation: Accumulation, epoch: Epoch
+) -> Callable[[list], dict]:
+    """The function that `fit` calls with the batches of one update."""
+    if model.steps_per_execution > 1:
+        raise ValueError(
+            "`steps_per_execution` must be 1 with the PyTorch backend. "
+            f"Received: steps_per_execution={model.steps_per_execution}"
+        )
+    update = _make_update(model, accumulation)
+
+    def train_function(data):
+        data = [batch for batch in data if batch is not _FILLER]
+        data = epoch.take(data, accumulation.accum_steps or 1)
+        if not accumulation.accum_steps:
+            data = cut(data[0], accumulation.microbatch_size)
+        state = model.non_trainable_variables
+        before = [variable.value.detach().clone() for variable in state]
+        try:
+            return update(data)
+        except BaseException:
+            # The pieces before the failing one moved seeds and statistics.
+            with torch.no_grad():
+                for variable, value in zip(state, before):
+                    variable.assign(value)
+            raise
+        finally:
+            _clear_gradients(model.trainable_variables)
+
+    return train_function
+
+
+@contextmanager
+def drawing(epoch: Epoch, group: int) -> Iterator[None]:
+    """Around `fit`: its iterator draws no more than an epoch has.
+
+    Keras draws in groups of `steps_per_execution`, past `steps_per_epoch`, and warns
+    where the data ends within a group: fillers take the place of what is missing.
+
+    Args:
+        epoch: Where `fit` stands.
+        group: Number of batches in an update.
+    """
+    original = keras_trainer.TorchEpochIterator
+
+    class EpochIterator(original):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            # The next one that `fit` makes is for validation data.
+            keras_trainer.TorchEpochIterator = original
+
+        def _get_iterator(self):
+            return _filled(super()._get_iterator(), epoch, group)
+
+    keras_trainer.TorchEpochIterator = EpochIterator
+    try:
+        yield
+    finally:
+        keras_trainer.TorchEpochIterator = original
+
+
+_FILLER = object()
+
+
+def _filled(batches: Iterable, epoch: Epoch, group: int) -> Iterator:
+    drawn = 0
+    for batch in batches:
+        yield batch
+        drawn += 1
+        if drawn == epoch.steps:
+            yield from [_FILLER] * (-drawn % group)
+            drawn = 0
+    yield from [_FILLER] * (-drawn % group)
+
+
+def _make_update(model, accumulation):
+    """A function of one update's pieces."""
+    add_piece = partial(_add_piece, model)
+    if model.jit_compile and not model.run_eagerly:
+        add_piece = torch.compile(add_piece)
+    factors_of = normalizers.HostFactors(model, partial(_measure, model))
+
+    def update(pieces):
+        variables = model.trainable_variables
+        _clear_gradients(variables)
+        shares = normalizers.shares([_examples(piece) for piece in pieces])
+        gradients = [
+            _Gradient(
+                v.value,
+                getattr(torch, trainer.accumulator_dtype(v, accumulation.accum_dtype)),
+                trainer.overwrites(v),
+            )
+            for v in variables
+        ]
+        for piece, share, factors in zip(pieces, shares, factors_of(pieces, shares)):
+            logs = add_piece(piece, share, factors)
+            for gradient in gradients:
+                gradient.add()
+        _apply(model, variables, [gradient.finish() for gradient in gradients])
+        return logs
+
+    return update
+
+
+class _Gradient:
+    """The sum of a variable's gradients.
+
+    Where `backward` sums in the wanted dtype already, the sum stays where it is.
+    """
+
+    def __init__(
+        self, parameter: torch.nn.Parameter, dtype: torch.dtype, largest: bool
+    ):
+        self.parameter = parameter
+        self.dtype = dtype
+        self.largest = largest
+        self.sum: torch.Tensor | None = None
+
+    def add(self) -> None:
+        gradient = self.parameter.grad
+        if gradient is None or (gradient.dtype == self.dtype and not self.largest):
+            return
+        self.parameter.grad = None
+        if self.sum is None:
+            self.sum = gradient.to(self.dtype)
+        elif self.largest:
+            torch.maximum(self.sum, gradient, out=self.sum)
+        else:
+            self.sum += gradient
+
+    def finish(self) -> torch.Tensor | None:
+        if self.sum is None:
+            return self.parameter.grad
+        gradient, self.sum = self.sum.to(self.parameter.dtype), None
+        return gradient
+
+
+def _measure(model, piece):
+    """The denominators of a piece."""
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(piece)
+    # Nothing of a forward pass stays. Without a compiler that drops what is not used
+    # it costs as much as any: the model's graph often tells the masks without one.
+    with trainer.StatelessScope(), torch.no_grad():
+        y_pred = masks.predictions(model, x)
+        if y_pred is None:
+            y_pred = trainer.forward(model, x, training=False)
+        return normalizers.values(normalizers.measure(model, piece, y_pred))
+
+
+def _examples(piece):
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(piece)
+    return leaves(x)[0].shape[0]
+
+
+def _add_piece(model, data, share, factors):
+    """Add a piece's part of the full batch's gradient, and its metrics."""
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    y_pred = trainer.forward(model, x, training=True)
+    loss = trainer.compute_loss(
+        model, (x, y, y_pred, sample_weight), model.losses, share, factors
+    )
+    trainer.update_loss(model, loss, _examples(data))
+    worth = model.optimizer.scale_loss(loss * share)
+    if model.trainable_variables:
+        worth.backward()
+    return model.compute_metrics(x, y, y_pred, sample_weight)
+
+
+def _apply(model, variables, gradients):
+    """The finished gradient to the optimizer, once."""
+    if not variables:
+        warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+        return
+    with torch.no_grad():
+        model.optimizer.apply(gradients, variables)
+
+
+def _clear_gradients(variables):
+    for variable in variables:
+        variable.value.grad = None

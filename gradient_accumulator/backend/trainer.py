@@ -1,0 +1,177 @@
+"""What Keras 3's `Trainer` keeps private, and every backend here needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import keras
+from keras.src import backend
+from keras.src.losses import loss as losses
+from keras.src.models.functional import Functional as Functional
+
+StatelessScope = backend.StatelessScope
+compute_output_spec = backend.compute_output_spec
+get_mask = backend.get_keras_mask
+set_mask = backend.set_keras_mask
+apply_mask = losses.apply_mask
+
+_LOSS_LISTS = ("_flat_losses", "flat_losses")  # Keras from 3.7 on, and before
+
+
+def is_keras_own(function: Callable) -> bool:
+    """Whether a method comes from Keras itself, not from a user's subclass."""
+    module = getattr(function, "__module__", None) or ""
+    return module.split(".")[0] == "keras"
+
+
+def layers_of(model: keras.Model) -> list:
+    """The model and all its layers, at any depth."""
+    return list(model._flatten_layers())
+
+
+def has_own_scale_loss(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether scaling the loss may read the optimizer's variables."""
+    return type(optimizer).scale_loss is not keras.optimizers.Optimizer.scale_loss
+
+
+def overwrites(variable: keras.Variable) -> bool:
+    """Whether the optimizer assigns a variable its gradient (float8 scales do)."""
+    return getattr(variable, "overwrite_with_gradient", False)
+
+
+def build(model: keras.Model, data: Any) -> None:
+    """Create the variables of the model, its losses, metrics and optimizer."""
+    model._symbolic_build(data_batch=data)
+
+
+def forward(model: keras.Model, x: Any, training: bool) -> Any:
+    return model(x, training=training) if model._call_has_training_arg else model(x)
+
+
+def update_loss(model: keras.Model, loss: Any, examples: Any) -> None:
+    """Add a piece's loss to the loss in the logs."""
+    if hasattr(losses, "unscale_loss_for_distribution"):  # not in Keras 3.7
+        loss = losses.unscale_loss_for_distribution(loss)
+    model._loss_tracker.update_state(loss, sample_weight=examples)
+
+
+def accumulator_dtype(variable: keras.Variable, accum_dtype: str) -> str:
+    """The dtype that a variable's gradients are summed in."""
+    return "float64" if variable.dtype == "float64" else accum_dtype
+
+
+def has_compiled_losses(model: keras.Model) -> bool:
+    return model._compile_loss is not None
+
+
+def compute_loss(
+    model: keras.Model,
+    piece: tuple,
+    additional: list,
+    share: Any,
+    factors: list | None,
+) -> Any:
+    """A piece's loss, of which `share` is its part of the full batch's loss.
+
+    Args:
+        model: A compiled model.
+        piece: Its inputs, targets, predictions and sample weights.
+        additional: The additional losses of the piece's forward pass, `model.losses`.
+        share: The piece's part of the full batch's examples.
+        factors: One correction for each compiled loss, or None if all are 1.
+    """
+    # Keras sums an additional loss with axes, so that pieces of it add up. One
+    # without is taken as a mean over examples, as Keras's activity regularizers are.
+    x, y, y_pred, sample_weight = piece
+    additional = [loss / share if len(loss.shape) else loss for loss in additional]
+    model._losses_override.clear()
+    model._losses_override.extend(additional)
+    try:
+        with _factored(model, share, factors):
+            return model._compute_loss(
+                x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
+            )
+    finally:
+        model._losses_override.clear()
+
+
+@contextmanager
+def _factored(model: keras.Model, share: Any, factors: list | None) -> Iterator[None]:
+    if not has_compiled_losses(model):
+        yield
+        return
+
+    def times(factor, loss):
+        return lambda y_true, y_pred, sample_weight=None: (
+            loss(y_true, y_pred, sample_weight) * factor
+        )
+
+    def counting_once(update_state):
+        # Where Keras does not know the size of the full batch either, it gives it a
+        # weight of 1, of which the piece has its share.
+        def update(values, sample_weight=None):
+            weight = share if sample_weight is None else sample_weight
+            update_state(values, sample_weight=weight)
+
+        return update
+
+    with ExitStack() as stack:
+        for metric in model._compile_loss.metrics:
+            update = counting_once(metric.update_state)
+            stack.enter_context(_set(metric, "update_state", update))
+        if factors is not None:
+            waiting = iter(factors)
+            stack.enter_context(
+                replaced_losses(model, lambda loss: times(next(waiting), loss))
+            )
+        yield
+
+
+@contextmanager
+def _set(instance: Any, name: str, value: Any) -> Iterator[None]:
+    """The instance with an attribute of its own in the place of its class's."""
+    setattr(instance, name, value)
+    try:
+        yield
+    finally:
+        delattr(instance, name)
+
+
+@contextmanager
+def replaced_losses(model: keras.Model, replace: Callable) -> Iterator[None]:
+    """The model with each of its compiled losses replaced by `replace(loss)`."""
+    compiled = model._compile_loss
+    name = next(name for name in _LOSS_LISTS if hasattr(compiled, name))
+    original = getattr(compiled, name)
+
+    def replaced(entry):
+        if isinstance(entry, tuple):  # (path, loss, weight, name)
+            return entry._replace(loss=replace(entry.loss))
+        return None if entry is None else replace(entry)
+
+    setattr(compiled, name, [replaced(entry) for entry in original])
+    try:
+        yield
+    finally:
+        setattr(compiled, name, original)
+
+
+def standing_in(model: keras.Model, stand_in: Callable, y, y_pred, sample_weight):
+    """Call the compiled losses with stand-ins for them; returns the stand-ins.
+
+    Keras takes outputs, targets and weights apart for each loss; nothing is recorded.
+    """
+    made: list = []
+
+    def replace(loss):
+        made.append(stand_in(loss))
+        return made[-1]
+
+    with ExitStack() as stack:
+        for metric in model._compile_loss.metrics:
+            stack.enter_context(_set(metric, "update_state", lambda *_, **__: None))
+        stack.enter_context(replaced_losses(model, replace))
+        model._compile_loss(y, y_pred, sample_weight)
+    return made

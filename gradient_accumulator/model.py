@@ -1,0 +1,425 @@
+"""`accumulate` and `GradientAccumulateModel`: models that train in pieces."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import os
+import types
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import keras
+
+from gradient_accumulator import backend
+from gradient_accumulator.backend import trainer
+from gradient_accumulator.normalizers import symbolic
+from gradient_accumulator.pieces import Accumulation, Epoch, map_leaves
+
+Model = TypeVar("Model", bound=keras.Model)
+
+# The attributes that `accumulate` sets on a model, over its class's methods.
+_METHODS = ("fit", "make_train_function", "train_on_batch")
+
+
+def accumulate(
+    model: Model,
+    *,
+    accum_steps: int | None = None,
+    microbatch_size: int | None = None,
+    accum_dtype: str = "float32",
+) -> Model:
+    """Make a Keras model train in pieces, in place.
+
+    An update of the weights is computed from several pieces of data, one after the
+    other, and equals the update that plain Keras computes from all of them at once:
+    weights, optimizer variables, metrics and logs, up to rounding. Only one piece's
+    activations are in memory at a time.
+
+    ```
+    for each update:
+        gradient = 0
+        for each piece: gradient += worth of the piece * gradient of its mean loss
+        apply the optimizer to the gradient, once
+    ```
+
+    Each compiled loss weighs a piece by what it divides by (loss values, unmasked
+    values, or sample weights); additional losses (regularizers, `add_loss`) by the
+    piece's share of the examples. A loss that cannot be taken apart, because its class
+    overrides `__call__` or its `call` returns one number for the whole batch, weighs
+    pieces by their examples, which is exact if the full batch's loss is the mean of
+    its examples' losses. So does what a model's own `compute_loss` adds. A tensor with
+    axes that is given to `add_loss` is summed by Keras, and its pieces add up; a scalar
+    is taken for a mean over examples.
+
+    The model keeps its type, weights, compile state and optimizer state. Nothing of
+    accumulation is saved with it.
+
+    Args:
+        model: A Keras 3 model: functional, Sequential or subclassed, compiled or not.
+        accum_steps: Positive int. `fit` is given pieces, and this many of them make an
+            update; an epoch's last update takes the pieces that are left. Pieces may
+            differ in size and shape. `steps_per_epoch` counts pieces, and
+            batch-level callbacks run once an update. 1 gives plain training back.
+        microbatch_size: Positive int. `fit` is given full batches, and each is cut in
+            pieces of this many examples; the last one may be smaller.
+        accum_dtype: Name of the float dtype that gradients are summed in (float64
+            variables always sum in float64).
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: If `model` is no Keras 3 model, or a size is no int.
+        ValueError: If a size is not positive, both or none are given, the model has a
+            `train_step` of its own or a stateful RNN.
+
+    Example:
+
+    ```python
+    model = keras.applications.MobileNetV2(weights=None)
+    model.compile("adam", "categorical_crossentropy")
+    model = accumulate(model, microbatch_size=8)
+    model.fit(x, y, batch_size=64)
+    ```
+    """
+    accumulation = Accumulation(accum_steps, microbatch_size, accum_dtype)
+    _check_model(model)
+    if isinstance(model, GradientAccumulateModel) and hasattr(model, "accumulation"):
+        model.__class__ = _functional_class(GradientAccumulateModel, accumulation)
+    return _accumulate(model, accumulation)
+
+
+def _accumulate(model: Model, accumulation: Accumulation) -> Model:
+    _check_backend()
+    engine = backend.active()
+    accum_steps = accumulation.accum_steps
+    for name in _METHODS:
+        model.__dict__.pop(name, None)
+    # The function that was made for another way of training is of no use.
+    model.train_function = None
+    if accumulation.is_plain:
+        return model
+
+    epoch = Epoch()
+    steps_per_execution: list[int] = []  # the user's, while `fit` sets up its own
+
+    def fit(*args, **kwargs):
+        _check_backend()
+        _check_layers(model)
+        _check_optimizer(model)
+        arguments = inspect.signature(type(model).fit).bind(model, *args, **kwargs)
+        epoch.restart(arguments.arguments.get("steps_per_epoch"))
+        _build_from_generator(model, arguments.arguments)
+        _add_callback(arguments.arguments, _EpochCallback(epoch, arguments.arguments))
+        steps = model.steps_per_execution
+        if accum_steps is not None:
+            # Keras then counts an update as so many steps, as it does for itself.
+            steps_per_execution.append(steps)
+            model.steps_per_execution = steps * accum_steps
+        try:
+            with engine.drawing(epoch, accum_steps or 1):
+                return type(model).fit(*arguments.args, **arguments.kwargs)
+        finally:
+            model.steps_per_execution = steps
+            steps_per_execution.clear()
+            epoch.restart()
+
+    def make_train_function(force=False):
+        if steps_per_execution:
+            # Only the iterator over training data needed the larger number.
+            model.steps_per_execution = steps_per_execution[0]
+        if model.train_function is None or force:
+            model.train_function = engine.make_train_function(
+                model, accumulation, epoch
+            )
+        return model.train_function
+
+    def train_on_batch(*args, **kwargs):
+        if accum_steps is not None:
+            raise ValueError(
+                "`train_on_batch` updates the weights from the one batch that it is "
+                "given, and with `accum_steps` an update takes several. Use "
+                "`accumulate(model, microbatch_size=...)` and give it full batches, "
+                f"or call `fit`. Received: accum_steps={accum_steps}"
+            )
+        _check_optimizer(model)
+        return type(model).train_on_batch(model, *args, **kwargs)
+
+    for name, method in zip(_METHODS, (fit, make_train_function, train_on_batch)):
+        # Attributes of the object: its class, and what is saved of it, stay plain.
+        setattr(model, name, functools.wraps(getattr(type(model), name))(method))
+    return model
+
+
+class _EpochCallback(keras.callbacks.Callback):
+    """Tells the engine where an epoch begins, and checks what it was given."""
+
+    def __init__(self, epoch: Epoch, arguments: dict):
+        super().__init__()
+        self.epoch = epoch
+        self.endless = isinstance(arguments.get("x"), Iterator)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch.begin()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.epoch.check_not_empty()
+        # Of other data Keras knows the length, and warns.
+        if self.endless and not self.model.stop_training:
+            self.epoch.check_complete()
+
+
+def _add_callback(arguments: dict, callback: keras.callbacks.Callback) -> None:
+    callbacks = arguments.get("callbacks")
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks.append(callback)
+        return
+    if callbacks is None:
+        callbacks = []
+    elif not isinstance(callbacks, (list, tuple)):
+        callbacks = [callbacks]
+    # First, so that an epoch that failed is not seen by the others.
+    arguments["callbacks"] = [callback, *callbacks]
+
+
+def _build_from_generator(model: keras.Model, arguments: dict) -> None:
+    """Create the model's variables from a generator's first batch, and put it back.
+
+    Keras builds from a batch that it draws, and that a generator then has lost.
+    """
+    generator = arguments.get("x")
+    if not isinstance(generator, types.GeneratorType):
+        return
+    first = next(generator, None)
+    if first is None:
+        Epoch().check_not_empty()
+    trainer.build(model, map_leaves(symbolic, first))
+
+    def restored():
+        yield first
+        yield from generator
+
+    arguments["x"] = restored()
+
+
+def _check_backend() -> None:
+    wanted = os.environ.get("KERAS_BACKEND")
+    running = keras.backend.backend()
+    if wanted and wanted != running:
+        raise ValueError(
+            "The environment variable KERAS_BACKEND was changed after Keras was "
+            "imported, which has no effect: set it before, in a new process. "
+            f"Received: KERAS_BACKEND={wanted!r}, keras.backend.backend()={running!r}"
+        )
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, keras.Model):
+        modules = [cls.__module__ for cls in type(model).__mro__]
+        if any(
+            module.startswith(("tf_keras.", "keras.engine", "tensorflow.python.keras"))
+            for module in modules
+        ):
+            raise TypeError(
+                "Argument `model` is a Keras 2 model (tf_keras, or tf.keras with "
+                "TF_USE_LEGACY_KERAS=1); this function takes Keras 3 models. Build it "
+                f"with `import keras`. Received: model={model} (of type {type(model)})"
+            )
+        raise TypeError(
+            "Argument `model` must be a Keras 3 model, a `keras.Model`. "
+            f"Received: model={model} (of type {type(model)})"
+        )
+    for name in ("train_step", "make_train_function"):
+        own = getattr(type(model), name)
+        if not trainer.is_keras_own(own) or (
+            name == "train_step" and name in model.__dict__
+        ):
+            raise ValueError(
+                f"A model with its own `{name}` cannot train in pieces: what it does "
+                "with a batch is not known. Override `compute_loss` and "
+                "`compute_metrics` instead, or accumulate in the optimizer: "
+                "`keras.optimizers.Adam(gradient_accumulation_steps=...)`. "
+                f"Received: model={model} (of type {type(model)})"
+            )
+    _check_layers(model)
+
+
+def _check_layers(model: keras.Model) -> None:
+    for layer in trainer.layers_of(model):
+        if getattr(layer, "stateful", False) and isinstance(
+            layer, (keras.layers.RNN, keras.layers.Bidirectional)
+        ):
+            raise ValueError(
+                "A stateful RNN cannot train in pieces: the state that it keeps for "
+                "each example of the batch would go from one piece's examples to the "
+                f"next piece's. Use `stateful=False`. Received: layer={layer}"
+            )
+
+
+def _check_optimizer(model: keras.Model) -> None:
+    optimizer = getattr(model, "optimizer", None)
+    while optimizer is not None:
+        steps = getattr(optimizer, "gradient_accumulation_steps", None)
+        if steps:
+            raise ValueError(
+                "The model accumulates, and so does its optimizer. Compile it with an "
+                "optimizer without `gradient_accumulation_steps`. Received: "
+                f"gradient_accumulation_steps={steps}"
+            )
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+
+
+class GradientAccumulateModel(keras.Model):
+    """A `keras.Model` that trains in pieces.
+
+    Made from `inputs` and `outputs` it is a functional model, as `keras.Model` is;
+    a subclass with its own `call` gives `super().__init__` the first arguments only.
+    How it trains is described at `accumulate`, which does the same to a model that
+    exists.
+
+    Exactly one of `accum_steps` and `microbatch_size` decides: with
+    `microbatch_size`, leave `accum_steps` at 1.
+
+    Saved, it loads as what it is where this package is imported, and as a plain
+    functional model of Keras's where it is not.
+
+    Args:
+        accum_steps: Positive int, the number of pieces in an update, where `fit` is
+            given pieces. 1 is plain training.
+        mixed_precision: No longer needed, and without effect: Keras scales the loss by
+            itself under the policy `mixed_float16`.
+        use_agc: Whether to clip gradients adaptively. Not built yet.
+        clip_factor: Float, of adaptive clipping.
+        eps: Float, of adaptive clipping.
+        experimental_distributed_support: No longer needed, and without effect.
+        microbatch_size: Positive int, the number of examples in a piece, where `fit` is
+            given full batches.
+        accum_dtype: Name of the float dtype that gradients are summed in.
+        agc: Another spelling of `use_agc`.
+        **kwargs: Arguments of `keras.Model`: `inputs`, `outputs`, `name`, `trainable`.
+
+    Raises:
+        NotImplementedError: If `use_agc` is true.
+        TypeError, ValueError: As `accumulate`, and for arguments that `keras.Model`
+            does not know.
+
+    Example:
+
+    ```python
+    model = keras.applications.MobileNetV2(weights=None)
+    model = GradientAccumulateModel(
+        accum_steps=4, inputs=model.input, outputs=model.output
+    )
+    model.compile("adam", "categorical_crossentropy")
+    model.fit(x, y, batch_size=8)  # weights change every 32 examples
+    ```
+    """
+
+    def __init__(
+        self,
+        accum_steps: int = 1,
+        mixed_precision: bool = False,
+        use_agc: bool = False,
+        clip_factor: float = 0.01,
+        eps: float = 1e-3,
+        experimental_distributed_support: bool = False,
+        *,
+        microbatch_size: int | None = None,
+        accum_dtype: str = "float32",
+        agc: bool = False,
+        **kwargs,
+    ):
+        if use_agc or agc:
+            raise NotImplementedError(
+                "Adaptive gradient clipping is not built yet. Clip by norm instead, "
+                "with `clipnorm` or `global_clipnorm` of the optimizer. Received: "
+                f"use_agc={use_agc or agc}"
+            )
+        if microbatch_size is not None and accum_steps == 1:
+            accumulation = Accumulation(None, microbatch_size, accum_dtype)
+        else:
+            accumulation = Accumulation(accum_steps, microbatch_size, accum_dtype)
+        if "inputs" in kwargs or "outputs" in kwargs:
+            _check_functional_arguments(kwargs)
+            self.__class__ = _functional_class(type(self), accumulation)
+            trainer.Functional.__init__(self, **kwargs)
+        else:
+            super().__init__(**kwargs)
+        _accumulate(self, accumulation)
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        if cls is GradientAccumulateModel:
+            config = dict(config)
+            first, *others = config["layers"]
+            settings = first.get(_ANNOTATION, {"accum_steps": 1})
+            config["layers"] = [
+                {key: first[key] for key in first if key != _ANNOTATION},
+                *others,
+            ]
+            cls = _functional_class(cls, Accumulation(**settings))
+        # Not `super()`, whose class would be the one that was asked for.
+        return keras.Model.from_config.__func__(cls, config, custom_objects)
+
+
+# Where a functional model's config holds how it accumulates: in an entry that Keras
+# itself does not read, so that plain Keras loads the file.
+_ANNOTATION = "gradient_accumulation"
+
+
+@functools.cache
+def _functional_class(cls: type, accumulation: Accumulation) -> type:
+    """The functional variant of a `GradientAccumulateModel` class.
+
+    Keras too makes a functional model of another class than the one it was asked for.
+    That the class knows its `accumulation` lets `keras.models.clone_model` keep it.
+    """
+    name, namespace = cls.__name__, {"__module__": cls.__module__}
+    if cls is GradientAccumulateModel:
+
+        def __init__(self, inputs, outputs, name=None, **kwargs):
+            trainer.Functional.__init__(self, inputs, outputs, name=name, **kwargs)
+            _accumulate(self, accumulation)
+
+        def get_config(self):
+            config = trainer.Functional.get_config(self)
+            config["layers"][0][_ANNOTATION] = dataclasses.asdict(accumulation)
+            return config
+
+        # Keras saves where a class is from and its name: of Keras's own class, which
+        # loads the file where the registered name below is unknown.
+        name = trainer.Functional.__name__
+        namespace = {
+            "__module__": trainer.Functional.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+            "__init__": __init__,
+            "get_config": get_config,
+            "accumulation": accumulation,
+        }
+    made = type(name, (cls, trainer.Functional), namespace)
+    if cls is GradientAccumulateModel:
+        register = keras.saving.register_keras_serializable(
+            "gradient_accumulator", "GradientAccumulateModel"
+        )
+        register(made)
+        register(cls)  # the last one registered is the one that loads
+    return made
+
+
+def _check_functional_arguments(arguments: dict) -> None:
+    unknown = set(arguments) - {"inputs", "outputs", "name", "trainable"}
+    if unknown:
+        raise TypeError(
+            "A functional `GradientAccumulateModel` takes `inputs`, `outputs`, `name` "
+            "and `trainable` besides its own arguments. Received: "
+            + ", ".join(f"{name}={arguments[name]!r}" for name in sorted(unknown))
+        )
+    for name in ("inputs", "outputs"):
+        if name not in arguments:
+            raise ValueError(
+                "A functional model needs both `inputs` and `outputs`. "
+                f"Received: {name}=None"
+            )

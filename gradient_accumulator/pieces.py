@@ -1,0 +1,189 @@
+"""Pieces: how one update's data is cut, drawn and checked."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+
+@dataclass(frozen=True)
+class Accumulation:
+    """How a model accumulates: one of the two sizes is set, the other is None.
+
+    Args:
+        accum_steps: Number of pieces in an update, where `fit` is given pieces.
+        microbatch_size: Number of examples in a piece, where `fit` is given full
+            batches.
+        accum_dtype: Dtype in which gradients are summed.
+    """
+
+    accum_steps: int | None = None
+    microbatch_size: int | None = None
+    accum_dtype: str = "float32"
+
+    def __post_init__(self):
+        if (self.accum_steps is None) == (self.microbatch_size is None):
+            raise ValueError(
+                "Exactly one of `accum_steps` and `microbatch_size` must be given. "
+                f"Received: accum_steps={self.accum_steps}, "
+                f"microbatch_size={self.microbatch_size}"
+            )
+        for name in ("accum_steps", "microbatch_size"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            # A bool is an int to Python, and never a size.
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(
+                    f"Argument `{name}` must be a positive int. "
+                    f"Received: {name}={value!r} (of type {type(value).__name__})"
+                )
+            if value < 1:
+                raise ValueError(
+                    f"Argument `{name}` must be a positive int. "
+                    f"Received: {name}={value}"
+                )
+        check_float_dtype(self.accum_dtype)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether an update is one piece, which is plain training."""
+        return self.accum_steps == 1
+
+
+def check_float_dtype(dtype: Any) -> None:
+    if not isinstance(dtype, str):
+        raise TypeError(
+            "Argument `accum_dtype` must be the name of a float dtype. "
+            f"Received: accum_dtype={dtype!r} (of type {type(dtype).__name__})"
+        )
+    if dtype not in ("bfloat16", "float16", "float32", "float64"):
+        raise ValueError(
+            "Argument `accum_dtype` must be the name of a float dtype. "
+            f"Received: accum_dtype={dtype!r}"
+        )
+
+
+def leaves(data: Any) -> list:
+    """The arrays of nested data, without what is None."""
+    return [leaf for leaf in keras.tree.flatten(data) if leaf is not None]
+
+
+def map_leaves(function: Callable, data: Any) -> Any:
+    """Nested data with `function` applied to every array, None kept."""
+    return keras.tree.map_structure(
+        lambda leaf: None if leaf is None else function(leaf), data
+    )
+
+
+def example_count(data: Any) -> int:
+    """Number of examples in nested data, which every array must agree on.
+
+    Raises:
+        ValueError: If an array has no batch axis, or another number of examples.
+    """
+    shapes = [tuple(leaf.shape) for leaf in leaves(data)]
+    if not shapes or () in shapes or len({shape[0] for shape in shapes}) > 1:
+        raise ValueError(
+            "Every array of a batch needs the same number of examples in its "
+            f"first axis, to be cut in pieces. Received: shapes={shapes}"
+        )
+    return shapes[0][0]
+
+
+def cut(
+    data: Any,
+    microbatch_size: int,
+    take: Callable = lambda array, start, stop: array[start:stop],
+) -> list:
+    """The pieces of a full batch; the last may be smaller.
+
+    Args:
+        data: Nested arrays.
+        microbatch_size: Number of examples in a piece.
+        take: Function of an array and the first and last (exclusive) example.
+    """
+
+    def piece(start, stop):
+        return map_leaves(lambda array: take(array, start, stop), data)
+
+    size = example_count(data)
+    return [
+        piece(start, min(start + microbatch_size, size))
+        for start in range(0, size, microbatch_size)
+    ]
+
+
+class Epoch:
+    """Where `fit` stands in its epoch, so that no update crosses the epoch's end.
+
+    Args:
+        steps: `steps_per_epoch` as the user gave it to `fit`, or None.
+    """
+
+    def __init__(self, steps: int | None = None):
+        self.restart(steps)
+
+    def restart(self, steps: int | None = None) -> None:
+        """Begin a call of `fit`."""
+        self.steps = steps
+        self.updates = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin an epoch of it."""
+        self.seen = 0
+
+    def left(self, count: int) -> int:
+        """`count`, or what is left of the epoch if that is less."""
+        return count if self.steps is None else min(count, self.steps - self.seen)
+
+    def draw(self, iterator: Iterator, count: int) -> list:
+        """The next `count` batches, or as many as are left in the epoch.
+
+        Raises:
+            StopIteration: If nothing is left, which ends Keras's epoch.
+            ValueError: As `take`.
+        """
+        batches = self.take(list(itertools.islice(iterator, self.left(count))), count)
+        if not batches:
+            raise StopIteration
+        return batches
+
+    def take(self, batches: list, count: int) -> list:
+        """Of drawn batches those that belong to the epoch.
+
+        Raises:
+            ValueError: If there never were any, or they end in the middle of an update
+                although `steps_per_epoch` asks for more.
+        """
+        batches = batches[: self.left(count)]
+        if not batches:
+            self.check_not_empty()
+        elif self.steps is not None and len(batches) < self.left(count):
+            self.raise_ended_early(self.seen + len(batches))
+        self.seen += len(batches)
+        self.updates += bool(batches)
+        return batches
+
+    def check_not_empty(self) -> None:
+        if not self.updates:
+            raise ValueError(
+                "The data given to `fit` is empty: there is nothing to train on. "
+                "Received: 0 batches"
+            )
+
+    def check_complete(self) -> None:
+        if self.steps is not None and self.seen < self.steps:
+            self.raise_ended_early(self.seen)
+
+    def raise_ended_early(self, seen: int) -> None:
+        raise ValueError(
+            "The data ended before `steps_per_epoch` batches were drawn, and the last "
+            "update was not applied if it lacked pieces. Give more data, or a smaller "
+            f"`steps_per_epoch`. Received: steps_per_epoch={self.steps}, {seen} batches"
+        )
