@@ -32,6 +32,7 @@ def make_train_function(
     model: keras.Model, accumulation: Accumulation, epoch: Epoch
 ) -> Callable[[Iterator], dict]:
     """The function that `fit` calls with its iterator, for one update or several."""
+    strategy = model.distribute_strategy
     update = _make_update(model, accumulation)
     steps_per_execution = model.steps_per_execution
     built = False
@@ -46,9 +47,12 @@ def make_train_function(
                 if logs is None:
                     raise
                 break
-            data = [keras.tree.map_structure(_without_optional, d) for d in data]
+            data = [_tensors(batch) for batch in data]
             if not built:
-                trainer.build(model, map_leaves(_symbolic, data[0]))
+                local = strategy.experimental_local_results
+                first = map_leaves(lambda leaf: _symbolic(local(leaf)[0]), data[0])
+                with strategy.scope():
+                    trainer.build(model, first)
                 built = True
             state = model.non_trainable_variables
             before = [variable.value.read_value() for variable in state]
@@ -68,24 +72,19 @@ def _make_update(model, accumulation):
     """A function of one update's data, with the graphs that it was traced to."""
     strategy = model.distribute_strategy
     replicas = strategy.num_replicas_in_sync
-    if accumulation.accum_steps and replicas > 1:
-        raise ValueError(
-            "Under a tf.distribute strategy with several replicas, give `fit` full "
-            "batches and use `microbatch_size` instead of `accum_steps`. Received: "
-            f"accum_steps={accumulation.accum_steps}, {replicas} replicas"
-        )
 
-    def from_batch(data):
-        def run(data):
-            return _update(
-                model, accumulation, _cut(data, accumulation.microbatch_size)
-            )
+    def on_replicas(pieces_of, *data):
+        def run(*data):
+            return _update(model, accumulation, pieces_of(*data))
 
-        outputs = strategy.run(run, args=(data,))
+        outputs = strategy.run(run, args=data)
         return reduce_per_replica(outputs, strategy, reduction="auto")
 
+    def from_batch(data):
+        return on_replicas(lambda d: _cut(d, accumulation.microbatch_size), data)
+
     def from_pieces(pieces, count):
-        return _update(model, accumulation, _hold(pieces, count))
+        return on_replicas(_hold, pieces, count)
 
     graphs: dict = {}
 
@@ -195,6 +194,15 @@ def _common_shape(arrays):
 def _symbolic(array):
     return keras.KerasTensor(
         (None, *array.shape[1:]), keras.backend.standardize_dtype(array.dtype)
+    )
+
+
+def _tensors(batch):
+    batch = keras.tree.map_structure(_without_optional, batch)
+    # `train_on_batch` gives what the user gave; several replicas' values are no array.
+    return map_leaves(
+        lambda leaf: tf.convert_to_tensor(leaf) if hasattr(leaf, "__array__") else leaf,
+        batch,
     )
 
 
