@@ -15,7 +15,7 @@ import keras
 from gradient_accumulator import backend
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.normalizers import symbolic
-from gradient_accumulator.pieces import Accumulation, Epoch, map_leaves
+from gradient_accumulator.pieces import Accumulation, Epoch, example_count, map_leaves
 
 Model = TypeVar("Model", bound=keras.Model)
 
@@ -111,7 +111,7 @@ def _accumulate(model: Model, accumulation: Accumulation) -> Model:
         _check_optimizer(model)
         arguments = inspect.signature(type(model).fit).bind(model, *args, **kwargs)
         epoch.restart(arguments.arguments.get("steps_per_epoch"))
-        _build_from_generator(model, arguments.arguments)
+        _build_from_generator(model, accumulation, arguments.arguments)
         _add_callback(arguments.arguments, _EpochCallback(epoch, arguments.arguments))
         steps = model.steps_per_execution
         if accum_steps is not None:
@@ -184,7 +184,9 @@ def _add_callback(arguments: dict, callback: keras.callbacks.Callback) -> None:
     arguments["callbacks"] = [callback, *callbacks]
 
 
-def _build_from_generator(model: keras.Model, arguments: dict) -> None:
+def _build_from_generator(
+    model: keras.Model, accumulation: Accumulation, arguments: dict
+) -> None:
     """Create the model's variables from a generator's first batch, and put it back.
 
     Keras builds from a batch that it draws, and that a generator then has lost.
@@ -195,6 +197,8 @@ def _build_from_generator(model: keras.Model, arguments: dict) -> None:
     first = next(generator, None)
     if first is None:
         Epoch().check_not_empty()
+    if accumulation.microbatch_size is not None:
+        example_count(first)
     trainer.build(model, map_leaves(symbolic, first))
 
     def restored():

@@ -33,6 +33,7 @@ def make_train_function(
 ) -> Callable[[Iterator], dict]:
     """The function that `fit` calls with its iterator, for one update or several."""
     strategy = model.distribute_strategy
+    replicas = range(strategy.num_replicas_in_sync)
     update = _make_update(model, accumulation)
     steps_per_execution = model.steps_per_execution
     built = False
@@ -48,11 +49,13 @@ def make_train_function(
                     raise
                 break
             data = [_tensors(batch) for batch in data]
+            local = [_local(strategy, data[0], replica) for replica in replicas]
+            if not accumulation.accum_steps:
+                for batch in local:
+                    example_count(batch)
             if not built:
-                local = strategy.experimental_local_results
-                first = map_leaves(lambda leaf: _symbolic(local(leaf)[0]), data[0])
                 with strategy.scope():
-                    trainer.build(model, first)
+                    trainer.build(model, map_leaves(_symbolic, local[0]))
                 built = True
             state = model.non_trainable_variables
             before = [variable.value.read_value() for variable in state]
@@ -66,6 +69,13 @@ def make_train_function(
         return logs
 
     return train_function
+
+
+def _local(strategy, data, replica):
+    """What one replica gets of distributed data."""
+    return map_leaves(
+        lambda leaf: strategy.experimental_local_results(leaf)[replica], data
+    )
 
 
 def _make_update(model, accumulation):
@@ -125,22 +135,8 @@ class _Pieces:
 
 
 def _cut(data: Any, microbatch_size: int) -> _Pieces:
-    arrays = leaves(data)
-    if all(array.shape.rank and array.shape[0] is not None for array in arrays):
-        example_count(data)
-    size = tf.shape(arrays[0])[0]
-    checks = [
-        tf.debugging.assert_equal(
-            tf.shape(array)[0],
-            size,
-            "Every array of a batch needs the same number of examples in its first "
-            "axis, to be cut in pieces.",
-        )
-        for array in arrays[1:]
-    ]
-    # An assertion that ran eagerly or at tracing is None.
-    with tf.control_dependencies([check for check in checks if check is not None]):
-        starts = tf.range(0, size, microbatch_size)
+    size = tf.shape(leaves(data)[0])[0]
+    starts = tf.range(0, size, microbatch_size)
     sizes = tf.minimum(microbatch_size, size - starts)
 
     def read(k):
@@ -247,7 +243,9 @@ def _update(model, accumulation, pieces):
             # Pieces side by side would hold their activations side by side.
             parallel_iterations=1,
         )
-    with tf.name_scope("apply_gradients"):
+    # Nothing of the optimizer runs before all pieces are done: one may yet fail.
+    done = tf.group(*dense, *(held.flow for pair in slices for held in pair))
+    with tf.name_scope("apply_gradients"), tf.control_dependencies([done]):
         apply(sums.gradients(dense, slices))
     return logs if own_metrics else model.get_metrics_result()
 
