@@ -4,6 +4,25 @@
 `GradientAccumulateModel` is a `keras.Model` that does.
 """
 
-from gradient_accumulator.model import GradientAccumulateModel, accumulate
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 __all__ = ["GradientAccumulateModel", "accumulate"]
+
+# The command line chooses Keras's backend, and so may not import Keras before. Whoever
+# else imports this package wants Keras to know its classes, to load their files.
+_IS_COMMAND = Path(*sys.argv[:1]).stem == "gradient-accumulator"
+
+if TYPE_CHECKING or not _IS_COMMAND:
+    from gradient_accumulator.model import GradientAccumulateModel, accumulate
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from gradient_accumulator import model
+
+    return getattr(model, name)

@@ -275,6 +275,12 @@ def _check_optimizer(model: keras.Model) -> None:
         optimizer = getattr(optimizer, "inner_optimizer", None)
 
 
+_register = keras.saving.register_keras_serializable(
+    "gradient_accumulator", "GradientAccumulateModel"
+)
+
+
+@_register
 class GradientAccumulateModel(keras.Model):
     """A `keras.Model` that trains in pieces.
 
@@ -347,7 +353,8 @@ class GradientAccumulateModel(keras.Model):
             accumulation = Accumulation(accum_steps, microbatch_size, accum_dtype)
         if "inputs" in kwargs or "outputs" in kwargs:
             _check_functional_arguments(kwargs)
-            self.__class__ = _functional_class(type(self), accumulation)
+            kind: Any = type(self)
+            self.__class__ = _functional_class(kind, accumulation)
             trainer.Functional.__init__(self, **kwargs)
         else:
             super().__init__(**kwargs)
@@ -355,7 +362,8 @@ class GradientAccumulateModel(keras.Model):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        if cls is GradientAccumulateModel:
+        kind: Any = cls
+        if kind is GradientAccumulateModel:
             config = dict(config)
             first, *others = config["layers"]
             settings = first.get(_ANNOTATION, {"accum_steps": 1})
@@ -363,9 +371,9 @@ class GradientAccumulateModel(keras.Model):
                 {key: first[key] for key in first if key != _ANNOTATION},
                 *others,
             ]
-            cls = _functional_class(cls, Accumulation(**settings))
+            kind = _functional_class(kind, Accumulation(**settings))
         # Not `super()`, whose class would be the one that was asked for.
-        return keras.Model.from_config.__func__(cls, config, custom_objects)
+        return keras.Model.from_config.__func__(kind, config, custom_objects)
 
 
 # Where a functional model's config holds how it accumulates: in an entry that Keras
@@ -380,7 +388,8 @@ def _functional_class(cls: type, accumulation: Accumulation) -> type:
     Keras too makes a functional model of another class than the one it was asked for.
     That the class knows its `accumulation` lets `keras.models.clone_model` keep it.
     """
-    name, namespace = cls.__name__, {"__module__": cls.__module__}
+    name = cls.__name__
+    namespace: dict[str, Any] = {"__module__": cls.__module__}
     if cls is GradientAccumulateModel:
 
         def __init__(self, inputs, outputs, name=None, **kwargs):
@@ -405,11 +414,8 @@ def _functional_class(cls: type, accumulation: Accumulation) -> type:
         }
     made = type(name, (cls, trainer.Functional), namespace)
     if cls is GradientAccumulateModel:
-        register = keras.saving.register_keras_serializable(
-            "gradient_accumulator", "GradientAccumulateModel"
-        )
-        register(made)
-        register(cls)  # the last one registered is the one that loads
+        _register(made)
+        _register(cls)  # the last one registered is the one that loads
     return made
 
 

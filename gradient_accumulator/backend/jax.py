@@ -43,7 +43,7 @@ def make_train_function(
                     if logs is None:
                         raise
                     break
-                if not accumulation.accum_steps:
+                if accumulation.microbatch_size is not None:
                     data = cut(data[0], accumulation.microbatch_size, _take)
                 logs, state = update(state, data)
         return logs, state

@@ -50,7 +50,7 @@ def make_train_function(
                 break
             data = [_tensors(batch) for batch in data]
             local = [_local(strategy, data[0], replica) for replica in replicas]
-            if not accumulation.accum_steps:
+            if accumulation.microbatch_size is not None:
                 for batch in local:
                     example_count(batch)
             if not built:
@@ -293,15 +293,15 @@ class _Sums:
 
     def gradients(self, dense: list, slices: list) -> list:
         """The finished gradients, None where no piece had one."""
-        dense, slices = iter(dense), iter(slices)
+        sums, parts = iter(dense), iter(slices)
 
         def finished(i, variable):
             if i in self.sparse:
-                values, indices = next(slices)
+                values, indices = next(parts)
                 return tf.IndexedSlices(
                     values.concat(), indices.concat(), tf.constant(list(variable.shape))
                 )
-            accumulator = next(dense)
+            accumulator = next(sums)
             if i in self.connected:
                 return tf.cast(accumulator, variable.dtype)
             return None

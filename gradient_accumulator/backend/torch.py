@@ -35,7 +35,7 @@ def make_train_function(
     def train_function(data):
         data = [batch for batch in data if batch is not _FILLER]
         data = epoch.take(data, accumulation.accum_steps or 1)
-        if not accumulation.accum_steps:
+        if accumulation.microbatch_size is not None:
             data = cut(data[0], accumulation.microbatch_size)
         state = model.non_trainable_variables
         before = [variable.value.detach().clone() for variable in state]
@@ -66,7 +66,7 @@ def drawing(epoch: Epoch, group: int) -> Iterator[None]:
     """
     original = keras_trainer.TorchEpochIterator
 
-    class EpochIterator(original):
+    class EpochIterator(keras_trainer.TorchEpochIterator):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             # The next one that `fit` makes is for validation data.

@@ -17,8 +17,6 @@ get_mask = backend.get_keras_mask
 set_mask = backend.set_keras_mask
 apply_mask = losses.apply_mask
 
-_LOSS_LISTS = ("_flat_losses", "flat_losses")  # Keras from 3.7 on, and before
-
 
 def is_keras_own(function: Callable) -> bool:
     """Whether a method comes from Keras itself, not from a user's subclass."""
@@ -143,19 +141,14 @@ def _set(instance: Any, name: str, value: Any) -> Iterator[None]:
 def replaced_losses(model: keras.Model, replace: Callable) -> Iterator[None]:
     """The model with each of its compiled losses replaced by `replace(loss)`."""
     compiled = model._compile_loss
-    name = next(name for name in _LOSS_LISTS if hasattr(compiled, name))
-    original = getattr(compiled, name)
-
-    def replaced(entry):
-        if isinstance(entry, tuple):  # (path, loss, weight, name)
-            return entry._replace(loss=replace(entry.loss))
-        return None if entry is None else replace(entry)
-
-    setattr(compiled, name, [replaced(entry) for entry in original])
+    original = compiled._flat_losses
+    compiled._flat_losses = [
+        entry._replace(loss=replace(entry.loss)) for entry in original
+    ]
     try:
         yield
     finally:
-        setattr(compiled, name, original)
+        compiled._flat_losses = original
 
 
 def standing_in(model: keras.Model, stand_in: Callable, y, y_pred, sample_weight):

@@ -1,0 +1,1 @@
+"""The demonstration: a 3D U-Net trained on a real brain, whole and in pieces."""

@@ -1,0 +1,136 @@
+"""The MNI152 brain that nilearn ships, cut into patches for training and validation.
+
+The template is symmetric: its right hemisphere is its left one, mirrored. A network
+that trains on the left and is judged on the right would be shown what it has seen, so
+the front of the left hemisphere trains and the back of the right one validates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Region = tuple[slice, slice, slice]
+Arrays = dict[str, np.ndarray]
+
+CLASSES = ("background", "grey matter", "white matter")
+
+# In voxels of 2 mm: the brain's bounding box, halved left | right and back | front.
+TRAINING: Region = (slice(10, 49), slice(60, 106), slice(0, 80))
+VALIDATION: Region = (slice(50, 89), slice(12, 58), slice(0, 80))
+
+# What the picture shows, a slab as thick as the network sees; its middle is drawn.
+SLAB: Region = (slice(10, 90), slice(12, 108), slice(22, 54))
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much the demonstration does."""
+
+    edge: int  # voxels along a patch's edge
+    patches: int  # in an epoch
+    validation_patches: int
+    batch_size: int  # patches that one update is computed from
+    microbatch_size: int  # patches on the device at one time
+    epochs: int
+
+
+SIZES = {
+    "full": Size(
+        edge=32,
+        patches=64,
+        validation_patches=16,
+        batch_size=16,
+        microbatch_size=2,
+        epochs=6,
+    ),
+    "small": Size(
+        edge=16,
+        patches=32,
+        validation_patches=8,
+        batch_size=16,
+        microbatch_size=2,
+        epochs=2,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Brain:
+    """One head: the image, each voxel's class, and which voxels are brain."""
+
+    image: np.ndarray  # float32, mean 0 and deviation 1 in the brain, 0 outside
+    labels: np.ndarray  # int32, an index in CLASSES
+    mask: np.ndarray  # bool
+
+
+def load_brain() -> Brain:
+    """Loads the T1 image and its tissue maps from the nilearn package: no download."""
+    from nilearn import datasets
+
+    t1, grey, white, mask = (
+        _voxels(load(resolution=2))
+        for load in (
+            datasets.load_mni152_template,
+            datasets.load_mni152_gm_template,
+            datasets.load_mni152_wm_template,
+            datasets.load_mni152_brain_mask,
+        )
+    )
+    mask = mask > 0
+    labels = np.argmax(np.stack([1 - grey - white, grey, white]), axis=0)
+    image = np.where(mask, (t1 - t1[mask].mean()) / t1[mask].std(), 0)
+    return Brain(image.astype("float32"), labels.astype("int32"), mask)
+
+
+def prepare(brain: Brain, size: Size, seed: int = 0) -> Arrays:
+    """Everything that a training run reads, as named arrays."""
+    rng = np.random.default_rng(seed)
+    training = draw_patches(brain, TRAINING, size.edge, size.patches, rng)
+    validation = draw_patches(
+        brain, VALIDATION, size.edge, size.validation_patches, rng
+    )
+    return {
+        **{f"train_{name}": array for name, array in training.items()},
+        **{f"val_{name}": array for name, array in validation.items()},
+        "slab": brain.image[SLAB][None, ..., None],
+    }
+
+
+def draw_patches(
+    brain: Brain, region: Region, edge: int, count: int, rng: np.random.Generator
+) -> Arrays:
+    """Draws cubes that lie in `region` and hold some brain.
+
+    The weights leave out what is not brain. Each patch has another share of it, so
+    equally large pieces of a batch do not weigh the same.
+    """
+    patches: list[Region] = []
+    while len(patches) < count:
+        corner = [rng.integers(s.start, s.stop - edge + 1) for s in region]
+        x, y, z = (slice(start, start + edge) for start in corner)
+        if brain.mask[x, y, z].mean() > 0.05:
+            patches.append((x, y, z))
+    return {
+        "x": np.stack([brain.image[patch][..., None] for patch in patches]),
+        "y": np.stack([brain.labels[patch] for patch in patches]),
+        "weight": np.stack([brain.mask[patch] for patch in patches]).astype("float32"),
+    }
+
+
+def save(arrays: Arrays, path: Path) -> None:
+    """Writes named arrays to an .npz file."""
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+
+
+def load(path: Path) -> Arrays:
+    """Reads back what `save` wrote."""
+    with np.load(path) as file:
+        return dict(file)
+
+
+def _voxels(image: Any) -> np.ndarray:
+    return np.asarray(image.get_fdata(), dtype="float32")
