@@ -97,7 +97,7 @@ def _make_update(model, accumulation):
         factors = factors_of(pieces, shares, trainable, non_trainable)
         accumulators = zeros()
         for piece, share, factor in zip(pieces, shares, factors):
-            accumulators, non_trainable, metrics, logs = add_piece(
+            accumulators, non_trainable, metrics, own_logs = add_piece(
                 accumulators,
                 trainable,
                 non_trainable,
@@ -107,12 +107,9 @@ def _make_update(model, accumulation):
                 np.float32(share),
                 factor,
             )
-        if trainable:
-            trainable, optimizer = apply(accumulators, trainable, optimizer)
-        else:
-            warnings.warn(
-                "The model does not have any trainable weights.", stacklevel=2
-            )
+        trainable, optimizer, logs = apply(
+            accumulators, trainable, optimizer, metrics, own_logs
+        )
         return logs, (trainable, non_trainable, optimizer, metrics)
 
     return update
@@ -191,9 +188,9 @@ def _add_piece(
             )
         ]
     with _variables(model, trainable, non_trainable, metrics) as scope:
-        logs = model.compute_metrics(x, y, y_pred, sample_weight)
+        own_logs = trainer.update_metrics(model, x, y, y_pred, sample_weight)
     metrics = [scope.get_current_value(v) for v in model.metrics_variables]
-    return accumulators, non_trainable, metrics, logs
+    return accumulators, non_trainable, metrics, own_logs
 
 
 def _optimizer_variables(model, values):
@@ -209,14 +206,22 @@ def _add(accumulator, gradient, variable):
     return accumulator + gradient
 
 
-def _apply(model, accumulators, trainable, optimizer):
-    """The finished gradient to the optimizer, once."""
+def _apply(model, accumulators, trainable, optimizer, metrics, own_logs):
+    """The finished gradient to the optimizer, once; and the logs of the update."""
+    with _variables(model, trainable, (), metrics):
+        logs = trainer.logs(model, own_logs)
+    if not trainable:
+        warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+        return trainable, optimizer, logs
     gradients = [
         accumulator.astype(value.dtype)
         for accumulator, value in zip(accumulators, trainable)
     ]
     with jax.named_scope("apply_gradients"):
-        return model.optimizer.stateless_apply(optimizer, gradients, trainable)
+        trainable, optimizer = model.optimizer.stateless_apply(
+            optimizer, gradients, trainable
+        )
+    return trainable, optimizer, logs
 
 
 @contextmanager

@@ -223,23 +223,21 @@ def _update(model, accumulation, pieces):
             tf.function(function, jit_compile=True, autograph=False)
             for function in (add_piece, apply)
         ]
-    own_metrics = not trainer.is_keras_own(type(model).compute_metrics)
 
-    def body(k, dense, slices, logs):
+    def body(k, dense, slices, own_logs):
         worth = (shares[k], None if factors is None else factors[k])
-        dense, new_slices, new_logs = add_piece(dense, pieces.read(k), *worth)
+        dense, new_slices, own_logs = add_piece(dense, pieces.read(k), *worth)
         slices = [
             (values.write(k, new.values), indices.write(k, new.indices))
             for (values, indices), new in zip(slices, new_slices)
         ]
-        return k + 1, dense, slices, new_logs if own_metrics else logs
+        return k + 1, dense, slices, own_logs
 
-    logs = _zero_logs(model, pieces.example) if own_metrics else {}
     with tf.name_scope("accumulate_gradients"):
-        _, dense, slices, logs = tf.while_loop(
+        _, dense, slices, own_logs = tf.while_loop(
             lambda k, *_: k < count,
             body,
-            (tf.constant(0), sums.dense(), sums.slices(), logs),
+            (tf.constant(0), sums.dense(), sums.slices(), _zero_logs(model, pieces)),
             # Pieces side by side would hold their activations side by side.
             parallel_iterations=1,
         )
@@ -247,7 +245,7 @@ def _update(model, accumulation, pieces):
     done = tf.group(*dense, *(held.flow for pair in slices for held in pair))
     with tf.name_scope("apply_gradients"), tf.control_dependencies([done]):
         apply(sums.gradients(dense, slices))
-    return logs if own_metrics else model.get_metrics_result()
+    return trainer.logs(model, own_logs)
 
 
 class _Sums:
@@ -364,7 +362,8 @@ def _add_piece(model, variables, sums, dense, data, share, factors):
     loss, y_pred, gradients = _gradients(model, variables, data, share, factors)
     dense, slices = sums.add(dense, gradients)
     trainer.update_loss(model, loss, tf.shape(leaves(x)[0])[0])
-    return dense, slices, model.compute_metrics(x, y, y_pred, sample_weight)
+    own_logs = trainer.update_metrics(model, x, y, y_pred, sample_weight)
+    return dense, slices, own_logs
 
 
 def _gradients(model, variables, data, share, factors):
@@ -402,8 +401,10 @@ def _apply(model, variables, gradients):
     model.optimizer.apply_gradients(zip(gradients, variables))
 
 
-def _zero_logs(model, example):
+def _zero_logs(model, pieces):
     """Zeros in the form of what a user's own `compute_metrics` returns."""
+    if not trainer.has_own_metrics(model):
+        return {}
 
     def logs(data):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
@@ -412,7 +413,7 @@ def _zero_logs(model, example):
 
     return keras.tree.map_structure(
         lambda spec: tf.zeros(spec.shape, spec.dtype),
-        trainer.compute_output_spec(logs, example),
+        trainer.compute_output_spec(logs, pieces.example),
     )
 
 

@@ -116,11 +116,11 @@ def _make_update(model, accumulation):
             for v in variables
         ]
         for piece, share, factors in zip(pieces, shares, factors_of(pieces, shares)):
-            logs = add_piece(piece, share, factors)
+            own_logs = add_piece(piece, share, factors)
             for gradient in gradients:
                 gradient.add()
         _apply(model, variables, [gradient.finish() for gradient in gradients])
-        return logs
+        return trainer.logs(model, own_logs)
 
     return update
 
@@ -186,7 +186,7 @@ def _add_piece(model, data, share, factors):
     worth = model.optimizer.scale_loss(loss * share)
     if model.trainable_variables:
         worth.backward()
-    return model.compute_metrics(x, y, y_pred, sample_weight)
+    return trainer.update_metrics(model, x, y, y_pred, sample_weight)
 
 
 def _apply(model, variables, gradients):

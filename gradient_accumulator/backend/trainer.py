@@ -55,6 +55,26 @@ def update_loss(model: keras.Model, loss: Any, examples: Any) -> None:
     model._loss_tracker.update_state(loss, sample_weight=examples)
 
 
+def has_own_metrics(model: keras.Model) -> bool:
+    """Whether only the model's own `compute_metrics` knows what the logs are."""
+    return not is_keras_own(type(model).compute_metrics)
+
+
+def update_metrics(model: keras.Model, x, y, y_pred, sample_weight) -> dict:
+    """Add a piece to the metrics; returns the logs if they are the model's own."""
+    if has_own_metrics(model):
+        return model.compute_metrics(x, y, y_pred, sample_weight)
+    # What Keras's own does but for the results, which only the last piece's count.
+    if model._compile_metrics is not None:
+        model._compile_metrics.update_state(y, y_pred, sample_weight)
+    return {}
+
+
+def logs(model: keras.Model, own: dict) -> dict:
+    """The logs of an update, after its last piece."""
+    return own if has_own_metrics(model) else model.get_metrics_result()
+
+
 def accumulator_dtype(variable: keras.Variable, accum_dtype: str) -> str:
     """The dtype that a variable's gradients are summed in."""
     return "float64" if variable.dtype == "float64" else accum_dtype
