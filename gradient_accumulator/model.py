@@ -8,6 +8,7 @@ import inspect
 import os
 import types
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import keras
@@ -111,16 +112,22 @@ def _accumulate(model: Model, accumulation: Accumulation) -> Model:
         _check_optimizer(model)
         arguments = inspect.signature(type(model).fit).bind(model, *args, **kwargs)
         epoch.restart(arguments.arguments.get("steps_per_epoch"))
-        _build_from_generator(model, accumulation, arguments.arguments)
-        _add_callback(arguments.arguments, _EpochCallback(epoch, arguments.arguments))
+        _build_from_first(model, accumulation, arguments.arguments)
+        callback = _EpochCallback(epoch, arguments.arguments)
         steps = model.steps_per_execution
         if accum_steps is not None:
             # Keras then counts an update as so many steps, as it does for itself.
             steps_per_execution.append(steps)
             model.steps_per_execution = steps * accum_steps
         try:
-            with engine.drawing(epoch, accum_steps or 1):
+            with (
+                _added(callback, arguments.arguments, model),
+                engine.drawing(epoch, accum_steps or 1),
+            ):
                 return type(model).fit(*arguments.args, **arguments.kwargs)
+        except StopIteration:  # Keras found nothing to build the model from
+            epoch.check_not_empty()
+            raise
         finally:
             model.steps_per_execution = steps
             steps_per_execution.clear()
@@ -162,7 +169,8 @@ class _EpochCallback(keras.callbacks.Callback):
         self.endless = isinstance(arguments.get("x"), Iterator)
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.epoch.begin()
+        # Not all data ends with the epoch: several workers read ahead.
+        self.epoch.begin((self.params or {}).get("steps"))
 
     def on_epoch_end(self, epoch, logs=None):
         self.epoch.check_not_empty()
@@ -171,41 +179,55 @@ class _EpochCallback(keras.callbacks.Callback):
             self.epoch.check_complete()
 
 
-def _add_callback(arguments: dict, callback: keras.callbacks.Callback) -> None:
+@contextmanager
+def _added(
+    callback: keras.callbacks.Callback, arguments: dict, model: keras.Model
+) -> Iterator[None]:
+    """The arguments of `fit` with one more callback."""
     callbacks = arguments.get("callbacks")
     if isinstance(callbacks, keras.callbacks.CallbackList):
-        callbacks.append(callback)
+        callback.set_model(model)
+        callbacks.callbacks.insert(0, callback)
+        try:
+            yield
+        finally:
+            callbacks.callbacks.remove(callback)
         return
     if callbacks is None:
         callbacks = []
     elif not isinstance(callbacks, (list, tuple)):
         callbacks = [callbacks]
-    # First, so that an epoch that failed is not seen by the others.
+    # First, so that the others do not see the end of an epoch that failed.
     arguments["callbacks"] = [callback, *callbacks]
+    yield
 
 
-def _build_from_generator(
+def _build_from_first(
     model: keras.Model, accumulation: Accumulation, arguments: dict
 ) -> None:
-    """Create the model's variables from a generator's first batch, and put it back.
+    """Create the model's variables from the first batch, and lose nothing.
 
-    Keras builds from a batch that it draws, and that a generator then has lost.
+    Keras builds from a batch that it draws, which generators, and the workers of a
+    `PyDataset`, then do not give again.
     """
-    generator = arguments.get("x")
-    if not isinstance(generator, types.GeneratorType):
+    data = arguments.get("x")
+    if isinstance(data, types.GeneratorType):
+        first = next(data, None)
+        if first is None:
+            Epoch().check_not_empty()
+        arguments["x"] = _restored(first, data)
+    elif isinstance(data, keras.utils.PyDataset) and data.num_batches != 0:
+        first = data[0]
+    else:
         return
-    first = next(generator, None)
-    if first is None:
-        Epoch().check_not_empty()
     if accumulation.microbatch_size is not None:
         example_count(first)
     trainer.build(model, map_leaves(symbolic, first))
 
-    def restored():
-        yield first
-        yield from generator
 
-    arguments["x"] = restored()
+def _restored(first: Any, others: Iterator) -> Iterator:
+    yield first
+    yield from others
 
 
 def _check_backend() -> None:

@@ -134,13 +134,18 @@ class Epoch:
         self.updates = 0
         self.begin()
 
-    def begin(self) -> None:
-        """Begin an epoch of it."""
+    def begin(self, length: int | None = None) -> None:
+        """Begin an epoch of it.
+
+        Args:
+            length: The number of batches in an epoch, as far as Keras knows it.
+        """
+        self.length = self.steps if length is None else length
         self.seen = 0
 
     def left(self, count: int) -> int:
         """`count`, or what is left of the epoch if that is less."""
-        return count if self.steps is None else min(count, self.steps - self.seen)
+        return count if self.length is None else min(count, self.length - self.seen)
 
     def draw(self, iterator: Iterator, count: int) -> list:
         """The next `count` batches, or as many as are left in the epoch.

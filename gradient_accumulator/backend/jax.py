@@ -30,6 +30,11 @@ def make_train_function(
     model: keras.Model, accumulation: Accumulation, epoch: Epoch
 ) -> Callable[[tuple, Iterator], tuple]:
     """The function that `fit` calls with its state and iterator."""
+    if accumulation.accum_dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ValueError(
+            "JAX has float64 only where its flag `jax_enable_x64` is set. Set it, or "
+            "sum in float32. Received: accum_dtype='float64'"
+        )
     update = _make_update(model, accumulation)
     steps_per_execution = model.steps_per_execution
 

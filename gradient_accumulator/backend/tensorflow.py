@@ -318,7 +318,9 @@ def _sparse_variables(model, variables, example) -> dict[int, tf.DType]:
         return sparse
 
     def run(data):
-        _, _, gradients = _gradients(model, variables, data, tf.constant(1.0), None)
+        with trainer.StatelessScope(collect_losses=True):
+            share = tf.constant(1.0)
+            _, _, gradients = _gradients(model, variables, data, share, None)
         for i, gradient in enumerate(gradients):
             if isinstance(gradient, tf.IndexedSlices):
                 sparse[i] = gradient.indices.dtype

@@ -90,7 +90,7 @@ def _filled(batches: Iterable, epoch: Epoch, group: int) -> Iterator:
     for batch in batches:
         yield batch
         drawn += 1
-        if drawn == epoch.steps:
+        if drawn == epoch.length:
             yield from [_FILLER] * (-drawn % group)
             drawn = 0
     yield from [_FILLER] * (-drawn % group)
