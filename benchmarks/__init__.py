@@ -1,0 +1,1 @@
+"""Speed, memory and exactness against Keras: `python -m benchmarks --help`."""

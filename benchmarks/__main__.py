@@ -1,0 +1,43 @@
+"""`python -m benchmarks speed|memory|exactness|summary`; tables go to `results/`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+
+from . import exactness, memory, speed
+from .models import MODELS
+
+BACKENDS = ("tensorflow", "jax", "torch")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for module in speed, memory, exactness:
+        name = module.__name__.rpartition(".")[2]
+        command = commands.add_parser(name, help=module.__doc__.splitlines()[0])
+        command.add_argument("--backend", choices=[*BACKENDS, "all"], default="all")
+        if module is not exactness:
+            models = getattr(module, "DEFAULT", [*MODELS])
+            command.add_argument(
+                "--models", nargs="+", choices=MODELS, default=models, metavar="MODEL"
+            )
+        module.add_arguments(command)
+        command.set_defaults(module=module)
+    commands.add_parser("summary", help="the numbers of the README, from `results/`")
+    arguments = parser.parse_args()
+    if arguments.command == "summary":
+        for module in speed, memory, exactness:
+            for backend in BACKENDS:
+                print(module.summary(backend) or f"{backend}: not measured")
+        return
+    chosen = BACKENDS if arguments.backend == "all" else [arguments.backend]
+    for backend in chosen:
+        if importlib.util.find_spec(backend) is None:
+            parser.exit(1, f"{backend} is not installed.\n")
+        arguments.module.run(backend, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""One process of a benchmark: one model, trained one way.
+
+`python -m benchmarks.variants SPEC` (the parent does this) builds the model, trains
+until nothing compiles any more, and then answers every line on its standard input
+with a round of training: one line of JSON. The end of its input ends it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from . import floor, meters
+from .models import MODELS
+
+VARIANTS = {
+    "full": "full batch",
+    "pieces": "an update a piece",
+    "keras": "Keras's own accumulation",
+    "split": "ours, `microbatch_size`",
+    "steps": "ours, `accum_steps`",
+    "floor": "floor",
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What one process runs: `pieces` pieces of `size` examples an update."""
+
+    backend: str
+    model: str
+    variant: str
+    size: int = 8
+    pieces: int = 8
+    updates: int = 0  # an epoch; 0 takes the model's own number
+    seconds: float = 1.0  # a round
+
+    def dumps(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def trainer(spec: Spec, model, x, y) -> Callable[[int], list[float]]:
+    """A function that trains so many epochs and returns the seconds of each."""
+    import keras
+
+    steps = spec.pieces if spec.variant == "keras" else None
+    model.compile(
+        keras.optimizers.Adam(1e-4, gradient_accumulation_steps=steps),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    model.optimizer.build(model.trainable_variables)
+    last = model.trainable_variables[-1]
+    batch = spec.size * spec.pieces
+
+    def finish() -> float:
+        keras.ops.convert_to_numpy(last)  # waits for the device
+        return time.perf_counter()
+
+    if spec.variant == "floor":
+        update = floor.update_function(model, spec.size)
+
+        def train(epochs: int) -> list[float]:
+            seconds = []
+            for _ in range(epochs):
+                start = time.perf_counter()
+                for i in range(0, len(x), batch):
+                    update(x[i : i + batch], y[i : i + batch])
+                seconds.append(finish() - start)
+            return seconds
+
+        return train
+
+    if spec.variant in ("split", "steps"):
+        from gradient_accumulator import accumulate
+
+        if spec.variant == "split":
+            accumulate(model, microbatch_size=spec.size)
+        else:
+            accumulate(model, accum_steps=spec.pieces)
+    handed = batch if spec.variant in ("full", "split") else spec.size
+
+    class Clock(keras.callbacks.Callback):
+        def __init__(self):
+            super().__init__()
+            self.seconds: list[float] = []
+
+        def on_epoch_begin(self, epoch, logs=None):
+            self.start = time.perf_counter()
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.seconds.append(finish() - self.start)
+
+    def train(epochs: int) -> list[float]:
+        clock = Clock()
+        model.fit(x, y, batch_size=handed, epochs=epochs, verbose=0, callbacks=[clock])
+        return clock.seconds
+
+    return train
+
+
+def run(spec: Spec, commands, answer: Callable[[dict], None]) -> None:
+    """Build, warm up, then train one round for each line of `commands`."""
+    import keras
+
+    keras.utils.set_random_seed(0)
+    problem = MODELS[spec.model]
+    updates = spec.updates or problem.updates
+    x, y = problem.data(updates * spec.size * spec.pieces)
+    model = problem.build()
+    weights = sum(math.prod(v.shape) for v in model.trainable_variables)
+    built = meters.resident()
+    train = trainer(spec, model, x, y)
+    epoch = min(train(3))
+    epochs = 1 + max(1, round(spec.seconds / epoch))
+    answer(
+        {
+            "gradients": 4 * weights,  # bytes of one set in float32
+            "inputs": (x.nbytes + y.nbytes) // updates,  # of one update
+            "device": meters.device(spec.backend),
+            "versions": meters.versions(spec.backend),
+        }
+    )
+    for _ in commands:
+        gc.collect()
+        meters.reset_peak(spec.backend)
+        seconds = train(epochs)[1:]  # the first may still fill caches
+        answer(
+            {
+                "seconds": [s / updates for s in seconds],
+                "examples": spec.size * spec.pieces,
+                "peak": meters.peak(),
+                "built": built,
+                "device_peak": meters.device_peak(spec.backend),
+                "temporaries": meters.temporaries(spec.backend),
+            }
+        )
+
+
+def main() -> None:
+    # What libraries print must not end up between the answers.
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(message: dict) -> None:
+        print(json.dumps(message), file=out, flush=True)
+
+    run(Spec(**json.loads(sys.argv[1])), sys.stdin, answer)
+
+
+if __name__ == "__main__":
+    main()
