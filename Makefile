@@ -42,13 +42,13 @@ demo: $(DEMO_READY)
 test: $(BACKENDS:%=test-%)
 
 $(BACKENDS:%=test-%): test-%: $(TEST_READY)
-	KERAS_BACKEND=$* $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	KERAS_BACKEND=$* $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 test-oldest: $(BACKENDS:%=test-oldest-%)
 
 $(BACKENDS:%=test-oldest-%): test-oldest-%: $(OLDEST_READY)
 	KERAS_BACKEND=$* PYTHONPATH=$(<D) \
-	    $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+	    $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 lint: $(TEST_READY)
 	$(BIN)/ruff check .

@@ -418,6 +418,10 @@ def _functional_class(cls: type, accumulation: Accumulation) -> type:
             trainer.Functional.__init__(self, inputs, outputs, name=name, **kwargs)
             _accumulate(self, accumulation)
 
+        # Keras clones and saves by its graph a model that is made as its own are.
+        own = inspect.signature(trainer.Functional.__init__, follow_wrapped=False)
+        __init__.__signature__ = own  # type: ignore[attr-defined]
+
         def get_config(self):
             config = trainer.Functional.get_config(self)
             config["layers"][0][_ANNOTATION] = dataclasses.asdict(accumulation)

@@ -122,6 +122,11 @@ def _size(values, y_true):
     return size
 
 
+def dtype() -> str:
+    """The dtype of shares, denominators and factors: not below the losses' own."""
+    return keras.backend.result_type(keras.config.floatx(), "float32")
+
+
 def shares(sizes) -> list[float]:
     """Each piece's part of the full batch's examples."""
     total = sum(sizes)
@@ -196,9 +201,9 @@ def differ(denominators: list[Denominator], even: bool) -> bool:
 
 
 def values(denominators: list[Denominator]):
-    """Float32 tensor of shape `(losses,)`; 1 where a loss has no denominator."""
+    """Tensor of shape `(losses,)`; 1 where a loss has no denominator."""
     return ops.stack(
-        [ops.cast(1 if d.value is None else d.value, "float32") for d in denominators]
+        [ops.cast(1 if d.value is None else d.value, dtype()) for d in denominators]
     )
 
 
@@ -225,10 +230,10 @@ class HostFactors:
         if differ(found, even):
             denominators = ops.stack([self.measure(*state, piece) for piece in pieces])
         elif ADDITIVE in kinds:
-            denominators = ops.ones((len(pieces), len(found)))
+            denominators = ops.ones((len(pieces), len(found)), dtype=dtype())
         else:
             return [None] * len(pieces)
-        shares = ops.convert_to_tensor(shares, dtype="float32")
+        shares = ops.convert_to_tensor(shares, dtype=dtype())
         return list(factors(denominators, shares, kinds))
 
     def _inspect(self, piece, state):

@@ -109,7 +109,7 @@ def _make_update(model, accumulation):
                 metrics,
                 optimizer if scales else None,
                 piece,
-                np.float32(share),
+                np.asarray(share, normalizers.dtype()),
                 factor,
             )
         trainable, optimizer, logs = apply(

@@ -211,7 +211,7 @@ def _without_optional(leaf):
 def _update(model, accumulation, pieces):
     """One update: what every piece is worth, the loop over them, the optimizer."""
     variables = model.trainable_weights
-    sizes = tf.cast(pieces.sizes, "float32")
+    sizes = tf.cast(pieces.sizes, normalizers.dtype())
     count = tf.size(sizes)
     shares = sizes / tf.reduce_sum(sizes)
     factors = _factors(model, pieces, shares)
@@ -296,8 +296,11 @@ class _Sums:
         def finished(i, variable):
             if i in self.sparse:
                 values, indices = next(parts)
+                shape = list(variable.shape)
                 return tf.IndexedSlices(
-                    values.concat(), indices.concat(), tf.constant(list(variable.shape))
+                    tf.ensure_shape(values.concat(), [None, *shape[1:]]),
+                    tf.ensure_shape(indices.concat(), [None]),
+                    tf.constant(shape),
                 )
             accumulator = next(sums)
             if i in self.connected:
@@ -351,10 +354,10 @@ def _factors(model, pieces, shares):
             measure,
             tf.range(tf.size(pieces.sizes)),
             parallel_iterations=1,
-            fn_output_signature=tf.TensorSpec((len(found),), tf.float32),
+            fn_output_signature=tf.TensorSpec((len(found),), normalizers.dtype()),
         )
     else:
-        denominators = tf.ones((tf.size(pieces.sizes), len(found)))
+        denominators = tf.ones((tf.size(pieces.sizes), len(found)), shares.dtype)
     return normalizers.factors(denominators, shares, kinds)
 
 

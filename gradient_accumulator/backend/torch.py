@@ -98,9 +98,9 @@ def _filled(batches: Iterable, epoch: Epoch, group: int) -> Iterator:
 
 def _make_update(model, accumulation):
     """A function of one update's pieces."""
-    add_piece = partial(_add_piece, model)
+    forward = partial(trainer.forward, model, training=True)
     if model.jit_compile and not model.run_eagerly:
-        add_piece = torch.compile(add_piece)
+        forward = torch.compile(forward)
     factors_of = normalizers.HostFactors(model, partial(_measure, model))
 
     def update(pieces):
@@ -116,7 +116,7 @@ def _make_update(model, accumulation):
             for v in variables
         ]
         for piece, share, factors in zip(pieces, shares, factors_of(pieces, shares)):
-            own_logs = add_piece(piece, share, factors)
+            own_logs = _add_piece(model, forward, piece, share, factors)
             for gradient in gradients:
                 gradient.add()
         _apply(model, variables, [gradient.finish() for gradient in gradients])
@@ -175,10 +175,10 @@ def _examples(piece):
     return leaves(x)[0].shape[0]
 
 
-def _add_piece(model, data, share, factors):
+def _add_piece(model, forward, data, share, factors):
     """Add a piece's part of the full batch's gradient, and its metrics."""
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    y_pred = trainer.forward(model, x, training=True)
+    y_pred = forward(x)
     loss = trainer.compute_loss(
         model, (x, y, y_pred, sample_weight), model.losses, share, factors
     )

@@ -122,9 +122,11 @@ def _factored(model: keras.Model, share: Any, factors: list | None) -> Iterator[
         return
 
     def times(factor, loss):
-        return lambda y_true, y_pred, sample_weight=None: (
-            loss(y_true, y_pred, sample_weight) * factor
-        )
+        def value(y_true, y_pred, sample_weight=None):
+            value = loss(y_true, y_pred, sample_weight)
+            return value * keras.ops.cast(factor, value.dtype)
+
+        return value
 
     def counting_once(update_state):
         # Where Keras does not know the size of the full batch either, it gives it a

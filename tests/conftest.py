@@ -1,0 +1,43 @@
+"""Every test begins with the same seeds and ends with a cleared Keras session."""
+
+import gc
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import pytest
+
+# Warnings are errors. What is let through comes from third parties, or is what plain
+# Keras says about the same model and data too.
+LET_THROUGH = (
+    # TensorFlow's tensors do not know the keyword of NumPy 2.
+    "__array__ implementation doesn't accept a copy keyword",
+    # Plain Keras says so of variables without a gradient, which some problems have.
+    "Gradients do not exist for variables",
+    # PyTorch's compiler calls what PyTorch deprecated.
+    "`torch.jit.script_method` is deprecated",
+)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "error")
+    for message in LET_THROUGH:
+        config.addinivalue_line("filterwarnings", f"ignore:{message}")
+
+
+def pytest_sessionstart(session):
+    # Clearing a session collects garbage: not among what importing has made.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_report_header():
+    return f"keras {keras.__version__}, {keras.backend.backend()}"
+
+
+@pytest.fixture(autouse=True)
+def same_seeds():
+    keras.utils.set_random_seed(0)
+    yield
+    keras.backend.clear_session()

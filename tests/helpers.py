@@ -1,0 +1,176 @@
+"""Trains one problem by plain Keras and in pieces, and says how far they differ."""
+
+import contextlib
+import dataclasses
+import functools
+import re
+
+import keras
+import numpy as np
+import problems
+
+from gradient_accumulator import accumulate
+
+TOLERANCE = {"float32": 1e-5, "float64": 1e-12}  # of how far a variable moved
+
+
+class Batches(keras.utils.PyDataset):
+    """Hands `fit` the given batches, in order, whatever their sizes are."""
+
+    def __init__(self, batches, workers=1):
+        super().__init__(workers=workers)
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        return self.batches[index]
+
+
+def array(variable):
+    return np.asarray(keras.ops.convert_to_numpy(variable.value), "float64")
+
+
+def is_seed(variable):
+    """A seed's state counts forward passes, of which pieces have more."""
+    return "seed_generator" in variable.path
+
+
+@dataclasses.dataclass
+class Trained:
+    """What a training leaves, as NumPy arrays, so that it outlives the model."""
+
+    before: dict[str, np.ndarray]
+    weights: dict[str, np.ndarray]
+    optimizer: dict[str, np.ndarray]
+    history: list[dict[str, list[float]]]
+
+
+def arrays(variables):
+    """Their values by number and name, without what Keras numbers the names with."""
+    return {
+        f"{i} {re.sub(r'_[0-9]+', '', v.name)}": array(v)
+        for i, v in enumerate(variables)
+        if not is_seed(v)
+    }
+
+
+@contextlib.contextmanager
+def floatx(name):
+    before = keras.config.floatx()
+    keras.config.set_floatx(name)
+    try:
+        yield
+    finally:
+        keras.config.set_floatx(before)
+
+
+def train(problem, data, prepare=lambda model: model, **overrides):
+    """Trains on `data` (one epoch's batches) after `prepare(model)`."""
+    with floatx(problem.floatx):
+        model = problem.build()
+        before = arrays(model.weights)
+        history = []
+        for number, stage in enumerate(problem.stages):
+            if stage is not None:
+                stage(model)
+            problem.compile(model, **overrides)
+            if number == 0:
+                model = prepare(model)
+            fitted = model.fit(
+                Batches(data),
+                epochs=problem.epochs,
+                shuffle=False,
+                verbose=0,
+                class_weight=problem.class_weight,
+            )
+            history.append(fitted.history)
+        return Trained(
+            before=before,
+            weights=arrays(model.weights),
+            optimizer=arrays(model.optimizer.variables),
+            history=history,
+        )
+
+
+@functools.cache
+def plain(name):
+    """Plain Keras on the full batches of the problem of this name."""
+    problem = next(p for p in problems.PROBLEMS if p.name == name)
+    return train(problem, problem.batches())
+
+
+def pieces(problem):
+    """One epoch's data for `accum_steps`."""
+    updates = [problem.cut(batch) for batch in problem.batches()]
+    assert all(len(update) == problem.accum_steps for update in updates[:-1])
+    return [piece for update in updates for piece in update]
+
+
+def in_pieces(problem, way):
+    """Ours; `way` is "microbatch_size" or "accum_steps"."""
+    if way == "microbatch_size":
+        data, size = problem.batches(), problems.PIECE
+    else:
+        data, size = pieces(problem), problem.accum_steps
+    return train(
+        problem,
+        data,
+        lambda model: accumulate(model, **{way: size}),
+    )
+
+
+def differences(trained, reference, dtype="float32"):
+    """What differs by more than rounding, as a list of sentences.
+
+    A variable may differ by 1e-5 of how far it moved, and never has to be nearer than
+    the spacing of float32 at its own size, which every update rounds to.
+    """
+    found = []
+
+    def compare(what, a, b, start):
+        moved = np.max(np.abs(b - start), initial=0)
+        spacing = np.finfo(dtype).eps * np.max(np.abs(b), initial=0)
+        off = np.max(np.abs(a - b), initial=0)
+        if not off <= TOLERANCE[dtype] * moved + spacing:
+            found.append(f"{what}: off by {off:.2e}, moved by {moved:.2e}")
+
+    assert trained.weights.keys() == reference.weights.keys()
+    assert len(trained.optimizer) == len(reference.optimizer)
+    for name, b in reference.weights.items():
+        compare(name, trained.weights[name], b, reference.before[name])
+    pairs = zip(trained.optimizer.values(), reference.optimizer.items(), strict=True)
+    for a, (name, b) in pairs:
+        compare(f"optimizer {name}", a, b, 0)
+    for a, b in zip(trained.history, reference.history, strict=True):
+        if a.keys() != b.keys():
+            found.append(f"History has {[*a]}, plain Keras {[*b]}")
+            continue
+        for name, values in b.items():
+            if not np.allclose(a[name], values, rtol=TOLERANCE[dtype], atol=1e-7):
+                found.append(f"History {name}: {a[name]}, plain Keras {values}")
+    return found
+
+
+def moved(trained):
+    """How far the weight that moved most did."""
+    return max(
+        np.max(np.abs(b - trained.before[name]), initial=0)
+        for name, b in trained.weights.items()
+    )
+
+
+def assert_same(trained, reference, dtype="float32"):
+    found = differences(trained, reference, dtype)
+    assert not found, "\n".join(found)
+
+
+def assert_close(got, expected):
+    """Dictionaries of arrays that differ by rounding only."""
+    assert got.keys() == expected.keys()
+    for name, values in expected.items():
+        scale = np.max(np.abs(values), initial=0)
+        np.testing.assert_allclose(
+            got[name], values, rtol=0, atol=1e-5 * scale, err_msg=name
+        )

@@ -1,0 +1,198 @@
+"""Hypothesis draws sizes, weights, masks, losses and reductions.
+
+`HYPOTHESIS_PROFILE=full` draws many more than the default does.
+"""
+
+import os
+
+import keras
+import numpy as np
+import problems
+import pytest
+from helpers import assert_same, moved, train
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from gradient_accumulator import accumulate
+
+# Only a person who looks for the smallest example waits for these.
+SLOW = (Phase.shrink, Phase.explain)
+for _profile, _examples in (("fast", 6), ("full", 150)):
+    settings.register_profile(
+        _profile,
+        max_examples=_examples,
+        deadline=None,  # compiling takes what it takes
+        derandomize=_profile == "fast",
+        phases=[p for p in Phase if p not in SLOW or _profile == "full"],
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+        database=None,
+    )
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+LOSSES = {
+    "mse": lambda reduction: keras.losses.MeanSquaredError(reduction=reduction),
+    "huber": lambda reduction: keras.losses.Huber(reduction=reduction),
+    "log_cosh": lambda reduction: keras.losses.LogCosh(reduction=reduction),
+    "own": lambda reduction: problems.LossByCall(reduction=reduction),
+}
+REDUCTIONS = [
+    reduction
+    for reduction in problems.REDUCTIONS
+    if reduction != "none" or keras.backend.backend() == "tensorflow"
+]
+weight = st.sampled_from([0.0, 0.0, 0.25, 1.0, 3.5])
+
+
+@st.composite
+def sizes(draw):
+    """Examples of each full batch of an epoch, and of a piece.
+
+    For `accum_steps` all full batches but the last have the same number of pieces.
+    """
+    piece = draw(st.integers(1, 6))
+    full = draw(st.integers(1, 13))
+    updates = draw(st.integers(1, 3))
+    last = draw(st.integers(1, full))
+    return [full] * updates + [last], piece
+
+
+def trained(problem, way, piece):
+    batches = problem.batches()
+    if way == "microbatch_size":
+        given_, settings_ = batches, {"microbatch_size": piece}
+    else:
+        cut = [problem.cut(batch) for batch in batches]
+        given_ = [each for pieces in cut for each in pieces]
+        settings_ = {"accum_steps": len(cut[0])}
+    return train(problem, given_, lambda model: accumulate(model, **settings_))
+
+
+def check(problem, way, piece):
+    reference = train(problem, problem.batches())
+    assert_same(trained(problem, way, piece), reference)
+    return reference
+
+
+def problem_of(build, batches, piece, reduction, loss, pieces=None, metrics=True):
+    return problems.Problem(
+        "drawn",
+        build,
+        lambda: batches,
+        arguments=lambda: {
+            "loss": LOSSES[loss](reduction),
+            **({"metrics": ["mae"], "weighted_metrics": ["mse"]} if metrics else {}),
+        },
+        optimizer=lambda: keras.optimizers.SGD(0.05, momentum=0.5),
+        pieces=pieces or (lambda batch: problems.cut(batch, piece)),
+        epochs=1,
+    )
+
+
+def of_every_step(weights):
+    """A mask of steps wants the weights of examples for every step of theirs.
+
+    In float64, which Keras copies: weights in float32 are multiplied by the mask in
+    place on PyTorch, in plain Keras too, before the metrics see them.
+    """
+    return np.repeat(np.float64(weights)[:, None], problems.STEPS, axis=1)
+
+
+ways = pytest.mark.parametrize("way", ["microbatch_size", "accum_steps"])
+
+
+@ways
+@given(
+    sizes=sizes(),
+    reduction=st.sampled_from(REDUCTIONS),
+    loss=st.sampled_from([*LOSSES]),
+    weights=st.none() | st.lists(weight, min_size=13, max_size=13),
+)
+def test_vectors(way, sizes, reduction, loss, weights):
+    counts, piece = sizes
+    batches = problems.each_size(
+        lambda r, n: (
+            problems.normal(r, n, problems.FEATURES),
+            problems.normal(r, n, 2),
+        ),
+        counts,
+    )
+    if weights is not None:
+        batches = [(x, y, np.float32(weights[: len(y)])) for x, y in batches]
+    problem = problem_of(problems.mlp(2), batches, piece, reduction, loss)
+    reference = check(problem, way, piece)
+    if weights is None:
+        assert moved(reference) > 1e-4
+
+
+@ways
+@given(
+    sizes=sizes(),
+    reduction=st.sampled_from(REDUCTIONS),
+    loss=st.sampled_from([*LOSSES]),
+    lengths=st.lists(st.integers(0, problems.STEPS), min_size=13, max_size=13),
+    weights=st.none() | st.lists(weight, min_size=13, max_size=13),
+    trim=st.booleans(),
+)
+def test_masked_sequences(way, sizes, reduction, loss, lengths, weights, trim):
+    """Rows of any length, also empty ones, and pieces cut to their longest row."""
+    counts, piece = sizes
+
+    def make(r, n):
+        x = r.integers(1, problems.TOKENS, (n, problems.STEPS)).astype("int32")
+        x *= np.arange(problems.STEPS) < np.array(lengths[:n])[:, None]
+        y = problems.normal(r, n, problems.STEPS, 2)
+        return (x, y) if weights is None else (x, y, of_every_step(weights[:n]))
+
+    def pieces(batch):
+        return [shortened(each) for each in problems.cut(batch, piece)]
+
+    def shortened(each):
+        longest = max(int((each[0] > 0).sum(axis=1).max()), 1) if trim else None
+        return tuple(array[:, :longest] for array in each)
+
+    problem = problem_of(
+        problems.tagger,
+        problems.each_size(make, counts),
+        piece,
+        reduction,
+        loss,
+        pieces=pieces if way == "accum_steps" else None,
+        # Keras's metrics are means over an example's steps first, padding included.
+        metrics=not trim,
+    )
+    check(problem, way, piece)
+
+
+@ways
+@given(
+    sizes=sizes(),
+    reductions=st.tuples(
+        st.sampled_from(REDUCTIONS[:4]), st.sampled_from(REDUCTIONS[:4])
+    ),
+    lengths=st.lists(st.integers(1, problems.STEPS), min_size=13, max_size=13),
+    weights=st.lists(st.tuples(weight, weight), min_size=13, max_size=13),
+    loss_weights=st.tuples(st.floats(0.1, 3), st.floats(0.1, 3)),
+)
+def test_two_outputs(way, sizes, reductions, lengths, weights, loss_weights):
+    counts, piece = sizes
+    of_steps, of_whole = (np.float32(column) for column in zip(*weights, strict=True))
+
+    def make(r, n):
+        x = r.integers(1, problems.TOKENS, (n, problems.STEPS)).astype("int32")
+        x *= np.arange(problems.STEPS) < np.array(lengths[:n])[:, None]
+        y = (
+            problems.normal(r, n, problems.STEPS, 2),
+            r.integers(0, problems.CLASSES, n).astype("int32"),
+        )
+        return x, y, (of_every_step(of_steps[:n]), of_whole[:n])
+
+    problem = problems.Problem(
+        "drawn",
+        problems.tagger_and_classifier,
+        lambda: problems.each_size(make, counts),
+        arguments=problems.two_losses(*reductions, loss_weights=list(loss_weights)),
+        optimizer=lambda: keras.optimizers.SGD(0.05, momentum=0.5),
+        pieces=lambda batch: problems.cut(batch, piece),
+        epochs=1,
+    )
+    check(problem, way, piece)

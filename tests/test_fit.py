@@ -1,0 +1,734 @@
+"""`fit` in pieces, with all that Keras's `fit` takes."""
+
+import csv
+
+import keras
+import numpy as np
+import problems
+import pytest
+from helpers import Batches, arrays, assert_close
+from keras import layers, ops
+
+from gradient_accumulator import accumulate
+
+BACKEND = keras.backend.backend()
+BASE = problems.mlp()
+FULL, PIECE, COUNT = 8, 4, 24  # examples of a full batch, of a piece, in all
+UPDATES, PIECES = COUNT // FULL, COUNT // PIECE
+WAYS = {
+    # what `accumulate` gets, and the batch size that `fit` then gets
+    "microbatch_size": ({"microbatch_size": PIECE}, FULL),
+    "accum_steps": ({"accum_steps": FULL // PIECE}, PIECE),
+}
+ways = pytest.mark.parametrize("way", WAYS)
+
+KERAS = tuple(map(int, keras.__version__.split(".")[:2]))
+
+
+def data(count=COUNT, seed=0):
+    r = problems.random(seed)
+    x = problems.normal(r, count, problems.FEATURES)
+    return x, np.tanh(x[:, : problems.CLASSES]).astype("float32")
+
+
+def compiled(way=None, build=BASE, **arguments):
+    """A compiled model; plain, or one that trains in pieces in this way."""
+    model = build()
+    model.compile(
+        **{"optimizer": keras.optimizers.SGD(0.3, 0.9), "loss": "mse", **arguments}
+    )
+    return model if way is None else accumulate(model, **WAYS[way][0])
+
+
+def fit(model, x, y=None, **arguments):
+    return model.fit(x, y, **{"shuffle": False, "verbose": 0, **arguments})
+
+
+def size(way):
+    return FULL if way is None else WAYS[way][1]
+
+
+def both(way, source, build=BASE, settings=None, plain_source=None, **arguments):
+    """Trains by plain Keras and in pieces from `source(batch size)`, and compares."""
+    results = []
+    for each in (None, way):
+        model = compiled(each, build, **(settings() if settings else {}))
+        given = ((plain_source if each is None else None) or source)(size(each))
+        given = given if isinstance(given, dict) else {"x": given}
+        history = fit(model, **given, **arguments)
+        results.append((model, history.history))
+    (reference, expected), (model, got) = results
+    assert_close(arrays(model.weights), arrays(reference.weights))
+    assert_close(
+        arrays(model.optimizer.variables), arrays(reference.optimizer.variables)
+    )
+    assert got.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(got[name], values, rtol=1e-5, err_msg=name)
+    return model, got
+
+
+# ------------------------------------------------------------------------ data sources
+
+
+def of_arrays(batch_size):
+    x, y = data()
+    return {"x": x, "y": y, "batch_size": batch_size}
+
+
+def of_backend_tensors(batch_size):
+    x, y = data()
+    return {
+        "x": ops.convert_to_tensor(x),
+        "y": ops.convert_to_tensor(y),
+        "batch_size": batch_size,
+    }
+
+
+def of_tf_data(batch_size):
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensor_slices(data()).batch(batch_size)
+
+
+def of_py_dataset(batch_size):
+    return Batches(problems.cut(data(), batch_size))
+
+
+def of_data_loader(batch_size):
+    import torch
+
+    dataset = torch.utils.data.TensorDataset(*map(torch.as_tensor, data()))
+    return torch.utils.data.DataLoader(dataset, batch_size=batch_size)
+
+
+def of_generator(batch_size):
+    batches = problems.cut(data(), batch_size)
+    return {
+        "x": (batch for _ in range(2) for batch in batches),
+        "steps_per_epoch": len(batches),
+    }
+
+
+def of_infinite_generator(batch_size):
+    batches = problems.cut(data(), batch_size)
+
+    def forever():
+        while True:
+            yield from batches
+
+    return {"x": forever(), "steps_per_epoch": len(batches)}
+
+
+SOURCES = {
+    source.__name__: source
+    for source in (
+        of_arrays,
+        of_backend_tensors,
+        of_tf_data,
+        of_py_dataset,
+        of_data_loader,
+        of_generator,
+        of_infinite_generator,
+    )
+}
+
+
+@ways
+@pytest.mark.parametrize("source", SOURCES)
+def test_data_source(source, way):
+    model, _ = both(way, SOURCES[source], epochs=2)
+    assert int(model.optimizer.iterations) == 2 * UPDATES
+
+
+@ways
+def test_py_dataset_with_workers(way):
+    """Plain Keras loses the order there on JAX, so only the updates are counted."""
+    model = compiled(way)
+    dataset = Batches(problems.cut(data(), size(way)), workers=2)
+    history = fit(model, dataset, epochs=2).history
+    assert int(model.optimizer.iterations) == 2 * UPDATES
+    assert history["loss"][1] < history["loss"][0]
+
+
+@ways
+def test_tf_data_of_unknown_length_and_rank(way):
+    import tensorflow as tf
+
+    def source(batch_size):
+        batches = problems.cut(data(), batch_size)
+        spec = tf.TensorSpec((None, None), tf.float32)
+        return tf.data.Dataset.from_generator(
+            lambda: iter(batches), output_signature=(spec, spec)
+        )
+
+    # Keras warns that it learnt the length of an epoch by reaching its end. There plain
+    # Keras on TensorFlow counts one update too many, so it gets data of known length.
+    with pytest.warns(UserWarning, match="ran out of data"):
+        model, _ = both(way, source, plain_source=of_py_dataset, epochs=2)
+    assert int(model.optimizer.iterations) == 2 * UPDATES
+
+
+@ways
+def test_generator_without_steps_is_one_epoch(way):
+    def source(batch_size):
+        return (batch for batch in problems.cut(data(), batch_size))
+
+    with pytest.warns(UserWarning, match="ran out of data"):
+        model, _ = both(way, source, plain_source=of_py_dataset)
+    assert int(model.optimizer.iterations) == UPDATES
+
+
+@ways
+def test_shuffled_arrays(way):
+    """Keras shuffles by its own seed; every example is seen once an epoch."""
+    x, y = data()
+    model = compiled(way)
+    seen = []
+    record = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: seen.append(logs["loss"])
+    )
+    before = arrays(model.weights)
+    fit(model, x, y, batch_size=size(way), shuffle=True, epochs=3, callbacks=[record])
+    assert seen[-1] < seen[0]
+    assert int(model.optimizer.iterations) == 3 * UPDATES
+    assert any(
+        not np.array_equal(before[k], v) for k, v in arrays(model.weights).items()
+    )
+
+
+@ways
+def test_nested_inputs_and_outputs(way):
+    batch = problems.nested_batches()[0]
+
+    def source(batch_size):
+        return Batches(problems.cut(batch, batch_size))
+
+    def settings():
+        return {"loss": {"y": "mse", "double": "mae"}, "metrics": {"y": ["mae"]}}
+
+    both(way, source, problems.of_named_inputs, settings, epochs=2)
+
+
+@ways
+def test_inputs_in_a_list(way):
+    def source(batch_size):
+        r = problems.random()
+        x = [problems.normal(r, COUNT, problems.FEATURES) for _ in range(2)]
+        return {"x": x, "y": problems.normal(r, COUNT, 1), "batch_size": batch_size}
+
+    both(way, source, problems.shared_layer, epochs=2)
+
+
+@ways
+def test_no_targets(way):
+    def source(batch_size):
+        return {"x": data()[0], "batch_size": batch_size}
+
+    build = problems.written(problems.MeanOverExamples)
+    both(way, source, build, lambda: {"loss": None}, epochs=2)
+
+
+@ways
+def test_sample_weight(way):
+    def source(batch_size):
+        weights = problems.uneven(problems.random(3), COUNT)
+        return {**of_arrays(batch_size), "sample_weight": weights}
+
+    both(way, source, settings=lambda: {"weighted_metrics": ["mae"]}, epochs=2)
+
+
+@ways
+def test_class_weight(way):
+    def source(batch_size):
+        r = problems.random()
+        return {
+            "x": problems.normal(r, COUNT, problems.FEATURES),
+            "y": r.integers(0, problems.CLASSES, COUNT),
+            "batch_size": batch_size,
+            "class_weight": problems.CLASS_WEIGHT,
+        }
+
+    def settings():
+        return {"loss": "sparse_categorical_crossentropy", "metrics": ["accuracy"]}
+
+    both(way, source, problems.classifier, settings, epochs=2)
+
+
+@ways
+def test_validation_data(way):
+    _, history = both(
+        way,
+        of_arrays,
+        settings=lambda: {"metrics": ["mae"]},
+        epochs=2,
+        validation_data=data(10, seed=4),
+        validation_batch_size=3,
+    )
+    assert history.keys() == {"loss", "mae", "val_loss", "val_mae"}
+
+
+@ways
+def test_validation_split_and_frequency(way):
+    x, y = data(32)
+
+    def source(batch_size):
+        return {"x": x, "y": y, "batch_size": batch_size}
+
+    _, history = both(way, source, epochs=4, validation_split=0.25, validation_freq=2)
+    assert len(history["val_loss"]) == 2
+
+
+@ways
+def test_initial_epoch(way):
+    model, history = both(way, of_arrays, epochs=3, initial_epoch=1)
+    assert len(history["loss"]) == 2
+    assert int(model.optimizer.iterations) == 2 * UPDATES
+
+
+@ways
+def test_fit_again_goes_on(way):
+    results = []
+    for each in (None, way):
+        model = compiled(each)
+        for _ in range(2):
+            fit(model, **of_arrays(size(each)))
+        results.append(arrays(model.weights) | arrays(model.optimizer.variables))
+    assert_close(*reversed(results))
+
+
+# ------------------------------------------------------------------ ways of executing
+
+
+@ways
+def test_run_eagerly(way):
+    both(way, of_arrays, settings=lambda: {"run_eagerly": True}, epochs=2)
+
+
+@ways
+@pytest.mark.parametrize("jit_compile", [True, False])
+def test_jit_compile(way, jit_compile):
+    both(way, of_arrays, settings=lambda: {"jit_compile": jit_compile}, epochs=2)
+
+
+@ways
+@pytest.mark.skipif(
+    BACKEND == "torch", reason="Keras has it on TensorFlow and JAX only"
+)
+@pytest.mark.parametrize("steps", [2, 5])
+def test_steps_per_execution(way, steps):
+    def settings():
+        return {"steps_per_execution": steps}
+
+    model, _ = both(way, of_arrays, settings=settings, epochs=2)
+    assert int(model.optimizer.iterations) == 2 * UPDATES
+    assert model.steps_per_execution == steps
+
+
+def sizes_seen(way, count=10, **settings):
+    """The batch sizes that the model is called with while it trains."""
+    seen = []
+
+    class Watch(layers.Layer):
+        def call(self, x, training=False):
+            if training and x.shape[0] is not None:
+                seen.append(x.shape[0])
+            return x
+
+    @problems.seeded
+    def build():
+        x = layers.Input((problems.FEATURES,))
+        return keras.Model(x, layers.Dense(problems.CLASSES)(Watch()(x)))
+
+    model = compiled(way, build, **settings)
+    x, y = data(count)
+    fit(model, x, y, batch_size=size(way))
+    return seen
+
+
+def test_the_model_sees_pieces_one_after_the_other():
+    eager = {"run_eagerly": True}
+    assert sizes_seen(None, **eager) == [8, 2]
+    assert sizes_seen("microbatch_size", **eager) == [4, 4, 2]
+    assert sizes_seen("accum_steps", **eager) == [4, 4, 2]
+
+
+def test_the_model_never_sees_the_full_batch():
+    for way in WAYS:
+        assert FULL not in sizes_seen(way)
+
+
+def test_a_piece_larger_than_the_batch_is_one_piece():
+    results = []
+    for microbatch_size in (None, 100):
+        model = compiled()
+        if microbatch_size:
+            accumulate(model, microbatch_size=microbatch_size)
+        fit(model, **of_arrays(FULL), epochs=2)
+        results.append(arrays(model.weights))
+    assert_close(*results)
+
+
+def test_more_accum_steps_than_pieces_is_one_update_an_epoch():
+    x, y = data()
+    reference = compiled()
+    fit(reference, x, y, batch_size=COUNT, epochs=2)
+    model = accumulate(compiled(), accum_steps=100)
+    fit(model, x, y, batch_size=PIECE, epochs=2)
+    assert int(model.optimizer.iterations) == 2
+    assert_close(arrays(model.weights), arrays(reference.weights))
+
+
+# ---------------------------------------------------------------- updates and epochs
+
+
+def test_an_epochs_last_update_takes_the_pieces_that_are_left():
+    """Five pieces, three an update: the second one of each epoch has two."""
+    x, y = data(5 * PIECE)
+    reference = compiled()
+    fit(reference, x, y, batch_size=3 * PIECE, epochs=2)
+    model = accumulate(compiled(), accum_steps=3)
+    fit(model, x, y, batch_size=PIECE, epochs=2)
+    assert int(model.optimizer.iterations) == 4
+    assert_close(arrays(model.weights), arrays(reference.weights))
+
+
+def test_nothing_crosses_an_epochs_end_of_an_infinite_generator():
+    """Epochs of five pieces, three an update: 3 + 2, and no piece is lost."""
+    batches = problems.cut(data(10 * PIECE), PIECE)
+    taken = []
+
+    def forever():
+        while True:
+            for number, batch in enumerate(batches):
+                taken.append(number)
+                yield batch
+
+    model = accumulate(compiled(), accum_steps=3)
+    fit(model, forever(), steps_per_epoch=5, epochs=2)
+
+    def joined(numbers):
+        return tuple(np.concatenate([batches[i][k] for i in numbers]) for k in (0, 1))
+
+    reference = compiled()
+    updates = [joined(n) for n in ([0, 1, 2], [3, 4], [5, 6, 7], [8, 9])]
+    fit(reference, Batches(updates))
+    assert int(model.optimizer.iterations) == 4
+    assert_close(arrays(model.weights), arrays(reference.weights))
+
+
+class Record(keras.callbacks.Callback):
+    """The steps that batch-level callbacks are called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.begins, self.ends, self.iterations, self.logs = [], [], [], []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.begins.append(batch)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.ends.append(batch)
+        self.iterations.append(int(self.model.optimizer.iterations))
+        self.logs.append({name: float(value) for name, value in logs.items()})
+
+
+@ways
+def test_batch_callbacks_run_once_an_update(way):
+    record = Record()
+    model = compiled(way, metrics=["mae"])
+    fit(model, **of_arrays(size(way)), callbacks=[record])
+    stride = {"microbatch_size": 1, "accum_steps": FULL // PIECE}[way]
+    assert record.begins == [stride * i for i in range(UPDATES)]
+    # Before Keras 3.11 the first of several steps is named, from then on the last.
+    last = stride - 1 if KERAS >= (3, 11) else 0
+    assert record.ends == [stride * i + last for i in range(UPDATES)]
+    assert record.params["steps"] == stride * UPDATES
+    # JAX has its state in the variables only after the epoch, with plain Keras too.
+    if BACKEND != "jax":
+        assert record.iterations == [1, 2, 3]
+
+
+@ways
+def test_logs_of_every_update_equal_plain_keras(way):
+    records = []
+    for each in (None, way):
+        records.append(Record())
+        model = compiled(each, metrics=["mae"])
+        fit(model, **of_arrays(size(each)), callbacks=[records[-1]])
+    reference, record = records
+    for got, expected in zip(record.logs, reference.logs, strict=True):
+        assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_progress_bar_counts_pieces(capsys):
+    model = compiled("accum_steps")
+    fit(model, **of_arrays(PIECE), verbose=2)
+    fit(model, **of_arrays(PIECE), verbose=1)
+    shown = capsys.readouterr().out
+    assert f"{PIECES}/{PIECES}" in shown
+    assert f"/{UPDATES} " not in shown
+
+
+@ways
+def test_schedules_count_updates(way):
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay(
+        [UPDATES - 1], [0.3, 0.0]
+    )
+
+    def settings():
+        return {"optimizer": keras.optimizers.SGD(schedule)}
+
+    model, _ = both(way, of_arrays, settings=settings)
+    stopped = arrays(model.weights)
+    fit(model, **of_arrays(size(way)))
+    assert_close(arrays(model.weights), stopped)
+
+
+@ways
+def test_stop_training_in_an_epoch(way):
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            self.model.stop_training = True
+
+    model = compiled(way)
+    fit(model, **of_arrays(size(way)), epochs=4, callbacks=[Stop()])
+    assert int(model.optimizer.iterations) == 1
+
+
+# -------------------------------------------------------------------------- callbacks
+
+
+@ways
+def test_learning_rate_scheduler(way):
+    both(
+        way,
+        of_arrays,
+        epochs=3,
+        callbacks=[keras.callbacks.LearningRateScheduler(lambda e, lr: 0.3 / (e + 1))],
+    )
+
+
+@ways
+def test_reduce_lr_on_plateau(way):
+    model, history = both(
+        way,
+        of_arrays,
+        epochs=3,
+        callbacks=[
+            keras.callbacks.ReduceLROnPlateau(
+                monitor="loss", factor=0.5, patience=1, min_delta=100.0
+            )
+        ],
+    )
+    assert history["learning_rate"] == pytest.approx([0.3, 0.3, 0.15])
+    assert float(model.optimizer.learning_rate) == pytest.approx(0.075)
+
+
+@ways
+def test_early_stopping_restores_the_best_weights(way):
+    _, history = both(
+        way,
+        of_arrays,
+        epochs=6,
+        callbacks=[
+            keras.callbacks.EarlyStopping(
+                monitor="loss", patience=2, min_delta=100.0, restore_best_weights=True
+            )
+        ],
+    )
+    assert len(history["loss"]) == 3
+
+
+@ways
+def test_model_checkpoint(way, tmp_path):
+    for frequency in ("epoch", 2):
+        path = tmp_path / f"{way}-{frequency}.keras"
+        checkpoint = keras.callbacks.ModelCheckpoint(path, save_freq=frequency)
+        model = compiled(way)
+        fit(model, **of_arrays(size(way)), epochs=2, callbacks=[checkpoint])
+        loaded = keras.saving.load_model(path)
+        assert type(loaded) is type(model)
+        if frequency == "epoch":
+            assert_close(arrays(loaded.weights), arrays(model.weights))
+            assert int(loaded.optimizer.iterations) == 2 * UPDATES
+
+
+class Interrupt(keras.callbacks.Callback):
+    """Ends the process's training in the middle of the second epoch."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.epoch == 1 and batch >= 1:
+            raise InterruptedError
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+
+@ways
+def test_backup_and_restore(way, tmp_path):
+    reference = compiled()
+    fit(reference, **of_arrays(FULL), epochs=3)
+
+    def backup():
+        return keras.callbacks.BackupAndRestore(tmp_path / "backup")
+
+    model = compiled(way)
+    with pytest.raises(InterruptedError):
+        fit(
+            model,
+            **of_arrays(size(way)),
+            epochs=3,
+            callbacks=[backup(), Interrupt()],
+        )
+    resumed = compiled(way)
+    fit(resumed, **of_arrays(size(way)), epochs=3, callbacks=[backup()])
+    assert int(resumed.optimizer.iterations) == 3 * UPDATES
+    assert_close(arrays(resumed.weights), arrays(reference.weights))
+    assert_close(
+        arrays(resumed.optimizer.variables), arrays(reference.optimizer.variables)
+    )
+
+
+@ways
+def test_tensorboard(way, tmp_path):
+    # Keras's callback writes by TensorFlow on every backend.
+    callback = keras.callbacks.TensorBoard(tmp_path, update_freq=2, write_graph=False)
+    fit(compiled(way), **of_arrays(size(way)), epochs=2, callbacks=[callback])
+    (events,) = (tmp_path / "train").iterdir()
+    assert events.stat().st_size > 100
+
+
+@ways
+def test_csv_logger(way, tmp_path):
+    path = tmp_path / "log.csv"
+    model = compiled(way, metrics=["mae"])
+    history = fit(
+        model,
+        **of_arrays(size(way)),
+        epochs=2,
+        callbacks=[keras.callbacks.CSVLogger(path)],
+    )
+    with open(path) as file:
+        rows = list(csv.DictReader(file))
+    logged = [float(row["loss"]) for row in rows]
+    assert logged == pytest.approx(history.history["loss"])
+    assert [*rows[0]][:3] == ["epoch", "loss", "mae"]
+
+
+@ways
+def test_a_callback_list_of_keras(way):
+    model = compiled(way)
+    record = Record()
+    callbacks = keras.callbacks.CallbackList([record], add_history=True, model=model)
+    fit(model, **of_arrays(size(way)), callbacks=callbacks)
+    assert len(record.ends) == UPDATES
+
+
+# ----------------------------------------------------- the methods beside `fit`
+
+
+@ways
+def test_evaluate_and_predict_are_untouched(way):
+    x, y = data(10)
+    reference = compiled(metrics=["mae"])
+    model = compiled(way, metrics=["mae"])
+    for method in ("evaluate", "predict", "test_on_batch", "predict_on_batch"):
+        assert method not in vars(model)
+    for _ in range(2):
+        assert model.evaluate(x, y, verbose=0) == pytest.approx(
+            reference.evaluate(x, y, verbose=0), rel=1e-5
+        )
+        np.testing.assert_allclose(
+            model.predict(x, verbose=0), reference.predict(x, verbose=0), atol=1e-6
+        )
+        fit(model, x, y, batch_size=10 if way == "microbatch_size" else 5)
+        fit(reference, x, y, batch_size=10)
+
+
+def test_train_on_batch_by_microbatch_size():
+    reference = compiled(metrics=["mae"])
+    model = compiled("microbatch_size", metrics=["mae"])
+    x, y = data(10)
+    weights = problems.uneven(problems.random(2), 10)
+    for _ in range(3):
+        expected = reference.train_on_batch(x, y, weights, return_dict=True)
+        got = model.train_on_batch(x, y, weights, return_dict=True)
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(got[name], value, rtol=1e-5)
+    assert int(model.optimizer.iterations) == 3
+    assert_close(arrays(model.weights), arrays(reference.weights))
+
+
+def test_train_on_batch_by_accum_steps_raises():
+    model = compiled("accum_steps")
+    before = arrays(model.weights)
+    with pytest.raises(ValueError, match=r"microbatch_size.*Received: accum_steps=2"):
+        model.train_on_batch(*data(4))
+    assert_close(arrays(model.weights), before)
+
+
+# ---------------------------------------------------------------------------- dropout
+
+
+class Masks(layers.Layer):
+    """Adds up, for each column, the inputs that dropout let through."""
+
+    def build(self, shape):
+        self.total = self.add_weight(
+            shape=(shape[-1],), initializer="zeros", trainable=False
+        )
+
+    def call(self, x, training=False):
+        if training:
+            self.total.assign_add(ops.sum(x, axis=0))
+        return x
+
+
+@problems.seeded
+def with_dropout():
+    x = layers.Input((256,))
+    h = Masks(name="masks")(layers.Dropout(0.5, seed=3)(x))
+    return keras.Model(x, layers.Dense(1)(h))
+
+
+@ways
+def test_pieces_draw_different_dropout_masks(way):
+    model = compiled(way, with_dropout)
+    pieces = 4
+    if way == "accum_steps":
+        accumulate(model, accum_steps=pieces)
+        batch_size = 1
+    else:
+        accumulate(model, microbatch_size=1)
+        batch_size = pieces
+    # One example of ones a piece: a column's total counts the pieces that kept it.
+    fit(model, np.ones((pieces, 256)), np.ones((pieces, 1)), batch_size=batch_size)
+    total = ops.convert_to_numpy(model.get_layer("masks").total)
+    kept = set(np.round(total / 2).astype(int))
+    assert kept == set(range(pieces + 1))
+
+
+@ways
+def test_two_runs_from_one_seed_are_equal(way):
+    runs = []
+    for _ in range(2):
+        keras.utils.set_random_seed(11)
+        model = compiled(way, with_dropout)
+        x = problems.normal(problems.random(), COUNT, 256)
+        fit(model, x, x[:, :1], batch_size=size(way), epochs=2, shuffle=True)
+        runs.append(arrays(model.weights))
+    for name, value in runs[0].items():
+        np.testing.assert_array_equal(runs[1][name], value)
+
+
+@ways
+def test_seeds_go_on_between_updates(way):
+    """Two updates draw different masks too, as those of plain Keras do."""
+    model = compiled(way, with_dropout)
+    fit(model, np.ones((FULL, 256)), np.ones((FULL, 1)), batch_size=size(way))
+    first = ops.convert_to_numpy(model.get_layer("masks").total)
+    fit(model, np.ones((FULL, 256)), np.ones((FULL, 1)), batch_size=size(way))
+    second = ops.convert_to_numpy(model.get_layer("masks").total) - first
+    assert not np.array_equal(first, second)
