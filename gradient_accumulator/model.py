@@ -112,7 +112,8 @@ def _accumulate(model: Model, accumulation: Accumulation) -> Model:
         _check_optimizer(model)
         arguments = inspect.signature(type(model).fit).bind(model, *args, **kwargs)
         epoch.restart(arguments.arguments.get("steps_per_epoch"))
-        _build_from_first(model, accumulation, arguments.arguments)
+        if engine.KERAS_DRAWS_TO_BUILD:
+            _build_from_first(model, accumulation, arguments.arguments)
         callback = _EpochCallback(epoch, arguments.arguments)
         steps = model.steps_per_execution
         if accum_steps is not None:

@@ -165,13 +165,16 @@ def measure(model, data, y_pred) -> list[Denominator]:
     return standing_in(model, Denominator, y, y_pred, sample_weight)
 
 
-def inspect(model, data, scope=nullcontext) -> list[Denominator]:
+def inspect(
+    model, data, scope=nullcontext, trace=compute_output_spec
+) -> list[Denominator]:
     """The kinds of the compiled losses, from a piece's shapes, without its values.
 
     Args:
         model: A compiled and built model.
         data: A piece, nested, of `keras.KerasTensor`s.
         scope: Makes a context in which the model's variables have values.
+        trace: Calls a function with the data, without any effect.
     """
     found: list[Denominator] = []
     if not has_compiled_losses(model):
@@ -183,7 +186,7 @@ def inspect(model, data, scope=nullcontext) -> list[Denominator]:
             found[:] = measure(model, data, forward(model, x, training=False))
         return ops.zeros(())
 
-    compute_output_spec(run, data)
+    trace(run, data)
     return found
 
 

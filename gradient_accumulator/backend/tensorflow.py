@@ -27,6 +27,8 @@ from gradient_accumulator.pieces import (
     map_leaves,
 )
 
+KERAS_DRAWS_TO_BUILD = False  # whether `fit` builds the model from a batch of its data
+
 
 def make_train_function(
     model: keras.Model, accumulation: Accumulation, epoch: Epoch
@@ -55,7 +57,10 @@ def make_train_function(
                     example_count(batch)
             if not built:
                 with strategy.scope():
-                    trainer.build(model, map_leaves(_symbolic, local[0]))
+                    if model.run_eagerly:
+                        trainer.build_from_values(model, local[0])
+                    else:
+                        trainer.build(model, map_leaves(_symbolic, local[0]))
                 built = True
             state = model.non_trainable_variables
             before = [variable.value.read_value() for variable in state]
@@ -171,6 +176,14 @@ def _hold(pieces: tuple, count: tf.Tensor) -> _Pieces:
     return _Pieces(sizes, read, map_leaves(_symbolic, pieces[0]), even)
 
 
+def _trace(function, pieces):
+    """What `function` returns for any piece, or its spec; without its effects."""
+    if tf.executing_eagerly():
+        with trainer.StatelessScope():
+            return function(pieces.read(0))
+    return trainer.compute_output_spec(function, pieces.example)
+
+
 def _list(arrays):
     held = tf.TensorArray(
         arrays[0].dtype, len(arrays), infer_shape=False, clear_after_read=False
@@ -215,7 +228,7 @@ def _update(model, accumulation, pieces):
     count = tf.size(sizes)
     shares = sizes / tf.reduce_sum(sizes)
     factors = _factors(model, pieces, shares)
-    sums = _Sums(model, variables, accumulation.accum_dtype, pieces.example, count)
+    sums = _Sums(model, variables, accumulation.accum_dtype, pieces, count)
     add_piece = functools.partial(_add_piece, model, variables, sums)
     apply = functools.partial(_apply, model, variables)
     if model.jit_compile and not model.run_eagerly:
@@ -256,12 +269,12 @@ class _Sums:
     the same slices give the same update.
     """
 
-    def __init__(self, model, variables, accum_dtype, example, count):
+    def __init__(self, model, variables, accum_dtype, pieces, count):
         self.variables = variables
         self.accum_dtype = accum_dtype
         self.count = count
         self.connected: set[int] = set()  # variables with a gradient from some piece
-        self.sparse = _sparse_variables(model, variables, example)
+        self.sparse = _sparse_variables(model, variables, pieces)
 
     def dense(self) -> list:
         return [
@@ -310,7 +323,7 @@ class _Sums:
         return [finished(i, variable) for i, variable in enumerate(self.variables)]
 
 
-def _sparse_variables(model, variables, example) -> dict[int, tf.DType]:
+def _sparse_variables(model, variables, pieces) -> dict[int, tf.DType]:
     """The variables whose gradients are slices, with the dtype of their indices."""
     sparse: dict[int, tf.DType] = {}
     if not any(
@@ -329,13 +342,13 @@ def _sparse_variables(model, variables, example) -> dict[int, tf.DType]:
                 sparse[i] = gradient.indices.dtype
         return tf.zeros(())
 
-    trainer.compute_output_spec(run, example)
+    _trace(run, pieces)
     return sparse
 
 
 def _factors(model, pieces, shares):
     """The factor of each compiled loss in each piece, or None where all are 1."""
-    found = normalizers.inspect(model, pieces.example)
+    found = normalizers.inspect(model, pieces, trace=_trace)
     kinds = [denominator.kind for denominator in found]
     if normalizers.ADDITIVE not in kinds and not normalizers.differ(found, pieces.even):
         return None
@@ -418,7 +431,7 @@ def _zero_logs(model, pieces):
 
     return keras.tree.map_structure(
         lambda spec: tf.zeros(spec.shape, spec.dtype),
-        trainer.compute_output_spec(logs, pieces.example),
+        _trace(logs, pieces),
     )
 
 

@@ -20,6 +20,8 @@ from gradient_accumulator.pieces import (
     leaves,
 )
 
+KERAS_DRAWS_TO_BUILD = True  # whether `fit` builds the model from a batch of its data
+
 
 def make_train_function(
     model: keras.Model, accumulation: Accumulation, epoch: Epoch

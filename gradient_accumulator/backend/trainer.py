@@ -44,14 +44,27 @@ def build(model: keras.Model, data: Any) -> None:
     model._symbolic_build(data_batch=data)
 
 
+def build_from_values(model: keras.Model, data: Any) -> None:
+    """The same where the model runs eagerly, and may branch on its data's values."""
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    with StatelessScope():
+        y_pred = forward(model, x, training=False)
+        if model._compile_metrics is not None and not model._compile_metrics.built:
+            model.compute_metrics(x, y, y_pred, sample_weight)
+        if model._compile_loss is not None and not model._compile_loss.built:
+            model._compute_loss(x, y, y_pred, sample_weight, training=False)
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    model._post_build()
+
+
 def forward(model: keras.Model, x: Any, training: bool) -> Any:
     return model(x, training=training) if model._call_has_training_arg else model(x)
 
 
 def update_loss(model: keras.Model, loss: Any, examples: Any) -> None:
     """Add a piece's loss to the loss in the logs."""
-    if hasattr(losses, "unscale_loss_for_distribution"):  # not in Keras 3.7
-        loss = losses.unscale_loss_for_distribution(loss)
+    loss = losses.unscale_loss_for_distribution(loss)
     model._loss_tracker.update_state(loss, sample_weight=examples)
 
 
