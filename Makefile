@@ -30,7 +30,7 @@ help:
 	@echo "make demo BACKEND=jax    the same on JAX (or torch)"
 	@echo "make test            the tests on TensorFlow, JAX and PyTorch"
 	@echo "make test-jax        the tests on JAX (or -tensorflow, -torch)"
-	@echo "make test-oldest     the tests with Keras $(OLDEST_KERAS), without the slow ones"
+	@echo "make test-oldest     the tests with Keras $(OLDEST_KERAS)"
 	@echo "make lint types      ruff and mypy;  make format  rewrites the files"
 	@echo "make benchmark       the tables of speed, memory and exactness"
 	@echo "make clean           removes .venv and what tools leave behind"
