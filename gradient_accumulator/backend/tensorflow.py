@@ -87,10 +87,11 @@ def _make_update(model, accumulation):
     """A function of one update's data, with the graphs that it was traced to."""
     strategy = model.distribute_strategy
     replicas = strategy.num_replicas_in_sync
+    inspected: dict = {}  # what the compiled losses divide by, for a structure of data
 
     def on_replicas(pieces_of, *data):
         def run(*data):
-            return _update(model, accumulation, pieces_of(*data))
+            return _update(model, accumulation, pieces_of(*data), inspected)
 
         outputs = strategy.run(run, args=data)
         return reduce_per_replica(outputs, strategy, reduction="auto")
@@ -221,13 +222,13 @@ def _without_optional(leaf):
     return None if isinstance(leaf, nones) else leaf
 
 
-def _update(model, accumulation, pieces):
+def _update(model, accumulation, pieces, inspected):
     """One update: what every piece is worth, the loop over them, the optimizer."""
     variables = model.trainable_weights
     sizes = tf.cast(pieces.sizes, normalizers.dtype())
     count = tf.size(sizes)
     shares = sizes / tf.reduce_sum(sizes)
-    factors = _factors(model, pieces, shares)
+    factors = _factors(model, pieces, shares, inspected)
     sums = _Sums(model, variables, accumulation.accum_dtype, pieces, count)
     add_piece = functools.partial(_add_piece, model, variables, sums)
     apply = functools.partial(_apply, model, variables)
@@ -274,6 +275,7 @@ class _Sums:
         self.accum_dtype = accum_dtype
         self.count = count
         self.connected: set[int] = set()  # variables with a gradient from some piece
+        self.eager: dict[int, list] = {}  # slices, where there is no graph
         self.sparse = _sparse_variables(model, variables, pieces)
 
     def dense(self) -> list:
@@ -294,6 +296,10 @@ class _Sums:
     def add(self, dense: list, gradients: list) -> tuple[list, list]:
         """The new accumulators, and the slices of this piece."""
         self.connected.update(i for i, g in enumerate(gradients) if g is not None)
+        for i, gradient in enumerate(gradients):
+            if tf.executing_eagerly() and isinstance(gradient, tf.IndexedSlices):
+                self.eager.setdefault(i, []).append(gradient)
+                gradients[i] = None
         waiting = iter(dense)
         dense = [
             _add(next(waiting), gradient, variable)
@@ -316,6 +322,12 @@ class _Sums:
                     tf.constant(shape),
                 )
             accumulator = next(sums)
+            if i in self.eager:
+                return tf.IndexedSlices(
+                    tf.concat([g.values for g in self.eager[i]], axis=0),
+                    tf.concat([g.indices for g in self.eager[i]], axis=0),
+                    tf.constant(list(variable.shape)),
+                )
             if i in self.connected:
                 return tf.cast(accumulator, variable.dtype)
             return None
@@ -326,7 +338,7 @@ class _Sums:
 def _sparse_variables(model, variables, pieces) -> dict[int, tf.DType]:
     """The variables whose gradients are slices, with the dtype of their indices."""
     sparse: dict[int, tf.DType] = {}
-    if not any(
+    if tf.executing_eagerly() or not any(
         isinstance(layer, keras.layers.Embedding)
         or not trainer.is_keras_own(type(layer))
         for layer in trainer.layers_of(model)
@@ -346,9 +358,12 @@ def _sparse_variables(model, variables, pieces) -> dict[int, tf.DType]:
     return sparse
 
 
-def _factors(model, pieces, shares):
+def _factors(model, pieces, shares, inspected):
     """The factor of each compiled loss in each piece, or None where all are 1."""
-    found = normalizers.inspect(model, pieces, trace=_trace)
+    structure = str(pieces.example)
+    if structure not in inspected:
+        inspected[structure] = normalizers.inspect(model, pieces, trace=_trace)
+    found = inspected[structure]
     kinds = [denominator.kind for denominator in found]
     if normalizers.ADDITIVE not in kinds and not normalizers.differ(found, pieces.even):
         return None
