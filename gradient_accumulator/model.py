@@ -7,7 +7,7 @@ import functools
 import inspect
 import os
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -404,6 +404,14 @@ class GradientAccumulateModel(keras.Model):
 _ANNOTATION = "gradient_accumulation"
 
 
+def _wrapped(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
 @functools.cache
 def _functional_class(cls: type, accumulation: Accumulation) -> type:
     """The functional variant of a `GradientAccumulateModel` class.
@@ -419,9 +427,10 @@ def _functional_class(cls: type, accumulation: Accumulation) -> type:
             trainer.Functional.__init__(self, inputs, outputs, name=name, **kwargs)
             _accumulate(self, accumulation)
 
-        # Keras clones and saves by its graph a model that is made as its own are.
-        own = inspect.signature(trainer.Functional.__init__, follow_wrapped=False)
-        __init__.__signature__ = own  # type: ignore[attr-defined]
+        # Keras clones and saves by its graph a model whose constructor looks like its
+        # own, which is decorated in some versions.
+        if hasattr(trainer.Functional.__init__, "__wrapped__"):
+            __init__ = _wrapped(__init__)
 
         def get_config(self):
             config = trainer.Functional.get_config(self)

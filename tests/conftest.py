@@ -17,6 +17,8 @@ LET_THROUGH = (
     "Gradients do not exist for variables",
     # PyTorch's compiler calls what PyTorch deprecated.
     "`torch.jit.script_method` is deprecated",
+    # It also looks at the gradients of all tensors that it meets in a layer.
+    "The .grad attribute of a Tensor that is not a leaf",
 )
 
 
