@@ -1290,12 +1290,11 @@ add(
     "float64",
     mlp(),
     lambda: weighted(vectors()),
-    # A sum: on PyTorch, what Keras divides comes out as float32.
     arguments=squared("sum"),
     optimizer=of_class("Adam", learning_rate=0.1),
     floatx="float64",
-    backends=("tensorflow", "torch"),
-    because="JAX has float64 only where a flag of the whole process is set",
+    backends=("tensorflow",),
+    because="JAX needs a flag of the process; Keras on PyTorch computes in float32",
 )
 
 
