@@ -118,7 +118,7 @@ def _make_update(model, accumulation):
             for v in variables
         ]
         for piece, share, factors in zip(pieces, shares, factors_of(pieces, shares)):
-            own_logs = _add_piece(model, forward, piece, share, factors)
+            own_logs = _add_piece(model, variables, forward, piece, share, factors)
             for gradient in gradients:
                 gradient.add()
         _apply(model, variables, [gradient.finish() for gradient in gradients])
@@ -177,7 +177,7 @@ def _examples(piece):
     return leaves(x)[0].shape[0]
 
 
-def _add_piece(model, forward, data, share, factors):
+def _add_piece(model, variables, forward, data, share, factors):
     """Add a piece's part of the full batch's gradient, and its metrics."""
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     y_pred = forward(x)
@@ -186,7 +186,7 @@ def _add_piece(model, forward, data, share, factors):
     )
     trainer.update_loss(model, loss, _examples(data))
     worth = model.optimizer.scale_loss(loss * share)
-    if model.trainable_variables:
+    if variables:
         worth.backward()
     return trainer.update_metrics(model, x, y, y_pred, sample_weight)
 
