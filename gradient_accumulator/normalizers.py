@@ -4,13 +4,15 @@ A compiled loss on piece k is a numerator over a denominator. The full batch's i
 
     sum_k num_k / sum_k den_k  =  sum_k (den_k / sum_i den_i) * (num_k / den_k)
 
-so a piece's loss, as Keras computes it, is worth `den_k / sum_i den_i` of the full
-batch's: not the same for every piece, nor for every output of one piece. The engine
-weighs a piece's whole loss by its share of the examples, `share_k`; the *factors*
-here correct each compiled loss from that share to its own:
+so that all pieces' numerators need one number only, the full batch's denominator, and
+a piece without weight no division at all. The engine weighs a piece's whole loss by its
+share of the examples, `share_k`; the *factors* here take that off the compiled losses:
 
-    total = sum_k share_k * (sum_j factor_jk * loss_jk + additional losses)
-    factor_jk = den_jk / sum_i den_ji / share_k
+    total = sum_k share_k * (sum_j factor_jk * num_jk + additional losses)
+    factor_jk = 1 / sum_i den_ji / share_k
+
+Where every piece's denominator is as large as its share says, Keras's own loss of the
+piece takes the numerator's place, and the factor is 1.
 
 Additional losses (regularizers, `add_loss`) then count once an update, as means over
 examples do.
@@ -18,6 +20,7 @@ examples do.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -31,6 +34,7 @@ from gradient_accumulator.backend.trainer import (
     forward,
     get_mask,
     has_compiled_losses,
+    numerator,
     standing_in,
 )
 from gradient_accumulator.pieces import map_leaves
@@ -133,12 +137,12 @@ def shares(sizes) -> list[float]:
     return [size / total for size in sizes]
 
 
-def factors(denominators, shares, kinds):
+def factors(denominators, shares, kinds: Sequence[str]):
     """The factors above, from every piece's denominators.
 
     Args:
         denominators: Float tensor of shape `(pieces, losses)`; for losses that are
-            not `NORMALIZED` its values do not matter.
+            not `NORMALIZED` its values do not matter. None if no loss is.
         shares: Float tensor of shape `(pieces,)`.
         kinds: The `kind` of each loss.
 
@@ -147,16 +151,37 @@ def factors(denominators, shares, kinds):
         the full batch has factor 0.
     """
     shares = ops.expand_dims(shares, axis=1)
-    normalized = ops.divide_no_nan(
-        denominators, ops.sum(denominators, axis=0, keepdims=True) * shares
-    )
-    additive = [kind == ADDITIVE for kind in kinds]
-    by_examples = [kind == BY_EXAMPLES for kind in kinds]
-    return ops.where(
-        ops.convert_to_tensor([additive], dtype="bool"),
-        1 / shares,
-        ops.where(ops.convert_to_tensor([by_examples], dtype="bool"), 1.0, normalized),
-    )
+    additive = 1 / shares
+    normalized = additive
+    if denominators is not None:
+        totals = ops.sum(denominators, axis=0, keepdims=True)
+        normalized = ops.divide_no_nan(1.0, totals * shares)
+    by_examples = ops.convert_to_tensor([[k == BY_EXAMPLES for k in kinds]])
+    additives = ops.convert_to_tensor([[k == ADDITIVE for k in kinds]])
+    return ops.where(by_examples, 1.0, ops.where(additives, additive, normalized))
+
+
+def weighing(kinds: Sequence[str], factors: Sequence) -> Callable:
+    """A function that takes the compiled losses, one after the other, and returns for
+    each what is called in its place in a piece.
+
+    Args:
+        kinds: The `kind` of each loss.
+        factors: The piece's factor of each loss.
+    """
+    waiting = iter(zip(kinds, factors))
+
+    def weigh(loss):
+        kind, factor = next(waiting)
+
+        def value(y_true, y_pred, sample_weight=None):
+            whole = loss if kind == BY_EXAMPLES else partial(numerator, loss)
+            value = whole(y_true, y_pred, sample_weight)
+            return value * ops.cast(factor, value.dtype)
+
+        return value
+
+    return weigh
 
 
 def measure(model, data, y_pred) -> list[Denominator]:
@@ -190,16 +215,17 @@ def inspect(
     return found
 
 
-def differ(denominators: list[Denominator], even: bool) -> bool:
-    """Whether pieces have to be looked at before the first one.
+def kinds_of(denominators: list[Denominator], even: bool) -> tuple[str, ...]:
+    """The losses' kinds in an update; if any is `NORMALIZED`, pieces have to be looked
+    at before the first one.
 
     Args:
         denominators: From `inspect`.
         even: Whether all pieces have one shape, but for the number of examples.
     """
-    return any(
-        denominator.kind == NORMALIZED and (denominator.varies or not even)
-        for denominator in denominators
+    return tuple(
+        BY_EXAMPLES if d.kind == NORMALIZED and even and not d.varies else d.kind
+        for d in denominators
     )
 
 
@@ -225,19 +251,18 @@ class HostFactors:
         self.scope = scope
         self.inspected: dict[str, list[Denominator]] = {}
 
-    def __call__(self, pieces: list, shares: list[float], *state) -> list:
-        """For each piece its losses' factors, or None where all are 1."""
+    def __call__(self, pieces: list, shares: list[float], *state) -> tuple:
+        """The losses' kinds, and their factors for each piece: None where all are 1."""
         found = self._inspect(pieces[0], state)
-        kinds = [denominator.kind for denominator in found]
         even = len({str(map_leaves(_inner_shape, piece)) for piece in pieces}) == 1
-        if differ(found, even):
+        kinds = kinds_of(found, even)
+        if set(kinds) <= {BY_EXAMPLES}:
+            return kinds, [None] * len(pieces)
+        denominators = None
+        if NORMALIZED in kinds:
             denominators = ops.stack([self.measure(*state, piece) for piece in pieces])
-        elif ADDITIVE in kinds:
-            denominators = ops.ones((len(pieces), len(found)), dtype=dtype())
-        else:
-            return [None] * len(pieces)
         shares = ops.convert_to_tensor(shares, dtype=dtype())
-        return list(factors(denominators, shares, kinds))
+        return kinds, list(factors(denominators, shares, kinds))
 
     def _inspect(self, piece, state):
         # What a loss divides by depends on what there is, not on how much.

@@ -947,6 +947,18 @@ def named_losses(**more):
 
 add("outputs_named", named, named_batches, arguments=named_losses())
 add(
+    "outputs_named_sum_and_mean",
+    named,
+    named_batches,
+    arguments=named_losses(
+        loss={
+            "value": keras.losses.MeanSquaredError(reduction="sum"),
+            "kind": "sparse_categorical_crossentropy",
+        },
+        loss_weights={"value": 0.1, "kind": 2.0},
+    ),
+)
+add(
     "outputs_named_weighted",
     named,
     lambda: named_batches(with_weights=True),

@@ -92,7 +92,7 @@ def _make_update(model, accumulation):
     measure = partial(_measure, model)
     if model.jit_compile and not model.run_eagerly:
         zeros, measure = jax.jit(zeros), jax.jit(measure)
-        add_piece = jax.jit(add_piece, donate_argnums=0)
+        add_piece = jax.jit(add_piece, static_argnums=0, donate_argnums=1)
         apply = jax.jit(apply, donate_argnums=(1, 2))
     factors_of = normalizers.HostFactors(model, measure, partial(_variables, model))
     # Scaling the loss may need the optimizer's variables; else they stay out of it.
@@ -101,10 +101,11 @@ def _make_update(model, accumulation):
     def update(state, pieces):
         trainable, non_trainable, optimizer, metrics = state
         shares = normalizers.shares([_examples(piece) for piece in pieces])
-        factors = factors_of(pieces, shares, trainable, non_trainable)
+        kinds, factors = factors_of(pieces, shares, trainable, non_trainable)
         accumulators = zeros()
         for piece, share, factor in zip(pieces, shares, factors):
             accumulators, non_trainable, metrics, own_logs = add_piece(
+                kinds,
                 accumulators,
                 trainable,
                 non_trainable,
@@ -154,6 +155,7 @@ def _variables(model, trainable, non_trainable, metrics=(), **kwargs):
 
 def _add_piece(
     model,
+    kinds,
     accumulators,
     trainable,
     non_trainable,
@@ -165,6 +167,7 @@ def _add_piece(
 ):
     """Add a piece's part of the full batch's gradient, and its metrics."""
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    weigh = None if factors is None else normalizers.weighing(kinds, factors)
 
     def worth(trainable):
         kwargs = {"training": True} if model._call_has_training_arg else {}
@@ -173,7 +176,7 @@ def _add_piece(
         )
         with _variables(model, trainable, new_non_trainable, metrics) as scope:
             loss = trainer.compute_loss(
-                model, (x, y, y_pred, sample_weight), losses, share, factors
+                model, (x, y, y_pred, sample_weight), losses, share, weigh
             )
             trainer.update_loss(model, loss, _examples(data))
         state = [

@@ -228,9 +228,9 @@ def _update(model, accumulation, pieces, inspected):
     sizes = tf.cast(pieces.sizes, normalizers.dtype())
     count = tf.size(sizes)
     shares = sizes / tf.reduce_sum(sizes)
-    factors = _factors(model, pieces, shares, inspected)
+    kinds, factors = _factors(model, pieces, shares, inspected)
     sums = _Sums(model, variables, accumulation.accum_dtype, pieces, count)
-    add_piece = functools.partial(_add_piece, model, variables, sums)
+    add_piece = functools.partial(_add_piece, model, variables, sums, kinds)
     apply = functools.partial(_apply, model, variables)
     if model.jit_compile and not model.run_eagerly:
         add_piece, apply = [
@@ -348,7 +348,7 @@ def _sparse_variables(model, variables, pieces) -> dict[int, tf.DType]:
     def run(data):
         with trainer.StatelessScope(collect_losses=True):
             share = tf.constant(1.0)
-            _, _, gradients = _gradients(model, variables, data, share, None)
+            _, _, gradients = _gradients(model, variables, data, share)
         for i, gradient in enumerate(gradients):
             if isinstance(gradient, tf.IndexedSlices):
                 sparse[i] = gradient.indices.dtype
@@ -359,14 +359,14 @@ def _sparse_variables(model, variables, pieces) -> dict[int, tf.DType]:
 
 
 def _factors(model, pieces, shares, inspected):
-    """The factor of each compiled loss in each piece, or None where all are 1."""
+    """The losses' kinds, and the factor of each in each piece: None if all are 1."""
     structure = str(pieces.example)
     if structure not in inspected:
         inspected[structure] = normalizers.inspect(model, pieces, trace=_trace)
     found = inspected[structure]
-    kinds = [denominator.kind for denominator in found]
-    if normalizers.ADDITIVE not in kinds and not normalizers.differ(found, pieces.even):
-        return None
+    kinds = normalizers.kinds_of(found, pieces.even)
+    if set(kinds) <= {normalizers.BY_EXAMPLES}:
+        return kinds, None
 
     def measure(k):
         data = pieces.read(k)
@@ -377,39 +377,37 @@ def _factors(model, pieces, shares, inspected):
             found = normalizers.measure(model, data, y_pred)
         return normalizers.values(found)
 
-    if normalizers.differ(found, pieces.even):
+    denominators = None
+    if normalizers.NORMALIZED in kinds:
         denominators = tf.map_fn(
             measure,
             tf.range(tf.size(pieces.sizes)),
             parallel_iterations=1,
             fn_output_signature=tf.TensorSpec((len(found),), normalizers.dtype()),
         )
-    else:
-        denominators = tf.ones((tf.size(pieces.sizes), len(found)), shares.dtype)
-    return normalizers.factors(denominators, shares, kinds)
+    return kinds, normalizers.factors(denominators, shares, kinds)
 
 
-def _add_piece(model, variables, sums, dense, data, share, factors):
+def _add_piece(model, variables, sums, kinds, dense, data, share, factors):
     """Add a piece's part of the full batch's gradient, and its metrics."""
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    loss, y_pred, gradients = _gradients(model, variables, data, share, factors)
+    weigh = None
+    if factors is not None:
+        weigh = normalizers.weighing(kinds, tf.unstack(factors))
+    loss, y_pred, gradients = _gradients(model, variables, data, share, weigh)
     dense, slices = sums.add(dense, gradients)
     trainer.update_loss(model, loss, tf.shape(leaves(x)[0])[0])
     own_logs = trainer.update_metrics(model, x, y, y_pred, sample_weight)
     return dense, slices, own_logs
 
 
-def _gradients(model, variables, data, share, factors):
+def _gradients(model, variables, data, share, weigh=None):
     """A piece's loss, predictions, and part of the full batch's gradients."""
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     with tf.GradientTape() as tape:
         y_pred = trainer.forward(model, x, training=True)
         loss = trainer.compute_loss(
-            model,
-            (x, y, y_pred, sample_weight),
-            model.losses,
-            share,
-            None if factors is None else tf.unstack(factors),
+            model, (x, y, y_pred, sample_weight), model.losses, share, weigh
         )
         # Of a loss without reduction TensorFlow sums the values: pieces of it add up.
         worth = loss if len(loss.shape) else loss * tf.cast(share, loss.dtype)

@@ -117,8 +117,10 @@ def _make_update(model, accumulation):
             )
             for v in variables
         ]
-        for piece, share, factors in zip(pieces, shares, factors_of(pieces, shares)):
-            own_logs = _add_piece(model, variables, forward, piece, share, factors)
+        kinds, factors = factors_of(pieces, shares)
+        for piece, share, factor in zip(pieces, shares, factors):
+            weigh = None if factor is None else normalizers.weighing(kinds, factor)
+            own_logs = _add_piece(model, variables, forward, piece, share, weigh)
             for gradient in gradients:
                 gradient.add()
         _apply(model, variables, [gradient.finish() for gradient in gradients])
@@ -177,12 +179,12 @@ def _examples(piece):
     return leaves(x)[0].shape[0]
 
 
-def _add_piece(model, variables, forward, data, share, factors):
+def _add_piece(model, variables, forward, data, share, weigh):
     """Add a piece's part of the full batch's gradient, and its metrics."""
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     y_pred = forward(x)
     loss = trainer.compute_loss(
-        model, (x, y, y_pred, sample_weight), model.losses, share, factors
+        model, (x, y, y_pred, sample_weight), model.losses, share, weigh
     )
     trainer.update_loss(model, loss, _examples(data))
     worth = model.optimizer.scale_loss(loss * share)

@@ -102,7 +102,7 @@ def compute_loss(
     piece: tuple,
     additional: list,
     share: Any,
-    factors: list | None,
+    weigh: Callable | None,
 ) -> Any:
     """A piece's loss, of which `share` is its part of the full batch's loss.
 
@@ -111,7 +111,8 @@ def compute_loss(
         piece: Its inputs, targets, predictions and sample weights.
         additional: The additional losses of the piece's forward pass, `model.losses`.
         share: The piece's part of the full batch's examples.
-        factors: One correction for each compiled loss, or None if all are 1.
+        weigh: Function of a compiled loss that returns what is called in its place,
+            or None if they are called themselves.
     """
     # Keras sums an additional loss with axes, so that pieces of it add up. One
     # without is taken as a mean over examples, as Keras's activity regularizers are.
@@ -120,7 +121,7 @@ def compute_loss(
     model._losses_override.clear()
     model._losses_override.extend(additional)
     try:
-        with _factored(model, share, factors):
+        with _weighed(model, share, weigh):
             return model._compute_loss(
                 x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
             )
@@ -128,18 +129,21 @@ def compute_loss(
         model._losses_override.clear()
 
 
+def numerator(loss: keras.losses.Loss, y_true, y_pred, sample_weight=None) -> Any:
+    """A loss before it is divided by anything."""
+    reduction, loss.reduction = loss.reduction, "sum"
+    try:
+        value = loss(y_true, y_pred, sample_weight)
+    finally:
+        loss.reduction = reduction
+    return value if reduction == "sum" else losses.scale_loss_for_distribution(value)
+
+
 @contextmanager
-def _factored(model: keras.Model, share: Any, factors: list | None) -> Iterator[None]:
+def _weighed(model: keras.Model, share: Any, weigh: Callable | None) -> Iterator[None]:
     if not has_compiled_losses(model):
         yield
         return
-
-    def times(factor, loss):
-        def value(y_true, y_pred, sample_weight=None):
-            value = loss(y_true, y_pred, sample_weight)
-            return value * keras.ops.cast(factor, value.dtype)
-
-        return value
 
     def counting_once(update_state):
         # Where Keras does not know the size of the full batch either, it gives it a
@@ -154,11 +158,8 @@ def _factored(model: keras.Model, share: Any, factors: list | None) -> Iterator[
         for metric in model._compile_loss.metrics:
             update = counting_once(metric.update_state)
             stack.enter_context(_set(metric, "update_state", update))
-        if factors is not None:
-            waiting = iter(factors)
-            stack.enter_context(
-                replaced_losses(model, lambda loss: times(next(waiting), loss))
-            )
+        if weigh is not None:
+            stack.enter_context(replaced_losses(model, weigh))
         yield
 
 
