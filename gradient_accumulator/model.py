@@ -212,18 +212,29 @@ def _build_from_first(
     `PyDataset`, then do not give again.
     """
     data = arguments.get("x")
+    if _known_length(data) == 0:
+        Epoch().check_not_empty()
     if isinstance(data, types.GeneratorType):
         first = next(data, None)
         if first is None:
             Epoch().check_not_empty()
         arguments["x"] = _restored(first, data)
-    elif isinstance(data, keras.utils.PyDataset) and data.num_batches != 0:
+    elif isinstance(data, keras.utils.PyDataset):
         first = data[0]
     else:
         return
     if accumulation.microbatch_size is not None:
         example_count(first)
     trainer.build(model, map_leaves(symbolic, first))
+
+
+def _known_length(data: Any) -> int | None:
+    """The number of batches of a data set that tells it."""
+    if isinstance(data, keras.utils.PyDataset):
+        return data.num_batches
+    if hasattr(data, "cardinality"):  # tf.data, where less than 0 is not known
+        return int(data.cardinality())
+    return None
 
 
 def _restored(first: Any, others: Iterator) -> Iterator:

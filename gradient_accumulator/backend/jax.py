@@ -100,13 +100,14 @@ def _make_update(model, accumulation):
 
     def update(state, pieces):
         trainable, non_trainable, optimizer, metrics = state
-        shares = normalizers.shares([_examples(piece) for piece in pieces])
+        sizes = [_examples(piece) for piece in pieces]
+        shares = normalizers.shares(sizes)
         kinds, factors = factors_of(pieces, shares, trainable, non_trainable)
-        accumulators = zeros()
+        sums = zeros()
         for piece, share, factor in zip(pieces, shares, factors):
-            accumulators, non_trainable, metrics, own_logs = add_piece(
+            sums, non_trainable, metrics, own_logs = add_piece(
                 kinds,
-                accumulators,
+                sums,
                 trainable,
                 non_trainable,
                 metrics,
@@ -115,8 +116,8 @@ def _make_update(model, accumulation):
                 np.asarray(share, normalizers.dtype()),
                 factor,
             )
-        trainable, optimizer, logs = apply(
-            accumulators, trainable, optimizer, metrics, own_logs
+        trainable, optimizer, metrics, logs = apply(
+            sums, trainable, optimizer, metrics, own_logs, sum(sizes)
         )
         return logs, (trainable, non_trainable, optimizer, metrics)
 
@@ -129,10 +130,12 @@ def _examples(piece):
 
 
 def _zeros(model, accumulation):
-    return [
+    """What pieces add up to: the gradients, and the loss."""
+    gradients = [
         jnp.zeros(v.shape, trainer.accumulator_dtype(v, accumulation.accum_dtype))
         for v in model.trainable_variables
     ]
+    return gradients, jnp.zeros((), normalizers.dtype())
 
 
 def _measure(model, trainable, non_trainable, data):
@@ -156,7 +159,7 @@ def _variables(model, trainable, non_trainable, metrics=(), **kwargs):
 def _add_piece(
     model,
     kinds,
-    accumulators,
+    sums,
     trainable,
     non_trainable,
     metrics,
@@ -171,26 +174,27 @@ def _add_piece(
 
     def worth(trainable):
         kwargs = {"training": True} if model._call_has_training_arg else {}
-        y_pred, new_non_trainable, losses = model.stateless_call(
-            trainable, non_trainable, x, return_losses=True, **kwargs
-        )
+        with trainer.summed_activity_losses(model):
+            y_pred, new_non_trainable, losses = model.stateless_call(
+                trainable, non_trainable, x, return_losses=True, **kwargs
+            )
         with _variables(model, trainable, new_non_trainable, metrics) as scope:
             loss = trainer.compute_loss(
                 model, (x, y, y_pred, sample_weight), losses, share, weigh
             )
-            trainer.update_loss(model, loss, _examples(data))
         state = [
             [scope.get_current_value(v) for v in variables]
             for variables in (model.non_trainable_variables, model.metrics_variables)
         ]
         worth = loss * share.astype(loss.dtype)
         with _optimizer_variables(model, optimizer):
-            return model.optimizer.scale_loss(worth), (y_pred, *state)
+            return model.optimizer.scale_loss(worth), (loss, y_pred, *state)
 
     with jax.named_scope("accumulate_gradients"):
-        gradients, (y_pred, non_trainable, metrics) = jax.grad(worth, has_aux=True)(
-            trainable
-        )
+        gradients, (loss, y_pred, non_trainable, metrics) = jax.grad(
+            worth, has_aux=True
+        )(trainable)
+        accumulators, total = sums
         accumulators = [
             _add(accumulator, gradient.astype(accumulator.dtype), variable)
             for accumulator, gradient, variable in zip(
@@ -198,9 +202,12 @@ def _add_piece(
             )
         ]
     with _variables(model, trainable, non_trainable, metrics) as scope:
-        own_logs = trainer.update_metrics(model, x, y, y_pred, sample_weight)
+        own_logs = trainer.update_metrics(
+            model, (x, y, y_pred, sample_weight), loss, _examples(data)
+        )
     metrics = [scope.get_current_value(v) for v in model.metrics_variables]
-    return accumulators, non_trainable, metrics, own_logs
+    sums = accumulators, total + loss.astype(total.dtype) * share
+    return sums, non_trainable, metrics, own_logs
 
 
 def _optimizer_variables(model, values):
@@ -216,13 +223,15 @@ def _add(accumulator, gradient, variable):
     return accumulator + gradient
 
 
-def _apply(model, accumulators, trainable, optimizer, metrics, own_logs):
+def _apply(model, sums, trainable, optimizer, metrics, own_logs, examples):
     """The finished gradient to the optimizer, once; and the logs of the update."""
-    with _variables(model, trainable, (), metrics):
-        logs = trainer.logs(model, own_logs)
+    accumulators, loss = sums
+    with _variables(model, trainable, (), metrics) as scope:
+        logs = trainer.logs(model, own_logs, loss, examples)
+    metrics = [scope.get_current_value(v) for v in model.metrics_variables]
     if not trainable:
         warnings.warn("The model does not have any trainable weights.", stacklevel=2)
-        return trainable, optimizer, logs
+        return trainable, optimizer, metrics, logs
     gradients = [
         accumulator.astype(value.dtype)
         for accumulator, value in zip(accumulators, trainable)
@@ -231,7 +240,7 @@ def _apply(model, accumulators, trainable, optimizer, metrics, own_logs):
         trainable, optimizer = model.optimizer.stateless_apply(
             optimizer, gradients, trainable
         )
-    return trainable, optimizer, logs
+    return trainable, optimizer, metrics, logs
 
 
 @contextmanager

@@ -238,20 +238,26 @@ def _update(model, accumulation, pieces, inspected):
             for function in (add_piece, apply)
         ]
 
-    def body(k, dense, slices, own_logs):
+    def body(k, loss, dense, slices, own_logs):
         worth = (shares[k], None if factors is None else factors[k])
-        dense, new_slices, own_logs = add_piece(dense, pieces.read(k), *worth)
+        part, dense, new_slices, own_logs = add_piece(dense, pieces.read(k), *worth)
         slices = [
             (values.write(k, new.values), indices.write(k, new.indices))
             for (values, indices), new in zip(slices, new_slices)
         ]
-        return k + 1, dense, slices, own_logs
+        return k + 1, loss + part, dense, slices, own_logs
 
     with tf.name_scope("accumulate_gradients"):
-        _, dense, slices, own_logs = tf.while_loop(
+        _, loss, dense, slices, own_logs = tf.while_loop(
             lambda k, *_: k < count,
             body,
-            (tf.constant(0), sums.dense(), sums.slices(), _zero_logs(model, pieces)),
+            (
+                tf.constant(0),
+                tf.zeros((), normalizers.dtype()),
+                sums.dense(),
+                sums.slices(),
+                _zero_logs(model, pieces),
+            ),
             # Pieces side by side would hold their activations side by side.
             parallel_iterations=1,
         )
@@ -259,7 +265,7 @@ def _update(model, accumulation, pieces, inspected):
     done = tf.group(*dense, *(held.flow for pair in slices for held in pair))
     with tf.name_scope("apply_gradients"), tf.control_dependencies([done]):
         apply(sums.gradients(dense, slices))
-    return trainer.logs(model, own_logs)
+    return trainer.logs(model, own_logs, loss, tf.reduce_sum(pieces.sizes))
 
 
 class _Sums:
@@ -389,16 +395,23 @@ def _factors(model, pieces, shares, inspected):
 
 
 def _add_piece(model, variables, sums, kinds, dense, data, share, factors):
-    """Add a piece's part of the full batch's gradient, and its metrics."""
+    """Add a piece's part of the full batch's gradient, and its metrics.
+
+    Returns its part of the full batch's loss, the accumulators, the slices, and the
+    logs if they are the model's own.
+    """
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     weigh = None
     if factors is not None:
         weigh = normalizers.weighing(kinds, tf.unstack(factors))
     loss, y_pred, gradients = _gradients(model, variables, data, share, weigh)
     dense, slices = sums.add(dense, gradients)
-    trainer.update_loss(model, loss, tf.shape(leaves(x)[0])[0])
-    own_logs = trainer.update_metrics(model, x, y, y_pred, sample_weight)
-    return dense, slices, own_logs
+    examples = tf.shape(leaves(x)[0])[0]
+    own_logs = trainer.update_metrics(
+        model, (x, y, y_pred, sample_weight), loss, examples
+    )
+    part = tf.reduce_mean(tf.cast(loss, normalizers.dtype())) * share
+    return part, dense, slices, own_logs
 
 
 def _gradients(model, variables, data, share, weigh=None):

@@ -108,7 +108,8 @@ def _make_update(model, accumulation):
     def update(pieces):
         variables = model.trainable_variables
         _clear_gradients(variables)
-        shares = normalizers.shares([_examples(piece) for piece in pieces])
+        sizes = [_examples(piece) for piece in pieces]
+        shares = normalizers.shares(sizes)
         gradients = [
             _Gradient(
                 v.value,
@@ -117,14 +118,16 @@ def _make_update(model, accumulation):
             )
             for v in variables
         ]
+        loss = 0.0
         kinds, factors = factors_of(pieces, shares)
         for piece, share, factor in zip(pieces, shares, factors):
             weigh = None if factor is None else normalizers.weighing(kinds, factor)
-            own_logs = _add_piece(model, variables, forward, piece, share, weigh)
+            worth, own_logs = _add_piece(model, variables, forward, piece, share, weigh)
+            loss = loss + worth
             for gradient in gradients:
                 gradient.add()
         _apply(model, variables, [gradient.finish() for gradient in gradients])
-        return trainer.logs(model, own_logs)
+        return trainer.logs(model, own_logs, loss, sum(sizes))
 
     return update
 
@@ -180,17 +183,18 @@ def _examples(piece):
 
 
 def _add_piece(model, variables, forward, data, share, weigh):
-    """Add a piece's part of the full batch's gradient, and its metrics."""
+    """Add a piece's part of the full batch's gradient, and its metrics.
+
+    Returns its part of the full batch's loss, and the logs if they are the model's own.
+    """
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    y_pred = forward(x)
-    loss = trainer.compute_loss(
-        model, (x, y, y_pred, sample_weight), model.losses, share, weigh
-    )
-    trainer.update_loss(model, loss, _examples(data))
-    worth = model.optimizer.scale_loss(loss * share)
+    piece = (x, y, forward(x), sample_weight)
+    loss = trainer.compute_loss(model, piece, model.losses, share, weigh)
+    worth = loss * share
     if variables:
-        worth.backward()
-    return trainer.update_metrics(model, x, y, y_pred, sample_weight)
+        model.optimizer.scale_loss(worth).backward()
+    own_logs = trainer.update_metrics(model, piece, loss, _examples(data))
+    return worth.detach(), own_logs
 
 
 def _apply(model, variables, gradients):

@@ -59,11 +59,39 @@ def build_from_values(model: keras.Model, data: Any) -> None:
 
 
 def forward(model: keras.Model, x: Any, training: bool) -> Any:
-    return model(x, training=training) if model._call_has_training_arg else model(x)
+    with summed_activity_losses(model):
+        return model(x, training=training) if model._call_has_training_arg else model(x)
 
 
-def update_loss(model: keras.Model, loss: Any, examples: Any) -> None:
-    """Add a piece's loss to the loss in the logs."""
+# Before Keras 3.14 an activity regularizer's loss is a sum over the examples.
+_SUMS_ACTIVITY_LOSSES = tuple(map(int, keras.__version__.split(".")[:2])) < (3, 14)
+
+
+@contextmanager
+def summed_activity_losses(model: keras.Model) -> Iterator[None]:
+    """Around a forward pass: sums over examples come with an axis, as all sums do."""
+    if not _SUMS_ACTIVITY_LOSSES:
+        yield
+        return
+
+    def with_axis(regularizer):
+        return lambda output: keras.ops.reshape(regularizer(output), (1,))
+
+    regularized = [
+        (layer, layer.activity_regularizer)
+        for layer in layers_of(model)
+        if layer.activity_regularizer is not None
+    ]
+    for layer, regularizer in regularized:
+        layer.activity_regularizer = with_axis(regularizer)
+    try:
+        yield
+    finally:
+        for layer, regularizer in regularized:
+            layer.activity_regularizer = regularizer
+
+
+def _update_loss(model: keras.Model, loss: Any, examples: Any) -> None:
     loss = losses.unscale_loss_for_distribution(loss)
     model._loss_tracker.update_state(loss, sample_weight=examples)
 
@@ -73,9 +101,18 @@ def has_own_metrics(model: keras.Model) -> bool:
     return not is_keras_own(type(model).compute_metrics)
 
 
-def update_metrics(model: keras.Model, x, y, y_pred, sample_weight) -> dict:
-    """Add a piece to the metrics; returns the logs if they are the model's own."""
+def update_metrics(model: keras.Model, piece: tuple, loss: Any, examples: Any) -> dict:
+    """Add a piece to the metrics; returns the logs if they are the model's own.
+
+    Args:
+        model: A compiled model.
+        piece: Its inputs, targets, predictions and sample weights.
+        loss: Its loss.
+        examples: Number of its examples.
+    """
+    x, y, y_pred, sample_weight = piece
     if has_own_metrics(model):
+        _update_loss(model, loss, examples)
         return model.compute_metrics(x, y, y_pred, sample_weight)
     # What Keras's own does but for the results, which only the last piece's count.
     if model._compile_metrics is not None:
@@ -83,9 +120,19 @@ def update_metrics(model: keras.Model, x, y, y_pred, sample_weight) -> dict:
     return {}
 
 
-def logs(model: keras.Model, own: dict) -> dict:
-    """The logs of an update, after its last piece."""
-    return own if has_own_metrics(model) else model.get_metrics_result()
+def logs(model: keras.Model, own: dict, loss: Any, examples: Any) -> dict:
+    """The logs of an update, after its last piece.
+
+    Args:
+        model: A compiled model.
+        own: What `update_metrics` returned for the last piece.
+        loss: The full batch's loss.
+        examples: Number of its examples.
+    """
+    if has_own_metrics(model):
+        return own
+    _update_loss(model, loss, examples)
+    return model.get_metrics_result()
 
 
 def accumulator_dtype(variable: keras.Variable, accum_dtype: str) -> str:
@@ -115,7 +162,7 @@ def compute_loss(
             or None if they are called themselves.
     """
     # Keras sums an additional loss with axes, so that pieces of it add up. One
-    # without is taken as a mean over examples, as Keras's activity regularizers are.
+    # without is taken as a mean over examples.
     x, y, y_pred, sample_weight = piece
     additional = [loss / share if len(loss.shape) else loss for loss in additional]
     model._losses_override.clear()
