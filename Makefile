@@ -1,6 +1,6 @@
 # `make demo` and `make test` set up all that they need in .venv.
 
-# Python 3.11 or newer.
+# Python 3.10 or newer.
 PYTHON ?= python3
 # What the demo runs on: tensorflow, jax or torch.
 BACKEND ?= tensorflow
@@ -10,8 +10,9 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
 BACKENDS := tensorflow jax torch
-# The lower bound in pyproject.toml.
-OLDEST_KERAS := 3.14.0
+# The lower bound in pyproject.toml, and a JAX that it knows.
+OLDEST_KERAS := 3.8.0
+OLDEST_JAX := 0.4.38
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -71,8 +72,8 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	    echo "error: Python 3.11 or newer is needed. Received: PYTHON=$(PYTHON)," \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "error: Python 3.10 or newer is needed. Received: PYTHON=$(PYTHON)," \
 	        "which is $$($(PYTHON) --version 2>&1)." \
 	        "Name another: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -89,5 +90,6 @@ $(TEST_READY): pyproject.toml $(wildcard requirements/*.txt) | $(BIN)/python
 
 # The oldest Keras lies in a folder of its own, over the same backends.
 $(OLDEST_READY): $(TEST_READY)
-	$(PIP) --upgrade --no-deps --target $(@D) keras==$(OLDEST_KERAS)
+	$(PIP) --upgrade --no-deps --target $(@D) keras==$(OLDEST_KERAS) \
+	    jax==$(OLDEST_JAX) jaxlib==$(OLDEST_JAX)
 	@touch $@

@@ -21,23 +21,28 @@ examples do.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import keras
 from keras import ops
 
 from gradient_accumulator.backend.trainer import (
+    StatelessScope,
     apply_mask,
     compute_output_spec,
     forward,
     get_mask,
     has_compiled_losses,
+    has_static_inputs,
     numerator,
+    records_each_loss,
+    rounds_or_overwrites,
     standing_in,
 )
-from gradient_accumulator.pieces import map_leaves
+from gradient_accumulator.pieces import Pieces, leaves, map_leaves
 
 # What a loss divides by, as far as a reduction's name tells.
 ADDITIVE = "additive"  # nothing: pieces add up
@@ -65,8 +70,9 @@ class Denominator:
     """Stands in for a compiled loss, to learn what it would divide by.
 
     Calling it returns 0. Afterwards `kind` is the loss's kind, `value` the denominator
-    of a `NORMALIZED` one (a scalar tensor or a number, else None), and `varies` says
-    whether pieces of one shape can differ in it.
+    of a `NORMALIZED` one (a scalar tensor or a number, else None), `rank` is the number
+    of axes of the loss's values before they are reduced, if they are, and `varies` says
+    whether pieces of one shape can differ in the denominator.
 
     Of the predictions only mask and shape are used, so that a compiler drops the rest
     of the forward pass.
@@ -76,11 +82,14 @@ class Denominator:
         self.loss = loss
         self.kind = kind(loss)
         self.value: Any = None
+        self.rank = 0
         self.varies = False
 
     def __call__(self, y_true, y_pred, sample_weight=None):
         if self.kind == NORMALIZED:
             self._measure(y_true, y_pred, sample_weight)
+        elif self.kind == BY_EXAMPLES:
+            self.rank = len(self.loss(y_true, y_pred, sample_weight).shape)
         return ops.zeros((), dtype=self.loss.dtype)
 
     def _measure(self, y_true, y_pred, sample_weight):
@@ -93,7 +102,8 @@ class Denominator:
             keras.tree.map_structure(convert, y_true),
             keras.tree.map_structure(convert, y_pred),
         )
-        if len(values.shape) == 0:
+        self.rank = len(values.shape)
+        if self.rank == 0:
             self.kind = BY_EXAMPLES  # one value for the piece couples its examples
             return
         mask = _both(get_mask(y_pred), get_mask(values))
@@ -129,12 +139,6 @@ def _size(values, y_true):
 def dtype() -> str:
     """The dtype of shares, denominators and factors: not below the losses' own."""
     return keras.backend.result_type(keras.config.floatx(), "float32")
-
-
-def shares(sizes) -> list[float]:
-    """Each piece's part of the full batch's examples."""
-    total = sum(sizes)
-    return [size / total for size in sizes]
 
 
 def factors(denominators, shares, kinds: Sequence[str]):
@@ -190,43 +194,72 @@ def measure(model, data, y_pred) -> list[Denominator]:
     return standing_in(model, Denominator, y, y_pred, sample_weight)
 
 
+@dataclass
+class Losses:
+    """What can be said of a model's losses before a piece is trained on.
+
+    Args:
+        denominators: Of the compiled losses.
+        need_shares: Whether a piece's share of the full batch has to be known while it
+            is trained on, for more than a factor that the end can correct.
+    """
+
+    denominators: list[Denominator]
+    need_shares: bool
+
+    def kinds(self, even: bool) -> tuple[str, ...]:
+        """The compiled losses' kinds in an update.
+
+        Args:
+            even: Whether all pieces have one shape, but for the number of examples.
+        """
+        return tuple(
+            # One value for each example: as many as the piece's share says.
+            BY_EXAMPLES
+            if d.kind == NORMALIZED and not d.varies and (even or d.rank == 1)
+            else d.kind
+            for d in self.denominators
+        )
+
+    def by_examples(self, even: bool) -> bool:
+        """Whether the number of its examples is all that a piece is worth, so that no
+        other piece has to be known."""
+        return not self.need_shares and set(self.kinds(even)) <= {BY_EXAMPLES}
+
+
 def inspect(
-    model, data, scope=nullcontext, trace=compute_output_spec
-) -> list[Denominator]:
-    """The kinds of the compiled losses, from a piece's shapes, without its values.
+    model,
+    data,
+    scope=StatelessScope,
+    trace: Callable = compute_output_spec,
+    training: bool = True,
+) -> Losses:
+    """The losses of a model, from a piece's shapes, without its values.
 
     Args:
         model: A compiled and built model.
         data: A piece, nested, of `keras.KerasTensor`s.
-        scope: Makes a context in which the model's variables have values.
+        scope: Makes a stateless scope in which the model's variables have values.
         trace: Calls a function with the data, without any effect.
+        training: Whether to call the model as in training, where it may add losses.
     """
-    found: list[Denominator] = []
-    if not has_compiled_losses(model):
-        return found
+    found = Losses([], need_shares=rounds_or_overwrites(model))
 
     def run(data):
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-        with scope():
-            found[:] = measure(model, data, forward(model, x, training=False))
+        with scope(collect_losses=True):
+            y_pred = forward(model, x, training)
+            # Losses with axes are summed, by Keras or by TensorFlow.
+            found.need_shares |= any(len(loss.shape) for loss in model.losses)
+            if has_compiled_losses(model):
+                found.denominators = measure(model, data, y_pred)
+                found.need_shares |= records_each_loss(model) or any(
+                    d.kind == BY_EXAMPLES and d.rank for d in found.denominators
+                )
         return ops.zeros(())
 
     trace(run, data)
     return found
-
-
-def kinds_of(denominators: list[Denominator], even: bool) -> tuple[str, ...]:
-    """The losses' kinds in an update; if any is `NORMALIZED`, pieces have to be looked
-    at before the first one.
-
-    Args:
-        denominators: From `inspect`.
-        even: Whether all pieces have one shape, but for the number of examples.
-    """
-    return tuple(
-        BY_EXAMPLES if d.kind == NORMALIZED and even and not d.varies else d.kind
-        for d in denominators
-    )
 
 
 def values(denominators: list[Denominator]):
@@ -236,33 +269,84 @@ def values(denominators: list[Denominator]):
     )
 
 
-class HostFactors:
-    """The factors of an update's pieces, for a loop of the host that knows them all.
+class Weighed:
+    """The pieces of one update, in a loop of the host, each with what it is worth.
+
+    Iterating gives `(piece, share, kinds, factors)`; factors are None where all are 1.
+    Shares add up to `examples / expected` in the end, `examples` being all there were.
+
+    Args:
+        pieces: Iterable of nested arrays.
+        expected: The number of examples that the shares are of.
+        kinds: The compiled losses' kinds.
+        factors: A row for each piece, or None.
+    """
+
+    def __init__(self, pieces, expected, kinds=(), factors=None):
+        self.pieces = pieces
+        self.expected = expected
+        self.kinds = kinds
+        self.factors = factors
+        self.examples = 0
+
+    def __iter__(self):
+        for k, piece in enumerate(self.pieces):
+            size = _examples(piece)
+            self.examples += size
+            row = None if self.factors is None else self.factors[k]
+            yield piece, size / self.expected, self.kinds, row
+
+    @property
+    def correction(self) -> float:
+        """What sums over the pieces are to be multiplied by."""
+        return self.expected / self.examples
+
+
+class HostWeights:
+    """Finds what pieces are worth, for a loop of the host.
 
     Args:
         model: A compiled and built model.
         measure: A function of the model's state and a piece that returns `values`.
-        scope: As for `inspect`, of the model's state.
+        scope: As for `inspect`, but a function of the model's state first.
     """
 
-    def __init__(self, model, measure, scope=nullcontext):
+    def __init__(self, model, measure, scope=StatelessScope):
         self.model = model
         self.measure = measure
         self.scope = scope
-        self.inspected: dict[str, list[Denominator]] = {}
+        self.even = has_static_inputs(model)
+        self.inspected: dict[str, Losses] = {}
 
-    def __call__(self, pieces: list, shares: list[float], *state) -> tuple:
-        """The losses' kinds, and their factors for each piece: None where all are 1."""
-        found = self._inspect(pieces[0], state)
+    def __call__(self, pieces: Pieces, *state) -> Weighed:
+        """The pieces of one update, made one by one where nothing needs all of them.
+
+        Args:
+            pieces: The pieces.
+            *state: The model's state.
+        """
+        first = next(pieces.iterator)
+        losses = self._inspect(first, state)
+        drawn = chain([first], pieces.iterator)
+        if pieces.examples is None:
+            if losses.by_examples(self.even):
+                return Weighed(drawn, _examples(first) * pieces.count)
+        elif losses.by_examples(even=True):
+            return Weighed(drawn, pieces.examples)
+        return self._all(list(drawn), losses, state)
+
+    def _all(self, pieces: list, losses: Losses, state: tuple) -> Weighed:
+        sizes = [_examples(piece) for piece in pieces]
         even = len({str(map_leaves(_inner_shape, piece)) for piece in pieces}) == 1
-        kinds = kinds_of(found, even)
+        kinds = losses.kinds(even)
         if set(kinds) <= {BY_EXAMPLES}:
-            return kinds, [None] * len(pieces)
+            return Weighed(pieces, sum(sizes))
         denominators = None
         if NORMALIZED in kinds:
             denominators = ops.stack([self.measure(*state, piece) for piece in pieces])
-        shares = ops.convert_to_tensor(shares, dtype=dtype())
-        return kinds, list(factors(denominators, shares, kinds))
+        shares = ops.convert_to_tensor(sizes, dtype=dtype()) / sum(sizes)
+        rows = list(factors(denominators, shares, kinds))
+        return Weighed(pieces, sum(sizes), kinds, rows)
 
     def _inspect(self, piece, state):
         # What a loss divides by depends on what there is, not on how much.
@@ -279,6 +363,11 @@ def symbolic(array) -> keras.KerasTensor:
     return keras.KerasTensor(
         tuple(array.shape), keras.backend.standardize_dtype(array.dtype)
     )
+
+
+def _examples(piece) -> int:
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(piece)
+    return leaves(x)[0].shape[0]
 
 
 def _kind_of_array(array):

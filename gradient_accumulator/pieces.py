@@ -95,11 +95,27 @@ def example_count(data: Any) -> int:
     return shapes[0][0]
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """The pieces of one update, each made when it is asked for.
+
+    Args:
+        iterator: Nested arrays.
+        count: The number of pieces, if the data does not end before.
+        examples: The number of examples of all pieces together, where that is known,
+            and they have one shape but for their own number.
+    """
+
+    iterator: Iterator
+    count: int
+    examples: int | None = None
+
+
 def cut(
     data: Any,
     microbatch_size: int,
     take: Callable = lambda array, start, stop: array[start:stop],
-) -> list:
+) -> Pieces:
     """The pieces of a full batch; the last may be smaller.
 
     Args:
@@ -112,10 +128,9 @@ def cut(
         return map_leaves(lambda array: take(array, start, stop), data)
 
     size = example_count(data)
-    return [
-        piece(start, min(start + microbatch_size, size))
-        for start in range(0, size, microbatch_size)
-    ]
+    starts = range(0, size, microbatch_size)
+    pieces = (piece(start, min(start + microbatch_size, size)) for start in starts)
+    return Pieces(pieces, len(starts), examples=size)
 
 
 class Epoch:
@@ -147,33 +162,33 @@ class Epoch:
         """`count`, or what is left of the epoch if that is less."""
         return count if self.length is None else min(count, self.length - self.seen)
 
-    def draw(self, iterator: Iterator, count: int) -> list:
+    def draw(self, iterator: Iterator, count: int) -> Pieces:
         """The next `count` batches, or as many as are left in the epoch.
+
+        The first one is drawn at once, each other when it is asked for.
 
         Raises:
             StopIteration: If nothing is left, which ends Keras's epoch.
-            ValueError: As `take`.
+            ValueError: If there never was anything; later, if the data ends in the
+                middle of an update although `steps_per_epoch` asks for more.
         """
-        batches = self.take(list(itertools.islice(iterator, self.left(count))), count)
-        if not batches:
-            raise StopIteration
-        return batches
-
-    def take(self, batches: list, count: int) -> list:
-        """Of drawn batches those that belong to the epoch.
-
-        Raises:
-            ValueError: If there never were any, or they end in the middle of an update
-                although `steps_per_epoch` asks for more.
-        """
-        batches = batches[: self.left(count)]
-        if not batches:
+        count = self.left(count)
+        batches = itertools.islice(iterator, count)
+        first = list(itertools.islice(batches, 1))
+        if not first:
             self.check_not_empty()
-        elif self.steps is not None and len(batches) < self.left(count):
-            self.raise_ended_early(self.seen + len(batches))
-        self.seen += len(batches)
-        self.updates += bool(batches)
-        return batches
+            raise StopIteration
+        self.updates += 1
+        counted = self._counted(itertools.chain(first, batches), count)
+        return Pieces(counted, count)
+
+    def _counted(self, batches: Iterator, asked: int) -> Iterator:
+        for batch in batches:
+            asked -= 1
+            self.seen += 1
+            yield batch
+        if asked and self.steps is not None:
+            self.raise_ended_early(self.seen)
 
     def check_not_empty(self) -> None:
         if not self.updates:

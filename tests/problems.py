@@ -46,8 +46,6 @@ class Problem:
         stages: What is done to the model before each `fit`, one entry a `fit`.
         epochs: Epochs of each `fit`.
         backends: Those that the problem exists on. `because` says why not on all.
-        plain_since: The first version of Keras that trains the full batch itself, for a
-            backend on which older ones fail.
         floatx: Keras's `floatx`.
         build_optimizer: Whether the optimizer is built before `fit`.
     """
@@ -63,7 +61,6 @@ class Problem:
     epochs: int = 2
     backends: tuple[str, ...] = BACKENDS
     because: str = ""
-    plain_since: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     floatx: str = "float32"
     build_optimizer: bool = False
 
@@ -105,14 +102,6 @@ def add(name, build, batches, **settings):
 def here():
     """The problems that the active backend can have."""
     return [p for p in PROBLEMS if keras.backend.backend() in p.backends]
-
-
-VERSION = tuple(map(int, keras.__version__.split(".")[:2]))
-
-
-def plain_fails(problem):
-    """Whether this version of Keras cannot train the full batch itself."""
-    return VERSION < problem.plain_since.get(keras.backend.backend(), VERSION)
 
 
 # ------------------------------------------------------------------------------- data

@@ -18,12 +18,7 @@ import numpy as np
 
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import trainer
-from gradient_accumulator.pieces import (
-    Accumulation,
-    Epoch,
-    cut,
-    leaves,
-)
+from gradient_accumulator.pieces import Accumulation, Epoch, cut, leaves
 
 KERAS_DRAWS_TO_BUILD = True  # whether `fit` builds the model from a batch of its data
 
@@ -45,14 +40,15 @@ def make_train_function(
         for _ in range(steps_per_execution):
             with _kept_on_failure(model, state):
                 try:
-                    data = epoch.draw(iterator, accumulation.accum_steps or 1)
+                    pieces = epoch.draw(iterator, accumulation.accum_steps or 1)
                 except StopIteration:
                     if logs is None:
                         raise
                     break
                 if accumulation.microbatch_size is not None:
-                    data = cut(data[0], accumulation.microbatch_size, _take)
-                logs, state = update(state, data)
+                    (batch,) = pieces.iterator
+                    pieces = cut(batch, accumulation.microbatch_size, _take)
+                logs, state = update(state, pieces)
         return logs, state
 
     return train_function
@@ -93,18 +89,16 @@ def _make_update(model, accumulation):
     if model.jit_compile and not model.run_eagerly:
         zeros, measure = jax.jit(zeros), jax.jit(measure)
         add_piece = jax.jit(add_piece, static_argnums=0, donate_argnums=1)
-        apply = jax.jit(apply, donate_argnums=(1, 2))
-    factors_of = normalizers.HostFactors(model, measure, partial(_variables, model))
+        apply = jax.jit(apply, donate_argnums=(2, 3))
+    weighed = normalizers.HostWeights(model, measure, partial(_variables, model))
     # Scaling the loss may need the optimizer's variables; else they stay out of it.
     scales = trainer.has_own_scale_loss(model.optimizer)
 
     def update(state, pieces):
         trainable, non_trainable, optimizer, metrics = state
-        sizes = [_examples(piece) for piece in pieces]
-        shares = normalizers.shares(sizes)
-        kinds, factors = factors_of(pieces, shares, trainable, non_trainable)
+        pieces = weighed(pieces, trainable, non_trainable)
         sums = zeros()
-        for piece, share, factor in zip(pieces, shares, factors):
+        for piece, share, kinds, factors in pieces:
             sums, non_trainable, metrics, own_logs = add_piece(
                 kinds,
                 sums,
@@ -114,10 +108,16 @@ def _make_update(model, accumulation):
                 optimizer if scales else None,
                 piece,
                 np.asarray(share, normalizers.dtype()),
-                factor,
+                factors,
             )
         trainable, optimizer, metrics, logs = apply(
-            sums, trainable, optimizer, metrics, own_logs, sum(sizes)
+            sums,
+            np.asarray(pieces.correction, normalizers.dtype()),
+            trainable,
+            optimizer,
+            metrics,
+            own_logs,
+            pieces.examples,
         )
         return logs, (trainable, non_trainable, optimizer, metrics)
 
@@ -223,18 +223,24 @@ def _add(accumulator, gradient, variable):
     return accumulator + gradient
 
 
-def _apply(model, sums, trainable, optimizer, metrics, own_logs, examples):
+def _finish(accumulator, correction, variable):
+    if not trainer.overwrites(variable):
+        accumulator = accumulator * correction.astype(accumulator.dtype)
+    return accumulator.astype(variable.dtype)
+
+
+def _apply(model, sums, correction, trainable, optimizer, metrics, own_logs, examples):
     """The finished gradient to the optimizer, once; and the logs of the update."""
     accumulators, loss = sums
     with _variables(model, trainable, (), metrics) as scope:
-        logs = trainer.logs(model, own_logs, loss, examples)
+        logs = trainer.logs(model, own_logs, loss * correction, examples)
     metrics = [scope.get_current_value(v) for v in model.metrics_variables]
     if not trainable:
         warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         return trainable, optimizer, metrics, logs
     gradients = [
-        accumulator.astype(value.dtype)
-        for accumulator, value in zip(accumulators, trainable)
+        _finish(accumulator, correction, variable)
+        for accumulator, variable in zip(accumulators, model.trainable_variables)
     ]
     with jax.named_scope("apply_gradients"):
         trainable, optimizer = model.optimizer.stateless_apply(

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import keras
@@ -34,38 +36,22 @@ def make_train_function(
     model: keras.Model, accumulation: Accumulation, epoch: Epoch
 ) -> Callable[[Iterator], dict]:
     """The function that `fit` calls with its iterator, for one update or several."""
-    strategy = model.distribute_strategy
-    replicas = range(strategy.num_replicas_in_sync)
-    update = _make_update(model, accumulation)
+    updates = _Updates(model, accumulation, epoch)
     steps_per_execution = model.steps_per_execution
-    built = False
 
     def train_function(iterator):
-        nonlocal built
         logs = None
         for _ in range(steps_per_execution):
             try:
-                data = epoch.draw(iterator, accumulation.accum_steps or 1)
+                update = updates.draw(iterator)
             except StopIteration:
                 if logs is None:
                     raise
                 break
-            data = [_tensors(batch) for batch in data]
-            local = [_local(strategy, data[0], replica) for replica in replicas]
-            if accumulation.microbatch_size is not None:
-                for batch in local:
-                    example_count(batch)
-            if not built:
-                with strategy.scope():
-                    if model.run_eagerly:
-                        trainer.build_from_values(model, local[0])
-                    else:
-                        trainer.build(model, map_leaves(_symbolic, local[0]))
-                built = True
             state = model.non_trainable_variables
             before = [variable.value.read_value() for variable in state]
             try:
-                logs = update(data, getattr(iterator, "element_spec", None))
+                logs = update()
             except BaseException:
                 # The pieces before the failing one moved seeds and statistics.
                 for variable, value in zip(state, before):
@@ -76,68 +62,195 @@ def make_train_function(
     return train_function
 
 
-def _local(strategy, data, replica):
-    """What one replica gets of distributed data."""
-    return map_leaves(
-        lambda leaf: strategy.experimental_local_results(leaf)[replica], data
-    )
+class _Updates:
+    """Draws what one update after the other begins with, and has the graphs for them.
 
+    Args:
+        model: A compiled model.
+        accumulation: How it accumulates.
+        epoch: Where `fit` stands.
+    """
 
-def _make_update(model, accumulation):
-    """A function of one update's data, with the graphs that it was traced to."""
-    strategy = model.distribute_strategy
-    replicas = strategy.num_replicas_in_sync
-    inspected: dict = {}  # what the compiled losses divide by, for a structure of data
+    def __init__(self, model: keras.Model, accumulation: Accumulation, epoch: Epoch):
+        self.model = model
+        self.accum_steps = accumulation.accum_steps or 1
+        self.microbatch_size = accumulation.microbatch_size
+        self.accum_dtype = accumulation.accum_dtype
+        self.epoch = epoch
+        self.strategy = model.distribute_strategy
+        self.replicas = self.strategy.num_replicas_in_sync
+        self.built = False
+        self.inspected: dict[str, normalizers.Losses] = {}
+        self.graphs: dict = {}
+        # Of the iterator that was seen last, which is held weakly:
+        self.iterator: Callable[[], Any] = lambda: None
+        self.spec: Any = None  # what its batches are, or None
+        self.streams = False  # whether a graph draws its pieces, one by one
 
-    def on_replicas(pieces_of, *data):
+    def draw(self, iterator: Iterator) -> Callable[[], dict]:
+        """What makes the next update.
+
+        Raises:
+            StopIteration: If nothing is left of the epoch.
+        """
+        if iterator is not self.iterator():
+            self._look_at(iterator)
+        if self.microbatch_size is not None:
+            (batch,) = self.epoch.draw(iterator, 1).iterator
+            return self._of_batch(batch, self.microbatch_size)
+        if self.streams:
+            return self._of_iterator(iterator)
+        pieces = self.epoch.draw(iterator, self.accum_steps)
+        return self._of_pieces(list(pieces.iterator))
+
+    def _look_at(self, iterator):
+        self.iterator = weakref.ref(iterator)
+        self.spec = None
+        if self.replicas == 1 and isinstance(iterator, tf.data.Iterator):
+            spec = keras.tree.map_structure(_without_optional, iterator.element_spec)
+            if all(leaf.shape.rank is not None for leaf in leaves(spec)):
+                self.spec = spec
+        self.key = str(self.spec)
+        self.streams = (
+            self.spec is not None
+            and not self.model.run_eagerly
+            # If the data ends before, an update that lacks pieces is not applied.
+            and self.epoch.steps is None
+        )
+
+    def _of_batch(self, batch, microbatch_size):
+        batch = _tensors(batch)
+        for local in self._locals(batch):
+            example_count(local)
+        self._build(batch)
+
+        def cut(batch):
+            return _cut(batch, microbatch_size)
+
+        return lambda: self._run(cut, (self.spec,), batch)[0]
+
+    def _of_pieces(self, pieces):
+        pieces = [_tensors(piece) for piece in pieces]
+        self._build(pieces[0])
+        count = tf.constant(len(pieces))
+        pieces += pieces[-1:] * (self.accum_steps - len(pieces))
+        signature = ((self.spec,) * self.accum_steps, tf.TensorSpec((), tf.int32))
+        return lambda: self._run(_hold, signature, tuple(pieces), count)[0]
+
+    def _of_iterator(self, iterator):
+        pieces = self.epoch.draw(_optionals(iterator), self.accum_steps)
+        first = next(pieces.iterator)
+        if not self.built:
+            self._build(_tensors(first.get_value()))
+        losses = self._losses(map_leaves(_symbolic, self.spec))
+        if not losses.by_examples(_is_even(self.spec)):
+            self.streams = False
+            others = [piece.get_value() for piece in pieces.iterator]
+            return self._of_pieces([first.get_value(), *others])
+        element = iterator.element_spec
+        signature = (
+            tf.OptionalSpec(element),
+            tf.data.IteratorSpec(element),
+            tf.TensorSpec((), tf.int32),
+        )
+        count = tf.constant(pieces.count)
+
+        def update():
+            logs, drawn = self._run(_stream, signature, first, iterator, count)
+            self.epoch.seen += int(drawn) - 1  # the first is counted
+            return logs
+
+        return update
+
+    def _locals(self, data):
+        """What each replica gets of distributed data."""
+        results = self.strategy.experimental_local_results
+        return [
+            map_leaves(lambda leaf, k=replica: results(leaf)[k], data)
+            for replica in range(self.replicas)
+        ]
+
+    def _build(self, data):
+        if self.built:
+            return
+        local = self._locals(data)[0]
+        with self.strategy.scope():
+            if self.model.run_eagerly:
+                trainer.build_from_values(self.model, local)
+            else:
+                trainer.build(self.model, map_leaves(_symbolic, local))
+        self.built = True
+
+    def _losses(self, example, trace=trainer.compute_output_spec):
+        structure = str(map_leaves(lambda array: (array.shape, array.dtype), example))
+        if structure not in self.inspected:
+            self.inspected[structure] = normalizers.inspect(
+                self.model,
+                example,
+                trace=trace,
+                # Run eagerly, a model may do things that it is not to do twice.
+                training=not self.model.run_eagerly,
+            )
+        return self.inspected[structure]
+
+    def _run(self, pieces_of: Callable, signature: tuple, *data):
+        """The logs of an update, and the number of its pieces."""
+
+        def on_replica(*data):
+            pieces = pieces_of(*data)
+            losses = self._losses(pieces.example, partial(_trace, pieces=pieces))
+            return _update(self.model, self.accum_dtype, pieces, losses)
+
         def run(*data):
-            return _update(model, accumulation, pieces_of(*data), inspected)
+            outputs = self.strategy.run(on_replica, args=data)
+            return reduce_per_replica(outputs, self.strategy, reduction="auto")
 
-        outputs = strategy.run(run, args=data)
-        return reduce_per_replica(outputs, strategy, reduction="auto")
-
-    def from_batch(data):
-        return on_replicas(lambda d: _cut(d, accumulation.microbatch_size), data)
-
-    def from_pieces(pieces, count):
-        return on_replicas(_hold, pieces, count)
-
-    graphs: dict = {}
-
-    def graph_of(function, spec, signature):
+        if self.model.run_eagerly:
+            return run(*data)
         # Traced once for all that the data set may yield, not for each of its shapes.
-        key = None if spec is None else str(spec)
-        if key not in graphs:
-            graphs[key] = tf.function(
-                function,
-                input_signature=signature if spec is not None else None,
+        key = pieces_of.__name__, self.key
+        if key not in self.graphs:
+            self.graphs[key] = tf.function(
+                run,
+                input_signature=None if self.spec is None else signature,
                 reduce_retracing=True,
                 autograph=False,
             )
-        return function if model.run_eagerly else graphs[key]
+        return self.graphs[key](*data)
 
-    def update(data, spec):
-        spec = keras.tree.map_structure(_without_optional, spec)
-        if replicas > 1:
-            spec = None
-        if not accumulation.accum_steps:
-            return graph_of(from_batch, spec, (spec,))(data[0])
-        count = tf.constant(len(data))
-        data += data[-1:] * (accumulation.accum_steps - len(data))
-        signature = ((spec,) * len(data), tf.TensorSpec((), tf.int32))
-        return graph_of(from_pieces, spec, signature)(tuple(data), count)
 
-    return update
+def _optionals(iterator):
+    """A data set's batches, whose arrays stay where a graph can read them."""
+    while (batch := iterator.get_next_as_optional()).has_value():
+        yield batch
 
 
 @dataclass
 class _Pieces:
-    """The pieces of one update."""
+    """The pieces of one update.
 
-    sizes: tf.Tensor  # the number of examples of each
-    read: Callable[[tf.Tensor], Any]  # piece k
+    A loop carries `state` from one piece to the next.
+    """
+
     example: Any  # what is known of any piece: nested, of KerasTensors
     even: bool  # whether all have one shape, but for the number of examples
+    expected: tf.Tensor  # the number of examples that shares are of
+    more: Callable[[tf.Tensor, Any], tf.Tensor]  # whether there is a piece k
+    read: Callable[[tf.Tensor, Any], Any]  # piece k
+    sizes: tf.Tensor | None = None  # the number of examples of each, if all are known
+    state: Any = ()
+    following: Callable[[tf.Tensor, Any], Any] = lambda k, state: state  # for piece k
+
+
+def _known(sizes: tf.Tensor, read: Callable, example: Any, even: bool) -> _Pieces:
+    return _Pieces(
+        example,
+        even,
+        expected=tf.cast(tf.reduce_sum(sizes), normalizers.dtype()),
+        more=lambda k, state: k < tf.size(sizes),
+        read=lambda k, state: read(k),
+        sizes=sizes,
+    )
 
 
 def _cut(data: Any, microbatch_size: int) -> _Pieces:
@@ -149,7 +262,7 @@ def _cut(data: Any, microbatch_size: int) -> _Pieces:
         start, stop = starts[k], starts[k] + sizes[k]
         return map_leaves(lambda array: array[start:stop], data)
 
-    return _Pieces(sizes, read, map_leaves(_symbolic, data), even=True)
+    return _known(sizes, read, map_leaves(_symbolic, data), even=True)
 
 
 def _hold(pieces: tuple, count: tf.Tensor) -> _Pieces:
@@ -174,15 +287,53 @@ def _hold(pieces: tuple, count: tf.Tensor) -> _Pieces:
         return tf.nest.pack_sequence_as(pieces[0], arrays, expand_composites=True)
 
     sizes = tf.stack([tf.shape(leaves(piece)[0])[0] for piece in pieces])[:count]
-    return _Pieces(sizes, read, map_leaves(_symbolic, pieces[0]), even)
+    return _known(sizes, read, map_leaves(_symbolic, pieces[0]), even)
 
 
-def _trace(function, pieces):
+def _stream(
+    first: tf.experimental.Optional, iterator: tf.data.Iterator, count: tf.Tensor
+) -> _Pieces:
+    """At most `count` pieces, each drawn while the one before is trained on."""
+    element = iterator.element_spec
+    spec = keras.tree.map_structure(_without_optional, element)
+
+    def read(k, optional):
+        return keras.tree.map_structure(_without_optional, optional.get_value())
+
+    def following(k, optional):
+        return tf.cond(
+            k < count,
+            iterator.get_next_as_optional,
+            lambda: tf.experimental.Optional.empty(element),
+        )
+
+    size = _examples(read(0, first))
+    return _Pieces(
+        map_leaves(_symbolic, spec),
+        _is_even(spec),
+        expected=tf.cast(size * count, normalizers.dtype()),
+        more=lambda k, optional: optional.has_value(),
+        read=read,
+        state=first,
+        following=following,
+    )
+
+
+def _examples(piece):
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(piece)
+    return tf.shape(leaves(x)[0])[0]
+
+
+def _is_even(spec):
+    return all(None not in leaf.shape[1:] for leaf in leaves(spec))
+
+
+def _trace(function, example, pieces):
     """What `function` returns for any piece, or its spec; without its effects."""
     if tf.executing_eagerly():
         with trainer.StatelessScope():
-            return function(pieces.read(0))
-    return trainer.compute_output_spec(function, pieces.example)
+            return function(pieces.read(0, ()))
+    return trainer.compute_output_spec(function, example)
 
 
 def _list(arrays):
@@ -222,36 +373,43 @@ def _without_optional(leaf):
     return None if isinstance(leaf, nones) else leaf
 
 
-def _update(model, accumulation, pieces, inspected):
-    """One update: what every piece is worth, the loop over them, the optimizer."""
+def _update(model, accum_dtype, pieces, losses):
+    """One update: what every piece is worth, the loop over them, the optimizer.
+
+    Returns the logs, and the number of pieces.
+    """
     variables = model.trainable_weights
-    sizes = tf.cast(pieces.sizes, normalizers.dtype())
-    count = tf.size(sizes)
-    shares = sizes / tf.reduce_sum(sizes)
-    kinds, factors = _factors(model, pieces, shares, inspected)
-    sums = _Sums(model, variables, accumulation.accum_dtype, pieces, count)
-    add_piece = functools.partial(_add_piece, model, variables, sums, kinds)
-    apply = functools.partial(_apply, model, variables)
+    kinds = losses.kinds(pieces.even)
+    factors = _factors(model, pieces, kinds)
+    sums = _Sums(model, variables, accum_dtype, pieces)
+    add_piece = partial(_add_piece, model, variables, sums, kinds)
+    apply = partial(_apply, model, variables)
     if model.jit_compile and not model.run_eagerly:
         add_piece, apply = [
             tf.function(function, jit_compile=True, autograph=False)
             for function in (add_piece, apply)
         ]
 
-    def body(k, loss, dense, slices, own_logs):
-        worth = (shares[k], None if factors is None else factors[k])
-        part, dense, new_slices, own_logs = add_piece(dense, pieces.read(k), *worth)
+    def body(k, state, examples, loss, dense, slices, own_logs):
+        data = pieces.read(k, state)
+        size = _examples(data)
+        share = tf.cast(size, pieces.expected.dtype) / pieces.expected
+        row = None if factors is None else factors[k]
+        part, dense, new_slices, own_logs = add_piece(dense, data, share, row)
         slices = [
             (values.write(k, new.values), indices.write(k, new.indices))
             for (values, indices), new in zip(slices, new_slices)
         ]
-        return k + 1, loss + part, dense, slices, own_logs
+        state = pieces.following(k + 1, state)
+        return k + 1, state, examples + size, loss + part, dense, slices, own_logs
 
     with tf.name_scope("accumulate_gradients"):
-        _, loss, dense, slices, own_logs = tf.while_loop(
-            lambda k, *_: k < count,
+        count, _, examples, loss, dense, slices, own_logs = tf.while_loop(
+            lambda k, state, *_: pieces.more(k, state),
             body,
             (
+                tf.constant(0),
+                pieces.state,
                 tf.constant(0),
                 tf.zeros((), normalizers.dtype()),
                 sums.dense(),
@@ -264,8 +422,12 @@ def _update(model, accumulation, pieces, inspected):
     # Nothing of the optimizer runs before all pieces are done: one may yet fail.
     done = tf.group(*dense, *(held.flow for pair in slices for held in pair))
     with tf.name_scope("apply_gradients"), tf.control_dependencies([done]):
-        apply(sums.gradients(dense, slices))
-    return trainer.logs(model, own_logs, loss, tf.reduce_sum(pieces.sizes))
+        correction = None
+        if pieces.sizes is None:
+            correction = pieces.expected / tf.cast(examples, pieces.expected.dtype)
+            loss *= correction
+        apply(sums.gradients(dense, slices, correction))
+    return trainer.logs(model, own_logs, loss, examples), count
 
 
 class _Sums:
@@ -276,10 +438,9 @@ class _Sums:
     the same slices give the same update.
     """
 
-    def __init__(self, model, variables, accum_dtype, pieces, count):
+    def __init__(self, model, variables, accum_dtype, pieces):
         self.variables = variables
         self.accum_dtype = accum_dtype
-        self.count = count
         self.connected: set[int] = set()  # variables with a gradient from some piece
         self.eager: dict[int, list] = {}  # slices, where there is no graph
         self.sparse = _sparse_variables(model, variables, pieces)
@@ -293,7 +454,7 @@ class _Sums:
 
     def slices(self) -> list:
         def array(dtype):
-            return tf.TensorArray(dtype, self.count, infer_shape=False)
+            return tf.TensorArray(dtype, 0, dynamic_size=True, infer_shape=False)
 
         return [
             (array(self.variables[i].dtype), array(self.sparse[i])) for i in self.sparse
@@ -314,16 +475,31 @@ class _Sums:
         ]
         return dense, [gradients[i] for i in self.sparse]
 
-    def gradients(self, dense: list, slices: list) -> list:
-        """The finished gradients, None where no piece had one."""
+    def gradients(self, dense: list, slices: list, correction) -> list:
+        """The finished gradients, None where no piece had one.
+
+        Args:
+            dense: The accumulators.
+            slices: Pairs of arrays, of values and of indices.
+            correction: What the sums are to be multiplied by, or None.
+        """
+        if correction is not None:
+            dense = tf.cond(
+                tf.equal(correction, 1),
+                lambda: dense,
+                lambda: self._corrected(dense, correction),
+            )
         sums, parts = iter(dense), iter(slices)
 
         def finished(i, variable):
             if i in self.sparse:
                 values, indices = next(parts)
+                values = values.concat()
+                if correction is not None:
+                    values *= tf.cast(correction, values.dtype)
                 shape = list(variable.shape)
                 return tf.IndexedSlices(
-                    tf.ensure_shape(values.concat(), [None, *shape[1:]]),
+                    tf.ensure_shape(values, [None, *shape[1:]]),
                     tf.ensure_shape(indices.concat(), [None]),
                     tf.constant(shape),
                 )
@@ -339,6 +515,15 @@ class _Sums:
             return None
 
         return [finished(i, variable) for i, variable in enumerate(self.variables)]
+
+    def _corrected(self, dense: list, correction) -> list:
+        variables = [v for i, v in enumerate(self.variables) if i not in self.sparse]
+        return [
+            accumulator
+            if trainer.overwrites(variable)
+            else accumulator * tf.cast(correction, accumulator.dtype)
+            for accumulator, variable in zip(dense, variables)
+        ]
 
 
 def _sparse_variables(model, variables, pieces) -> dict[int, tf.DType]:
@@ -360,22 +545,17 @@ def _sparse_variables(model, variables, pieces) -> dict[int, tf.DType]:
                 sparse[i] = gradient.indices.dtype
         return tf.zeros(())
 
-    _trace(run, pieces)
+    _trace(run, pieces.example, pieces)
     return sparse
 
 
-def _factors(model, pieces, shares, inspected):
-    """The losses' kinds, and the factor of each in each piece: None if all are 1."""
-    structure = str(pieces.example)
-    if structure not in inspected:
-        inspected[structure] = normalizers.inspect(model, pieces, trace=_trace)
-    found = inspected[structure]
-    kinds = normalizers.kinds_of(found, pieces.even)
+def _factors(model, pieces, kinds):
+    """The factor of each compiled loss in each piece, or None where all are 1."""
     if set(kinds) <= {normalizers.BY_EXAMPLES}:
-        return kinds, None
+        return None
 
     def measure(k):
-        data = pieces.read(k)
+        data = pieces.read(k, ())
         # Nothing of this forward pass stays, and only its masks are computed.
         with trainer.StatelessScope():
             x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
@@ -389,9 +569,10 @@ def _factors(model, pieces, shares, inspected):
             measure,
             tf.range(tf.size(pieces.sizes)),
             parallel_iterations=1,
-            fn_output_signature=tf.TensorSpec((len(found),), normalizers.dtype()),
+            fn_output_signature=tf.TensorSpec((len(kinds),), normalizers.dtype()),
         )
-    return kinds, normalizers.factors(denominators, shares, kinds)
+    shares = tf.cast(pieces.sizes, pieces.expected.dtype) / pieces.expected
+    return normalizers.factors(denominators, shares, kinds)
 
 
 def _add_piece(model, variables, sums, kinds, dense, data, share, factors):
@@ -406,9 +587,8 @@ def _add_piece(model, variables, sums, kinds, dense, data, share, factors):
         weigh = normalizers.weighing(kinds, tf.unstack(factors))
     loss, y_pred, gradients = _gradients(model, variables, data, share, weigh)
     dense, slices = sums.add(dense, gradients)
-    examples = tf.shape(leaves(x)[0])[0]
     own_logs = trainer.update_metrics(
-        model, (x, y, y_pred, sample_weight), loss, examples
+        model, (x, y, y_pred, sample_weight), loss, _examples(data)
     )
     part = tf.reduce_mean(tf.cast(loss, normalizers.dtype())) * share
     return part, dense, slices, own_logs
@@ -457,7 +637,7 @@ def _zero_logs(model, pieces):
 
     return keras.tree.map_structure(
         lambda spec: tf.zeros(spec.shape, spec.dtype),
-        _trace(logs, pieces),
+        _trace(logs, pieces.example, pieces),
     )
 
 

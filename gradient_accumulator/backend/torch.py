@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,12 +14,7 @@ import torch
 
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import masks, trainer
-from gradient_accumulator.pieces import (
-    Accumulation,
-    Epoch,
-    cut,
-    leaves,
-)
+from gradient_accumulator.pieces import Accumulation, Epoch, Pieces, cut, leaves
 
 KERAS_DRAWS_TO_BUILD = True  # whether `fit` builds the model from a batch of its data
 
@@ -35,14 +31,16 @@ def make_train_function(
     update = _make_update(model, accumulation)
 
     def train_function(data):
-        data = [batch for batch in data if batch is not _FILLER]
-        data = epoch.take(data, accumulation.accum_steps or 1)
+        first, *others = data
         if accumulation.microbatch_size is not None:
-            data = cut(data[0], accumulation.microbatch_size)
+            pieces = cut(first, accumulation.microbatch_size)
+        else:
+            later = others[0]
+            pieces = Pieces(itertools.chain([first], later.iterator), later.count)
         state = model.non_trainable_variables
         before = [variable.value.detach().clone() for variable in state]
         try:
-            return update(data)
+            return update(pieces)
         except BaseException:
             # The pieces before the failing one moved seeds and statistics.
             with torch.no_grad():
@@ -57,10 +55,10 @@ def make_train_function(
 
 @contextmanager
 def drawing(epoch: Epoch, group: int) -> Iterator[None]:
-    """Around `fit`: its iterator draws no more than an epoch has.
+    """Around `fit`: its iterator draws one piece at a time, no more than an epoch has.
 
-    Keras draws in groups of `steps_per_execution`, past `steps_per_epoch`, and warns
-    where the data ends within a group: fillers take the place of what is missing.
+    Keras draws in groups of `steps_per_execution`, and warns where the data ends within
+    a group: what draws an update's other pieces, and fillers, take the others' places.
 
     Args:
         epoch: Where `fit` stands.
@@ -75,7 +73,7 @@ def drawing(epoch: Epoch, group: int) -> Iterator[None]:
             keras_trainer.TorchEpochIterator = original
 
         def _get_iterator(self):
-            return _filled(super()._get_iterator(), epoch, group)
+            return _groups(super()._get_iterator(), epoch, group)
 
     keras_trainer.TorchEpochIterator = EpochIterator
     try:
@@ -87,15 +85,18 @@ def drawing(epoch: Epoch, group: int) -> Iterator[None]:
 _FILLER = object()
 
 
-def _filled(batches: Iterable, epoch: Epoch, group: int) -> Iterator:
-    drawn = 0
-    for batch in batches:
-        yield batch
-        drawn += 1
-        if drawn == epoch.length:
-            yield from [_FILLER] * (-drawn % group)
-            drawn = 0
-    yield from [_FILLER] * (-drawn % group)
+def _groups(batches: Iterable, epoch: Epoch, group: int) -> Iterator:
+    batches = iter(batches)
+    while True:
+        try:
+            pieces = epoch.draw(batches, group)
+        except StopIteration:
+            return
+        # Keras builds the model from a group's first batch.
+        yield next(pieces.iterator)
+        if group > 1:
+            yield pieces
+            yield from [_FILLER] * (group - 2)
 
 
 def _make_update(model, accumulation):
@@ -103,13 +104,11 @@ def _make_update(model, accumulation):
     forward = partial(trainer.forward, model, training=True)
     if model.jit_compile and not model.run_eagerly:
         forward = torch.compile(forward)
-    factors_of = normalizers.HostFactors(model, partial(_measure, model))
+    weighed = normalizers.HostWeights(model, partial(_measure, model))
 
     def update(pieces):
         variables = model.trainable_variables
         _clear_gradients(variables)
-        sizes = [_examples(piece) for piece in pieces]
-        shares = normalizers.shares(sizes)
         gradients = [
             _Gradient(
                 v.value,
@@ -119,15 +118,17 @@ def _make_update(model, accumulation):
             for v in variables
         ]
         loss = 0.0
-        kinds, factors = factors_of(pieces, shares)
-        for piece, share, factor in zip(pieces, shares, factors):
-            weigh = None if factor is None else normalizers.weighing(kinds, factor)
+        pieces = weighed(pieces)
+        for piece, share, kinds, factors in pieces:
+            weigh = None if factors is None else normalizers.weighing(kinds, factors)
             worth, own_logs = _add_piece(model, variables, forward, piece, share, weigh)
             loss = loss + worth
             for gradient in gradients:
                 gradient.add()
-        _apply(model, variables, [gradient.finish() for gradient in gradients])
-        return trainer.logs(model, own_logs, loss, sum(sizes))
+        correction = pieces.correction
+        finished = [gradient.finish(correction) for gradient in gradients]
+        _apply(model, variables, finished)
+        return trainer.logs(model, own_logs, loss * correction, pieces.examples)
 
     return update
 
@@ -158,11 +159,15 @@ class _Gradient:
         else:
             self.sum += gradient
 
-    def finish(self) -> torch.Tensor | None:
-        if self.sum is None:
-            return self.parameter.grad
-        gradient, self.sum = self.sum.to(self.parameter.dtype), None
-        return gradient
+    def finish(self, correction: float) -> torch.Tensor | None:
+        gradient, self.sum = self.sum, None
+        if gradient is None:
+            gradient = self.parameter.grad
+        if gradient is None:
+            return None
+        if correction != 1 and not self.largest:
+            gradient *= correction
+        return gradient.to(self.parameter.dtype)
 
 
 def _measure(model, piece):

@@ -29,6 +29,13 @@ def layers_of(model: keras.Model) -> list:
     return list(model._flatten_layers())
 
 
+def has_static_inputs(model: keras.Model) -> bool:
+    """Whether the model takes one shape only, but for the number of examples."""
+    return type(model).call is Functional.call and all(
+        None not in tensor.shape[1:] for tensor in model.inputs
+    )
+
+
 def has_own_scale_loss(optimizer: keras.optimizers.Optimizer) -> bool:
     """Whether scaling the loss may read the optimizer's variables."""
     return type(optimizer).scale_loss is not keras.optimizers.Optimizer.scale_loss
@@ -37,6 +44,14 @@ def has_own_scale_loss(optimizer: keras.optimizers.Optimizer) -> bool:
 def overwrites(variable: keras.Variable) -> bool:
     """Whether the optimizer assigns a variable its gradient (float8 scales do)."""
     return getattr(variable, "overwrite_with_gradient", False)
+
+
+def rounds_or_overwrites(model: keras.Model) -> bool:
+    """Whether gradients depend on more than a factor on how large the loss is: in half
+    precision, or in float8 by the largest value so far."""
+    return any(
+        layer.compute_dtype in ("float16", "bfloat16") for layer in layers_of(model)
+    ) or any(overwrites(variable) for variable in model.trainable_variables)
 
 
 def build(model: keras.Model, data: Any) -> None:
@@ -142,6 +157,11 @@ def accumulator_dtype(variable: keras.Variable, accum_dtype: str) -> str:
 
 def has_compiled_losses(model: keras.Model) -> bool:
     return model._compile_loss is not None
+
+
+def records_each_loss(model: keras.Model) -> bool:
+    """Whether there are several compiled losses, each with an entry in the logs."""
+    return bool(model._compile_loss.metrics)
 
 
 def compute_loss(

@@ -1,0 +1,41 @@
+"""What older versions of Keras cannot train on the full batch themselves.
+
+There is nothing to compare pieces with then.
+"""
+
+import keras
+import pytest
+
+VERSION = tuple(map(int, keras.__version__.split(".")[:2]))
+
+# The backend, the first version of Keras that can, and why older ones cannot.
+_SINCE = {
+    ("torch", (3, 14), "a mask changes weights in place that a gradient needs"): (
+        "outputs_one_of_two_masked",
+        "outputs_loss_weights",
+        "outputs_sum_and_mean_with_sample_weight",
+        "outputs_mean_with_sample_weight_and_sum_over_batch_size",
+        "outputs_metrics_of_each",
+        "outputs_only_one_has_a_loss",
+        "outputs_drawn",
+    ),
+    ("torch", (3, 14), "the gradient of a mean over no weight is NaN"): (
+        "weights_zero_in_a_full_batch_mean_with_sample_weight",
+        "fully_masked_full_batch_mean_with_sample_weight",
+    ),
+    ("torch", (3, 10), "metrics are built on a device without data"): ("metrics",),
+    ("torch", (3, 12), "the compiler fails on Keras's code"): ("jit_compile",),
+    ("tensorflow", (3, 9), "the empty generator's first batch is taken"): (
+        "empty_generator",
+    ),
+}
+
+
+def unless_plain_fails(name):
+    """The mark for a test of what `name` is about."""
+    reasons = [
+        f"Plain Keras {keras.__version__} fails on {backend}: {why}"
+        for (backend, version, why), names in _SINCE.items()
+        if name in names and backend == keras.backend.backend() and version > VERSION
+    ]
+    return pytest.mark.skipif(bool(reasons), reason=" ".join(reasons))
