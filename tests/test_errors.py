@@ -266,6 +266,7 @@ def momentum_model():
 
 
 @ways
+@unless_plain_fails("data_that_fails")
 def test_data_that_fails_in_the_middle_of_an_update(way):
     settings, size = WAYS[way]
     model = accumulate(momentum_model(), **settings)
@@ -327,7 +328,10 @@ FAILURES = {
 
 
 @ways
-@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize(
+    "run_eagerly",
+    [pytest.param(False, marks=unless_plain_fails("exceptions")), True],
+)
 @pytest.mark.parametrize("bad", [8, 15], ids=["first_piece", "last_piece"])
 def test_an_exception_in_a_piece_leaves_the_model_as_it_was(way, run_eagerly, bad):
     """The first update is whole; the second one has an example that fails."""
@@ -349,6 +353,7 @@ def test_an_exception_in_a_piece_leaves_the_model_as_it_was(way, run_eagerly, ba
     assert int(model.optimizer.iterations) == 2
 
 
+@unless_plain_fails("exceptions")
 def test_an_exception_in_train_on_batch_leaves_the_model_as_it_was():
     model = accumulate(compiled(failing), microbatch_size=2)
     x, y = data(8)

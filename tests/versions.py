@@ -1,4 +1,4 @@
-"""What older versions of Keras cannot train on the full batch themselves.
+"""What older versions of Keras, and of a backend that they need, cannot do themselves.
 
 There is nothing to compare pieces with then.
 """
@@ -25,6 +25,10 @@ _SINCE = {
     ),
     ("torch", (3, 10), "metrics are built on a device without data"): ("metrics",),
     ("torch", (3, 12), "the compiler fails on Keras's code"): ("jit_compile",),
+    ("jax", (3, 13), "batches are drawn ahead, and fail an update early"): (
+        "data_that_fails",
+    ),
+    ("jax", (3, 10), "JAX 0.4 goes on when a callback fails"): ("exceptions",),
     ("tensorflow", (3, 9), "the empty generator's first batch is taken"): (
         "empty_generator",
     ),
