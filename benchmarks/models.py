@@ -95,10 +95,10 @@ def _perceptron(features: int, *widths: int):
 
 
 MODELS = {
-    "convolutions": Problem(_convolutions, _images, updates=4),
+    "convolutions": Problem(_convolutions, _images, updates=8),
     "transformer": Problem(_transformer, _tokens, updates=4),
     "3 x Dense(2048)": Problem(
-        _perceptron(2048, 2048, 2048, 2048), _features(2048), updates=4
+        _perceptron(2048, 2048, 2048, 2048), _features(2048), updates=8
     ),
     "60-layer MLP": Problem(_perceptron(64, *[64] * 60), _features(64), updates=16),
     "tiny MLP": Problem(_perceptron(16, 32), _features(16), updates=128),

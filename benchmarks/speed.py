@@ -20,6 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=8, help="examples a piece (M)")
     parser.add_argument("--quick", action="store_true", help="one short round")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument(
+        "--no-memory",
+        dest="memory",
+        action="store_false",
+        help="do not measure it, which takes as many processes again",
+    )
 
 
 def run(backend: str, arguments: argparse.Namespace) -> None:
@@ -38,7 +44,9 @@ def run(backend: str, arguments: argparse.Namespace) -> None:
             )
             for variant in arguments.variants
         }
-        measured[model], about = _measure(specs, rounds)
+        measured[model], about = _measure_times(specs, rounds)
+        if arguments.memory:
+            _measure_memory(specs, measured[model])
         times = {v: report.number(r["time"] * 1e6) for v, r in measured[model].items()}
         print(f"{backend}, {model}: {times}", file=sys.stderr)
     if not about:
@@ -52,7 +60,7 @@ def run(backend: str, arguments: argparse.Namespace) -> None:
     )
 
 
-def _measure(specs: dict[str, Spec], rounds: int) -> tuple[dict, dict]:
+def _measure_times(specs: dict[str, Spec], rounds: int) -> tuple[dict, dict]:
     """All variants of a model, round about, so that a machine's moods hit all."""
     results: dict[str, dict] = {}
     about = {}
@@ -68,7 +76,11 @@ def _measure(specs: dict[str, Spec], rounds: int) -> tuple[dict, dict]:
             about = {key: process.ready[key] for key in ("device", "versions")}
     for result in results.values():
         result["time"] = min(statistics.median(s) for s in result["seconds"])
-    # Memory apart from time: see HONEST_MALLOC.
+    return {name: results[name] for name in specs if name in results}, about
+
+
+def _measure_memory(specs: dict[str, Spec], results: dict[str, dict]) -> None:
+    # Apart from time: see HONEST_MALLOC.
     for name, spec in specs.items():
         with started({name: spec}, **HONEST_MALLOC) as running:
             for process in running.values():
@@ -77,7 +89,6 @@ def _measure(specs: dict[str, Spec], rounds: int) -> tuple[dict, dict]:
                     answer["peak"] - answer["built"]
                 )
                 results[name]["temporaries"] = answer["temporaries"]
-    return {name: results[name] for name in specs if name in results}, about
 
 
 def ratios(results: dict, ours: str) -> dict[str, float]:
@@ -130,15 +141,14 @@ def _text(measured: dict, arguments: argparse.Namespace, rounds: int) -> str:
         report.table(["model", *heads], times),
         "Ratios of these times:",
         report.table(["model", *ratio_heads], rows),
-        "Peak memory in MiB, from after the model was built (of a GPU: the backend's "
-        "own counter, from the start):",
-        report.table(["model", *heads], each(mib("memory"))),
     ]
-    if any(
-        "temporaries" in r and r["temporaries"]
-        for m in measured.values()
-        for r in m.values()
-    ):
+    if arguments.memory:
+        parts += [
+            "Peak memory in MiB, from after the model was built (of a GPU: the "
+            "backend's own counter, from the start):",
+            report.table(["model", *heads], each(mib("memory"))),
+        ]
+    if any(r.get("temporaries") for m in measured.values() for r in m.values()):
         parts += [
             "Temporaries of the largest compiled step in MiB (`memory_analysis()`):",
             report.table(["model", *heads], each(mib("temporaries"))),
