@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import resource
+import sys
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
@@ -48,8 +49,8 @@ def reset_peak(backend: str) -> None:
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    except (AttributeError, OSError):
-        pass  # not Linux: the peak since the start of the process
+    except (AttributeError, OSError) as error:  # not Linux
+        print(f"The peak counts from the process's start: {error}", file=sys.stderr)
     if backend == "torch":
         import torch
 

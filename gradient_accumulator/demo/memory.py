@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,8 +49,12 @@ def _host_peak() -> Callable[[], float]:
     if status.exists():  # Linux, whose ru_maxrss begins with that of the parent
         try:  # Forget the peak that importing the libraries has left.
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass
+        except OSError as error:
+            warnings.warn(
+                "The peak of memory before training could not be forgotten, so that "
+                f"less than it is not seen: {error}",
+                stacklevel=2,
+            )
         return lambda: _kilobytes(status.read_text(), "VmHWM:") * 1024
     try:
         import resource
