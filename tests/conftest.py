@@ -15,6 +15,8 @@ LET_THROUGH = (
     "__array__ implementation doesn't accept a copy keyword",
     # Plain Keras says so of variables without a gradient, which some problems have.
     "Gradients do not exist for variables",
+    # JAX says so of weights in float64, in plain Keras too.
+    "Explicitly requested dtype float64 requested in ShapeDtypeStruct",
     # PyTorch's compiler calls what PyTorch deprecated.
     "`torch.jit.script_method` is deprecated",
     # It also looks at the gradients of all tensors that it meets in a layer.
