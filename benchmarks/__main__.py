@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from types import ModuleType
 
-from . import exactness, memory, speed
+from . import exactness, memory, report, speed
 from .models import MODELS
 
 BACKENDS = ("tensorflow", "jax", "torch")
+
+
+def _name(module: ModuleType) -> str:
+    return module.__name__.rpartition(".")[2]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for module in speed, memory, exactness:
-        name = module.__name__.rpartition(".")[2]
-        command = commands.add_parser(name, help=module.__doc__.splitlines()[0])
+        command = commands.add_parser(
+            _name(module), help=module.__doc__.splitlines()[0]
+        )
         command.add_argument("--backend", choices=[*BACKENDS, "all"], default="all")
         if module is not exactness:
             models = getattr(module, "DEFAULT", [*MODELS])
@@ -30,7 +36,12 @@ def main() -> None:
     if arguments.command == "summary":
         for module in speed, memory, exactness:
             for backend in BACKENDS:
-                print(module.summary(backend) or f"{backend}: not measured")
+                saved = report.load(f"{_name(module)}-{backend}")
+                print(
+                    module.summary(backend, saved)
+                    if saved
+                    else f"{backend}, {_name(module)}: not measured"
+                )
         return
     chosen = BACKENDS if arguments.backend == "all" else [arguments.backend]
     for backend in chosen:

@@ -92,11 +92,8 @@ def passed(problems: dict, way: str) -> int:
     return sum(found[way].get("same", False) for found in problems.values())
 
 
-def summary(backend: str) -> str | None:
+def summary(backend: str, saved: dict) -> str:
     """One line for the README."""
-    saved = report.load(f"exactness-{backend}")
-    if saved is None:
-        return None
     problems = saved["problems"]
     counts = [f"{what} {passed(problems, way)}" for way, what in WAYS.items()]
     return f"{backend}, exact of {len(problems)} problems: {', '.join(counts)}"

@@ -121,11 +121,8 @@ def _text(measured: dict, arguments: argparse.Namespace, variants) -> str:
     return "\n\n".join(parts)
 
 
-def summary(backend: str) -> str | None:
+def summary(backend: str, saved: dict) -> str:
     """A few lines for the README."""
-    saved = report.load(f"memory-{backend}")
-    if saved is None:
-        return None
     lines = [f"{backend}, peak memory / (plain at the piece + one set of gradients):"]
     for model, results in saved["models"].items():
         ratios = {

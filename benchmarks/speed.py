@@ -156,11 +156,8 @@ def _text(measured: dict, arguments: argparse.Namespace, rounds: int) -> str:
     return "\n\n".join(parts)
 
 
-def summary(backend: str) -> str | None:
+def summary(backend: str, saved: dict) -> str:
     """One paragraph for the README."""
-    saved = report.load(f"speed-{backend}")
-    if saved is None:
-        return None
     lines = [f"{backend}, time ({saved['device']}):"]
     for ours in OURS:
         found = {m: ratios(r, ours) for m, r in saved["models"].items()}

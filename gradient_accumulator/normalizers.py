@@ -42,7 +42,7 @@ from gradient_accumulator.backend.trainer import (
     rounds_or_overwrites,
     standing_in,
 )
-from gradient_accumulator.pieces import Pieces, leaves, map_leaves
+from gradient_accumulator.pieces import Pieces, first_input, map_leaves
 
 # What a loss divides by, as far as a reduction's name tells.
 ADDITIVE = "additive"  # nothing: pieces add up
@@ -88,8 +88,6 @@ class Denominator:
     def __call__(self, y_true, y_pred, sample_weight=None):
         if self.kind == NORMALIZED:
             self._measure(y_true, y_pred, sample_weight)
-        elif self.kind == BY_EXAMPLES:
-            self.rank = len(self.loss(y_true, y_pred, sample_weight).shape)
         return ops.zeros((), dtype=self.loss.dtype)
 
     def _measure(self, y_true, y_pred, sample_weight):
@@ -115,6 +113,15 @@ class Denominator:
             self.value = ops.sum(weights)
         else:
             self.value = _size(values, y_true)
+
+
+class _Inspected(Denominator):
+    """One that also calls a loss that is not taken apart, for its `rank`."""
+
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        if self.kind == BY_EXAMPLES:
+            self.rank = len(self.loss(y_true, y_pred, sample_weight).shape)
+        return super().__call__(y_true, y_pred, sample_weight)
 
 
 def _both(mask, other):
@@ -188,10 +195,10 @@ def weighing(kinds: Sequence[str], factors: Sequence) -> Callable:
     return weigh
 
 
-def measure(model, data, y_pred) -> list[Denominator]:
+def measure(model, data, y_pred, stand_in=Denominator) -> list[Denominator]:
     """The denominators of a piece's compiled losses."""
     _, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    return standing_in(model, Denominator, y, y_pred, sample_weight)
+    return standing_in(model, stand_in, y, y_pred, sample_weight)
 
 
 @dataclass
@@ -252,7 +259,7 @@ def inspect(
             # Losses with axes are summed, by Keras or by TensorFlow.
             found.need_shares |= any(len(loss.shape) for loss in model.losses)
             if has_compiled_losses(model):
-                found.denominators = measure(model, data, y_pred)
+                found.denominators = measure(model, data, y_pred, _Inspected)
                 found.need_shares |= records_each_loss(model) or any(
                     d.kind == BY_EXAMPLES and d.rank for d in found.denominators
                 )
@@ -291,7 +298,7 @@ class Weighed:
 
     def __iter__(self):
         for k, piece in enumerate(self.pieces):
-            size = _examples(piece)
+            size = examples(piece)
             self.examples += size
             row = None if self.factors is None else self.factors[k]
             yield piece, size / self.expected, self.kinds, row
@@ -330,13 +337,13 @@ class HostWeights:
         drawn = chain([first], pieces.iterator)
         if pieces.examples is None:
             if losses.by_examples(self.even):
-                return Weighed(drawn, _examples(first) * pieces.count)
+                return Weighed(drawn, examples(first) * pieces.count)
         elif losses.by_examples(even=True):
             return Weighed(drawn, pieces.examples)
         return self._all(list(drawn), losses, state)
 
     def _all(self, pieces: list, losses: Losses, state: tuple) -> Weighed:
-        sizes = [_examples(piece) for piece in pieces]
+        sizes = [examples(piece) for piece in pieces]
         even = len({str(map_leaves(_inner_shape, piece)) for piece in pieces}) == 1
         kinds = losses.kinds(even)
         if set(kinds) <= {BY_EXAMPLES}:
@@ -365,9 +372,9 @@ def symbolic(array) -> keras.KerasTensor:
     )
 
 
-def _examples(piece) -> int:
-    x, _, _ = keras.utils.unpack_x_y_sample_weight(piece)
-    return leaves(x)[0].shape[0]
+def examples(piece) -> int:
+    """The number of examples of a piece."""
+    return first_input(piece).shape[0]
 
 
 def _kind_of_array(array):

@@ -73,6 +73,12 @@ def leaves(data: Any) -> list:
     return [leaf for leaf in keras.tree.flatten(data) if leaf is not None]
 
 
+def first_input(piece: Any) -> Any:
+    """The array whose first axis tells a piece's number of examples."""
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(piece)
+    return leaves(x)[0]
+
+
 def map_leaves(function: Callable, data: Any) -> Any:
     """Nested data with `function` applied to every array, None kept."""
     return keras.tree.map_structure(

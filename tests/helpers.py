@@ -108,10 +108,10 @@ def pieces(problem):
     return [piece for update in updates for piece in update]
 
 
-def in_pieces(problem, way):
-    """Ours; `way` is "microbatch_size" or "accum_steps"."""
+def in_pieces(problem, way, piece=problems.PIECE):
+    """Ours; `way` is "microbatch_size", with pieces of that size, or "accum_steps"."""
     if way == "microbatch_size":
-        data, size = problem.batches(), problems.PIECE
+        data, size = problem.batches(), piece
     else:
         data, size = pieces(problem), problem.accum_steps
     return train(

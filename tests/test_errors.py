@@ -214,8 +214,8 @@ EMPTY = {
 @pytest.mark.parametrize(
     "source",
     [
-        *("generator", "py_dataset", "tf_data"),
-        pytest.param("generator_function", marks=unless_plain_fails("empty_generator")),
+        pytest.param(source, marks=unless_plain_fails(f"empty_{source}"))
+        for source in EMPTY
     ],
 )
 def test_no_data_at_all(source, way):

@@ -9,12 +9,10 @@ import keras
 import numpy as np
 import problems
 import pytest
-from helpers import assert_same, moved, train
+from helpers import assert_same, in_pieces, moved, train
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from versions import unless_plain_fails
-
-from gradient_accumulator import accumulate
 
 # Only a person who looks for the smallest example waits for these.
 SLOW = (Phase.shrink, Phase.explain)
@@ -57,20 +55,9 @@ def sizes(draw):
     return [full] * updates + [last], piece
 
 
-def trained(problem, way, piece):
-    batches = problem.batches()
-    if way == "microbatch_size":
-        given_, settings_ = batches, {"microbatch_size": piece}
-    else:
-        cut = [problem.cut(batch) for batch in batches]
-        given_ = [each for pieces in cut for each in pieces]
-        settings_ = {"accum_steps": len(cut[0])}
-    return train(problem, given_, lambda model: accumulate(model, **settings_))
-
-
 def check(problem, way, piece):
     reference = train(problem, problem.batches())
-    assert_same(trained(problem, way, piece), reference)
+    assert_same(in_pieces(problem, way, piece), reference)
     return reference
 
 

@@ -30,7 +30,7 @@ _SINCE = {
     ),
     ("jax", (3, 10), "JAX 0.4 goes on when a callback fails"): ("exceptions",),
     ("tensorflow", (3, 9), "the empty generator's first batch is taken"): (
-        "empty_generator",
+        "empty_generator_function",
     ),
 }
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import trainer
-from gradient_accumulator.pieces import Accumulation, Epoch, cut, leaves
+from gradient_accumulator.pieces import Accumulation, Epoch, cut
 
 KERAS_DRAWS_TO_BUILD = True  # whether `fit` builds the model from a batch of its data
 
@@ -124,11 +124,6 @@ def _make_update(model, accumulation):
     return update
 
 
-def _examples(piece):
-    x, _, _ = keras.utils.unpack_x_y_sample_weight(piece)
-    return leaves(x)[0].shape[0]
-
-
 def _zeros(model, accumulation):
     """What pieces add up to: the gradients, and the loss."""
     gradients = [
@@ -203,7 +198,7 @@ def _add_piece(
         ]
     with _variables(model, trainable, non_trainable, metrics) as scope:
         own_logs = trainer.update_metrics(
-            model, (x, y, y_pred, sample_weight), loss, _examples(data)
+            model, (x, y, y_pred, sample_weight), loss, normalizers.examples(data)
         )
     metrics = [scope.get_current_value(v) for v in model.metrics_variables]
     sums = accumulators, total + loss.astype(total.dtype) * share

@@ -6,13 +6,12 @@ hold the activations of all of them.
 
 from __future__ import annotations
 
-import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import keras
@@ -25,6 +24,7 @@ from gradient_accumulator.pieces import (
     Accumulation,
     Epoch,
     example_count,
+    first_input,
     leaves,
     map_leaves,
 )
@@ -85,6 +85,7 @@ class _Updates:
         # Of the iterator that was seen last, which is held weakly:
         self.iterator: Callable[[], Any] = lambda: None
         self.spec: Any = None  # what its batches are, or None
+        self.key = ""  # of the graphs for such batches
         self.streams = False  # whether a graph draws its pieces, one by one
 
     def draw(self, iterator: Iterator) -> Callable[[], dict]:
@@ -286,7 +287,7 @@ def _hold(pieces: tuple, count: tf.Tensor) -> _Pieces:
         ]
         return tf.nest.pack_sequence_as(pieces[0], arrays, expand_composites=True)
 
-    sizes = tf.stack([tf.shape(leaves(piece)[0])[0] for piece in pieces])[:count]
+    sizes = tf.stack([_examples(piece) for piece in pieces])[:count]
     return _known(sizes, read, map_leaves(_symbolic, pieces[0]), even)
 
 
@@ -320,8 +321,7 @@ def _stream(
 
 
 def _examples(piece):
-    x, _, _ = keras.utils.unpack_x_y_sample_weight(piece)
-    return tf.shape(leaves(x)[0])[0]
+    return tf.shape(first_input(piece))[0]
 
 
 def _is_even(spec):
@@ -347,7 +347,7 @@ def _list(arrays):
 
 def _common_shape(arrays):
     shapes = [array.shape for array in arrays]
-    shape = functools.reduce(tf.TensorShape.most_specific_compatible_shape, shapes)
+    shape = reduce(tf.TensorShape.most_specific_compatible_shape, shapes)
     # The number of examples may differ, even where this update's pieces agree.
     return tf.TensorShape([None, *shape[1:]]) if shape.rank else shape
 

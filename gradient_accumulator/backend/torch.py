@@ -14,7 +14,7 @@ import torch
 
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import masks, trainer
-from gradient_accumulator.pieces import Accumulation, Epoch, Pieces, cut, leaves
+from gradient_accumulator.pieces import Accumulation, Epoch, Pieces, cut
 
 KERAS_DRAWS_TO_BUILD = True  # whether `fit` builds the model from a batch of its data
 
@@ -82,9 +82,6 @@ def drawing(epoch: Epoch, group: int) -> Iterator[None]:
         keras_trainer.TorchEpochIterator = original
 
 
-_FILLER = object()
-
-
 def _groups(batches: Iterable, epoch: Epoch, group: int) -> Iterator:
     batches = iter(batches)
     while True:
@@ -96,7 +93,7 @@ def _groups(batches: Iterable, epoch: Epoch, group: int) -> Iterator:
         yield next(pieces.iterator)
         if group > 1:
             yield pieces
-            yield from [_FILLER] * (group - 2)
+            yield from [None] * (group - 2)
 
 
 def _make_update(model, accumulation):
@@ -182,11 +179,6 @@ def _measure(model, piece):
         return normalizers.values(normalizers.measure(model, piece, y_pred))
 
 
-def _examples(piece):
-    x, _, _ = keras.utils.unpack_x_y_sample_weight(piece)
-    return leaves(x)[0].shape[0]
-
-
 def _add_piece(model, variables, forward, data, share, weigh):
     """Add a piece's part of the full batch's gradient, and its metrics.
 
@@ -198,7 +190,7 @@ def _add_piece(model, variables, forward, data, share, weigh):
     worth = loss * share
     if variables:
         model.optimizer.scale_loss(worth).backward()
-    own_logs = trainer.update_metrics(model, piece, loss, _examples(data))
+    own_logs = trainer.update_metrics(model, piece, loss, normalizers.examples(data))
     return worth.detach(), own_logs
 
 
