@@ -1,102 +1,18 @@
-"""Training in pieces on PyTorch: `backward` on each piece adds to what is there."""
+"""An update on PyTorch: `backward` on each piece adds to what is there."""
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import keras
-import keras.src.backend.torch.trainer as keras_trainer
 import torch
 
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import masks, trainer
-from gradient_accumulator.pieces import Accumulation, Epoch, Pieces, cut
-
-KERAS_DRAWS_TO_BUILD = True  # whether `fit` builds the model from a batch of its data
 
 
-def make_train_function(
-    model: keras.Model, accumulation: Accumulation, epoch: Epoch
-) -> Callable[[list], dict]:
-    """The function that `fit` calls with the batches of one update."""
-    if model.steps_per_execution > 1:
-        raise ValueError(
-            "`steps_per_execution` must be 1 with the PyTorch backend. "
-            f"Received: steps_per_execution={model.steps_per_execution}"
-        )
-    update = _make_update(model, accumulation)
-
-    def train_function(data):
-        first, *others = data
-        if accumulation.microbatch_size is not None:
-            pieces = cut(first, accumulation.microbatch_size)
-        else:
-            later = others[0]
-            pieces = Pieces(itertools.chain([first], later.iterator), later.count)
-        state = model.non_trainable_variables
-        before = [variable.value.detach().clone() for variable in state]
-        try:
-            return update(pieces)
-        except BaseException:
-            # The pieces before the failing one moved seeds and statistics.
-            with torch.no_grad():
-                for variable, value in zip(state, before):
-                    variable.assign(value)
-            raise
-        finally:
-            _clear_gradients(model.trainable_variables)
-
-    return train_function
-
-
-@contextmanager
-def drawing(epoch: Epoch, group: int) -> Iterator[None]:
-    """Around `fit`: its iterator draws one piece at a time, no more than an epoch has.
-
-    Keras draws in groups of `steps_per_execution`, and warns where the data ends within
-    a group: what draws an update's other pieces, and fillers, take the others' places.
-
-    Args:
-        epoch: Where `fit` stands.
-        group: Number of batches in an update.
-    """
-    original = keras_trainer.TorchEpochIterator
-
-    class EpochIterator(keras_trainer.TorchEpochIterator):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            # The next one that `fit` makes is for validation data.
-            keras_trainer.TorchEpochIterator = original
-
-        def _get_iterator(self):
-            return _groups(super()._get_iterator(), epoch, group)
-
-    keras_trainer.TorchEpochIterator = EpochIterator
-    try:
-        yield
-    finally:
-        keras_trainer.TorchEpochIterator = original
-
-
-def _groups(batches: Iterable, epoch: Epoch, group: int) -> Iterator:
-    batches = iter(batches)
-    while True:
-        try:
-            pieces = epoch.draw(batches, group)
-        except StopIteration:
-            return
-        # Keras builds the model from a group's first batch.
-        yield next(pieces.iterator)
-        if group > 1:
-            yield pieces
-            yield from [None] * (group - 2)
-
-
-def _make_update(model, accumulation):
+def make_update(model, accumulation):
     """A function of one update's pieces."""
     forward = partial(trainer.forward, model, training=True)
     if model.jit_compile and not model.run_eagerly:
@@ -105,7 +21,7 @@ def _make_update(model, accumulation):
 
     def update(pieces):
         variables = model.trainable_variables
-        _clear_gradients(variables)
+        clear_gradients(variables)
         gradients = [
             _Gradient(
                 v.value,
@@ -203,6 +119,6 @@ def _apply(model, variables, gradients):
         model.optimizer.apply(gradients, variables)
 
 
-def _clear_gradients(variables):
+def clear_gradients(variables):
     for variable in variables:
         variable.value.grad = None

@@ -1,4 +1,4 @@
-"""Training in pieces on JAX: a host loop over one jitted function that adds a piece.
+"""An update on JAX: a host loop over one jitted function that adds a piece.
 
 Not `jax.lax.scan`: XLA runs convolutions inside a loop many times slower on CPUs, and
 a loop of the host takes pieces of different shapes.
@@ -7,8 +7,7 @@ a loop of the host takes pieces of different shapes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 
 import jax
@@ -18,69 +17,9 @@ import numpy as np
 
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import trainer
-from gradient_accumulator.pieces import Accumulation, Epoch, cut
-
-KERAS_DRAWS_TO_BUILD = True  # whether `fit` builds the model from a batch of its data
 
 
-def make_train_function(
-    model: keras.Model, accumulation: Accumulation, epoch: Epoch
-) -> Callable[[tuple, Iterator], tuple]:
-    """The function that `fit` calls with its state and iterator."""
-    if accumulation.accum_dtype == "float64" and not jax.config.jax_enable_x64:
-        raise ValueError(
-            "JAX has float64 only where its flag `jax_enable_x64` is set. Set it, or "
-            "sum in float32. Received: accum_dtype='float64'"
-        )
-    update = _make_update(model, accumulation)
-    steps_per_execution = model.steps_per_execution
-
-    def train_function(state, iterator):
-        logs = None
-        for _ in range(steps_per_execution):
-            with _kept_on_failure(model, state):
-                try:
-                    pieces = epoch.draw(iterator, accumulation.accum_steps or 1)
-                except StopIteration:
-                    if logs is None:
-                        raise
-                    break
-                if accumulation.microbatch_size is not None:
-                    (batch,) = pieces.iterator
-                    pieces = cut(batch, accumulation.microbatch_size, _take)
-                logs, state = update(state, pieces)
-        return logs, state
-
-    return train_function
-
-
-@contextmanager
-def _kept_on_failure(model: keras.Model, state: tuple) -> Iterator[None]:
-    """Give the model the state of before the update, if that fails.
-
-    During `fit` the state is here only: Keras takes the values out of its variables.
-    """
-    try:
-        yield
-    except StopIteration:
-        raise  # an epoch's end
-    except BaseException:
-        names = ("trainable", "non_trainable", "optimizer", "metrics")
-        model._jax_state = {
-            f"{name}_variables": values for name, values in zip(names, state)
-        }
-        model.jax_state_sync()
-        raise
-
-
-def _take(array, start, stop):
-    if isinstance(array, jax.Array):
-        # With the start an operand, one program serves all pieces.
-        return jax.lax.dynamic_slice_in_dim(array, start, stop - start)
-    return array[start:stop]
-
-
-def _make_update(model, accumulation):
+def make_update(model, accumulation):
     """A function of the state and one update's pieces, with its compiled programs."""
     zeros = partial(_zeros, model, accumulation)
     add_piece = partial(_add_piece, model)
@@ -242,9 +181,3 @@ def _apply(model, sums, correction, trainable, optimizer, metrics, own_logs, exa
             optimizer, gradients, trainable
         )
     return trainable, optimizer, metrics, logs
-
-
-@contextmanager
-def drawing(epoch: Epoch, group: int) -> Iterator[None]:
-    """Around `fit`: here the train function draws its pieces itself."""
-    yield

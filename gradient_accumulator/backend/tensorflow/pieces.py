@@ -1,0 +1,153 @@
+"""An update's pieces in a TensorFlow graph: cut, held or drawn one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from gradient_accumulator import normalizers
+from gradient_accumulator.backend import trainer
+from gradient_accumulator.pieces import first_input, leaves, map_leaves
+
+
+@dataclass
+class Pieces:
+    """The pieces of one update.
+
+    A loop carries `state` from one piece to the next.
+    """
+
+    example: Any  # what is known of any piece: nested, of KerasTensors
+    even: bool  # whether all have one shape, but for the number of examples
+    expected: tf.Tensor  # the number of examples that shares are of
+    more: Callable[[tf.Tensor, Any], tf.Tensor]  # whether there is a piece k
+    read: Callable[[tf.Tensor, Any], Any]  # piece k
+    sizes: tf.Tensor | None = None  # the number of examples of each, if all are known
+    state: Any = ()
+    following: Callable[[tf.Tensor, Any], Any] = lambda k, state: state  # for piece k
+
+
+def _known(sizes: tf.Tensor, read: Callable, example: Any, even: bool) -> Pieces:
+    return Pieces(
+        example,
+        even,
+        expected=tf.cast(tf.reduce_sum(sizes), normalizers.dtype()),
+        more=lambda k, state: k < tf.size(sizes),
+        read=lambda k, state: read(k),
+        sizes=sizes,
+    )
+
+
+def cut(data: Any, microbatch_size: int) -> Pieces:
+    size = tf.shape(leaves(data)[0])[0]
+    starts = tf.range(0, size, microbatch_size)
+    sizes = tf.minimum(microbatch_size, size - starts)
+
+    def read(k):
+        start, stop = starts[k], starts[k] + sizes[k]
+        return map_leaves(lambda array: array[start:stop], data)
+
+    return _known(sizes, read, map_leaves(symbolic, data), even=True)
+
+
+def hold(pieces: tuple, count: tf.Tensor) -> Pieces:
+    """Pieces that may differ in shape; those after `count` fill up, and are not read.
+
+    Their arrays are held in lists, which a loop can index.
+    """
+    columns = list(
+        zip(*(tf.nest.flatten(piece, expand_composites=True) for piece in pieces))
+    )
+    shapes = [
+        None if column[0] is None else _common_shape(column) for column in columns
+    ]
+    lists = [None if column[0] is None else _list(column) for column in columns]
+    even = all(shape is None or None not in shape[1:] for shape in shapes)
+
+    def read(k):
+        arrays = [
+            None if held is None else tf.ensure_shape(held.read(k), shape)
+            for held, shape in zip(lists, shapes)
+        ]
+        return tf.nest.pack_sequence_as(pieces[0], arrays, expand_composites=True)
+
+    sizes = tf.stack([size_of(piece) for piece in pieces])[:count]
+    return _known(sizes, read, map_leaves(symbolic, pieces[0]), even)
+
+
+def stream(
+    first: tf.experimental.Optional, iterator: tf.data.Iterator, count: tf.Tensor
+) -> Pieces:
+    """At most `count` pieces, each drawn while the one before is trained on."""
+    element = iterator.element_spec
+    spec = keras.tree.map_structure(without_optional, element)
+
+    def read(k, optional):
+        return keras.tree.map_structure(without_optional, optional.get_value())
+
+    def following(k, optional):
+        return tf.cond(
+            k < count,
+            iterator.get_next_as_optional,
+            lambda: tf.experimental.Optional.empty(element),
+        )
+
+    size = size_of(read(0, first))
+    return Pieces(
+        map_leaves(symbolic, spec),
+        is_even(spec),
+        expected=tf.cast(size * count, normalizers.dtype()),
+        more=lambda k, optional: optional.has_value(),
+        read=read,
+        state=first,
+        following=following,
+    )
+
+
+def size_of(piece):
+    return tf.shape(first_input(piece))[0]
+
+
+def is_even(spec):
+    return all(None not in leaf.shape[1:] for leaf in leaves(spec))
+
+
+def trace_piece(function, example, pieces):
+    """What `function` returns for any piece, or its spec; without its effects."""
+    if tf.executing_eagerly():
+        with trainer.StatelessScope():
+            return function(pieces.read(0, ()))
+    return trainer.compute_output_spec(function, example)
+
+
+def _list(arrays):
+    held = tf.TensorArray(
+        arrays[0].dtype, len(arrays), infer_shape=False, clear_after_read=False
+    )
+    for k, array in enumerate(arrays):
+        held = held.write(k, array)
+    return held
+
+
+def _common_shape(arrays):
+    shapes = [array.shape for array in arrays]
+    shape = reduce(tf.TensorShape.most_specific_compatible_shape, shapes)
+    # The number of examples may differ, even where this update's pieces agree.
+    return tf.TensorShape([None, *shape[1:]]) if shape.rank else shape
+
+
+def symbolic(array):
+    return keras.KerasTensor(
+        (None, *array.shape[1:]), keras.backend.standardize_dtype(array.dtype)
+    )
+
+
+def without_optional(leaf):
+    # tf.data may hold a None that a generator yields as an empty Optional.
+    nones = (tf.experimental.Optional, tf.OptionalSpec, tf.NoneTensorSpec)
+    return None if isinstance(leaf, nones) else leaf

@@ -1,0 +1,244 @@
+"""What `fit` calls on TensorFlow: draws an update's data and runs its graph."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras.src.backend.tensorflow.trainer import reduce_per_replica
+
+from gradient_accumulator import normalizers
+from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.tensorflow.pieces import (
+    cut,
+    hold,
+    is_even,
+    stream,
+    symbolic,
+    trace_piece,
+    without_optional,
+)
+from gradient_accumulator.backend.tensorflow.update import run_update
+from gradient_accumulator.pieces import (
+    Accumulation,
+    Epoch,
+    example_count,
+    leaves,
+    map_leaves,
+)
+
+KERAS_DRAWS_TO_BUILD = False  # whether `fit` builds the model from a batch of its data
+
+
+def make_train_function(
+    model: keras.Model, accumulation: Accumulation, epoch: Epoch
+) -> Callable[[Iterator], dict]:
+    """The function that `fit` calls with its iterator, for one update or several."""
+    updates = _Updates(model, accumulation, epoch)
+    steps_per_execution = model.steps_per_execution
+
+    def train_function(iterator):
+        logs = None
+        for _ in range(steps_per_execution):
+            try:
+                update = updates.draw(iterator)
+            except StopIteration:
+                if logs is None:
+                    raise
+                break
+            state = model.non_trainable_variables
+            before = [variable.value.read_value() for variable in state]
+            try:
+                logs = update()
+            except BaseException:
+                # The pieces before the failing one moved seeds and statistics.
+                for variable, value in zip(state, before):
+                    variable.assign(value)
+                raise
+        return logs
+
+    return train_function
+
+
+class _Updates:
+    """Draws what one update after the other begins with, and has the graphs for them.
+
+    Args:
+        model: A compiled model.
+        accumulation: How it accumulates.
+        epoch: Where `fit` stands.
+    """
+
+    def __init__(self, model: keras.Model, accumulation: Accumulation, epoch: Epoch):
+        self.model = model
+        self.accum_steps = accumulation.accum_steps or 1
+        self.microbatch_size = accumulation.microbatch_size
+        self.accum_dtype = accumulation.accum_dtype
+        self.epoch = epoch
+        self.strategy = model.distribute_strategy
+        self.replicas = self.strategy.num_replicas_in_sync
+        self.built = False
+        self.inspected: dict[str, normalizers.Losses] = {}
+        self.graphs: dict = {}
+        # Of the iterator that was seen last, which is held weakly:
+        self.iterator: Callable[[], Any] = lambda: None
+        self.spec: Any = None  # what its batches are, or None
+        self.key = ""  # of the graphs for such batches
+        self.streams = False  # whether a graph draws its pieces, one by one
+
+    def draw(self, iterator: Iterator) -> Callable[[], dict]:
+        """What makes the next update.
+
+        Raises:
+            StopIteration: If nothing is left of the epoch.
+        """
+        if iterator is not self.iterator():
+            self._look_at(iterator)
+        if self.microbatch_size is not None:
+            (batch,) = self.epoch.draw(iterator, 1).iterator
+            return self._of_batch(batch, self.microbatch_size)
+        if self.streams:
+            return self._of_iterator(iterator)
+        pieces = self.epoch.draw(iterator, self.accum_steps)
+        return self._of_pieces(list(pieces.iterator))
+
+    def _look_at(self, iterator):
+        self.iterator = weakref.ref(iterator)
+        self.spec = None
+        if self.replicas == 1 and isinstance(iterator, tf.data.Iterator):
+            spec = keras.tree.map_structure(without_optional, iterator.element_spec)
+            if all(leaf.shape.rank is not None for leaf in leaves(spec)):
+                self.spec = spec
+        self.key = str(self.spec)
+        self.streams = (
+            self.spec is not None
+            and not self.model.run_eagerly
+            # If the data ends before, an update that lacks pieces is not applied.
+            and self.epoch.steps is None
+        )
+
+    def _of_batch(self, batch, microbatch_size):
+        batch = _tensors(batch)
+        for local in self._locals(batch):
+            example_count(local)
+        self._build(batch)
+
+        def pieces_of(batch):
+            return cut(batch, microbatch_size)
+
+        return lambda: self._run(pieces_of, (self.spec,), batch)[0]
+
+    def _of_pieces(self, pieces):
+        pieces = [_tensors(piece) for piece in pieces]
+        self._build(pieces[0])
+        count = tf.constant(len(pieces))
+        pieces += pieces[-1:] * (self.accum_steps - len(pieces))
+        signature = ((self.spec,) * self.accum_steps, tf.TensorSpec((), tf.int32))
+        return lambda: self._run(hold, signature, tuple(pieces), count)[0]
+
+    def _of_iterator(self, iterator):
+        pieces = self.epoch.draw(_optionals(iterator), self.accum_steps)
+        first = next(pieces.iterator)
+        if not self.built:
+            self._build(_tensors(first.get_value()))
+        losses = self._losses(map_leaves(symbolic, self.spec))
+        if not losses.by_examples(is_even(self.spec)):
+            self.streams = False
+            others = [piece.get_value() for piece in pieces.iterator]
+            return self._of_pieces([first.get_value(), *others])
+        element = iterator.element_spec
+        signature = (
+            tf.OptionalSpec(element),
+            tf.data.IteratorSpec(element),
+            tf.TensorSpec((), tf.int32),
+        )
+        count = tf.constant(pieces.count)
+
+        def update():
+            logs, drawn = self._run(stream, signature, first, iterator, count)
+            self.epoch.seen += int(drawn) - 1  # the first is counted
+            return logs
+
+        return update
+
+    def _locals(self, data):
+        """What each replica gets of distributed data."""
+        results = self.strategy.experimental_local_results
+        return [
+            map_leaves(lambda leaf, k=replica: results(leaf)[k], data)
+            for replica in range(self.replicas)
+        ]
+
+    def _build(self, data):
+        if self.built:
+            return
+        local = self._locals(data)[0]
+        with self.strategy.scope():
+            if self.model.run_eagerly:
+                trainer.build_from_values(self.model, local)
+            else:
+                trainer.build(self.model, map_leaves(symbolic, local))
+        self.built = True
+
+    def _losses(self, example, trace=trainer.compute_output_spec):
+        structure = str(map_leaves(lambda array: (array.shape, array.dtype), example))
+        if structure not in self.inspected:
+            self.inspected[structure] = normalizers.inspect(
+                self.model,
+                example,
+                trace=trace,
+                # Run eagerly, a model may do things that it is not to do twice.
+                training=not self.model.run_eagerly,
+            )
+        return self.inspected[structure]
+
+    def _run(self, pieces_of: Callable, signature: tuple, *data):
+        """The logs of an update, and the number of its pieces."""
+
+        def on_replica(*data):
+            pieces = pieces_of(*data)
+            losses = self._losses(pieces.example, partial(trace_piece, pieces=pieces))
+            return run_update(self.model, self.accum_dtype, pieces, losses)
+
+        def run(*data):
+            outputs = self.strategy.run(on_replica, args=data)
+            return reduce_per_replica(outputs, self.strategy, reduction="auto")
+
+        if self.model.run_eagerly:
+            return run(*data)
+        # Traced once for all that the data set may yield, not for each of its shapes.
+        key = pieces_of.__name__, self.key
+        if key not in self.graphs:
+            self.graphs[key] = tf.function(
+                run,
+                input_signature=None if self.spec is None else signature,
+                reduce_retracing=True,
+                autograph=False,
+            )
+        return self.graphs[key](*data)
+
+
+def _optionals(iterator):
+    """A data set's batches, whose arrays stay where a graph can read them."""
+    while (batch := iterator.get_next_as_optional()).has_value():
+        yield batch
+
+
+def _tensors(batch):
+    batch = keras.tree.map_structure(without_optional, batch)
+    # `train_on_batch` gives what the user gave; several replicas' values are no array.
+    return map_leaves(
+        lambda leaf: tf.convert_to_tensor(leaf) if hasattr(leaf, "__array__") else leaf,
+        batch,
+    )
+
+
+@contextmanager
+def drawing(epoch: Epoch, group: int) -> Iterator[None]:
+    """Around `fit`: here the train function draws its pieces itself."""
+    yield

@@ -1,0 +1,285 @@
+"""An update on TensorFlow: one graph around a `tf.while_loop` over its pieces.
+
+A loop, not an unrolled graph: TensorFlow would run unrolled pieces side by side and
+hold the activations of all of them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+
+import keras
+import tensorflow as tf
+
+from gradient_accumulator import normalizers
+from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.tensorflow.pieces import size_of, trace_piece
+
+
+def run_update(model, accum_dtype, pieces, losses):
+    """One update: what every piece is worth, the loop over them, the optimizer.
+
+    Returns the logs, and the number of pieces.
+    """
+    variables = model.trainable_weights
+    kinds = losses.kinds(pieces.even)
+    factors = _factors(model, pieces, kinds)
+    sums = _Sums(model, variables, accum_dtype, pieces)
+    add_piece = partial(_add_piece, model, variables, sums, kinds)
+    apply = partial(_apply, model, variables)
+    if model.jit_compile and not model.run_eagerly:
+        add_piece, apply = [
+            tf.function(function, jit_compile=True, autograph=False)
+            for function in (add_piece, apply)
+        ]
+
+    def body(k, state, examples, loss, dense, slices, own_logs):
+        data = pieces.read(k, state)
+        size = size_of(data)
+        share = tf.cast(size, pieces.expected.dtype) / pieces.expected
+        row = None if factors is None else factors[k]
+        part, dense, new_slices, own_logs = add_piece(dense, data, share, row)
+        slices = [
+            (values.write(k, new.values), indices.write(k, new.indices))
+            for (values, indices), new in zip(slices, new_slices)
+        ]
+        state = pieces.following(k + 1, state)
+        return k + 1, state, examples + size, loss + part, dense, slices, own_logs
+
+    with tf.name_scope("accumulate_gradients"):
+        count, _, examples, loss, dense, slices, own_logs = tf.while_loop(
+            lambda k, state, *_: pieces.more(k, state),
+            body,
+            (
+                tf.constant(0),
+                pieces.state,
+                tf.constant(0),
+                tf.zeros((), normalizers.dtype()),
+                sums.dense(),
+                sums.slices(),
+                _zero_logs(model, pieces),
+            ),
+            # Pieces side by side would hold their activations side by side.
+            parallel_iterations=1,
+        )
+    # Nothing of the optimizer runs before all pieces are done: one may yet fail.
+    done = tf.group(*dense, *(held.flow for pair in slices for held in pair))
+    with tf.name_scope("apply_gradients"), tf.control_dependencies([done]):
+        correction = None
+        if pieces.sizes is None:
+            correction = pieces.expected / tf.cast(examples, pieces.expected.dtype)
+            loss *= correction
+        apply(sums.gradients(dense, slices, correction))
+    return trainer.logs(model, own_logs, loss, examples), count
+
+
+class _Sums:
+    """How an update holds the sum of each variable's gradients, between pieces.
+
+    A dense gradient has an accumulator. The slices of a sparse one (an embedding's) are
+    kept as they come: Keras's optimizers do not merge slices of one row, so that only
+    the same slices give the same update.
+    """
+
+    def __init__(self, model, variables, accum_dtype, pieces):
+        self.variables = variables
+        self.accum_dtype = accum_dtype
+        self.connected: set[int] = set()  # variables with a gradient from some piece
+        self.eager: dict[int, list] = {}  # slices, where there is no graph
+        self.sparse = _sparse_variables(model, variables, pieces)
+
+    def dense(self) -> list:
+        return [
+            tf.zeros_like(v.value, trainer.accumulator_dtype(v, self.accum_dtype))
+            for i, v in enumerate(self.variables)
+            if i not in self.sparse
+        ]
+
+    def slices(self) -> list:
+        def array(dtype):
+            return tf.TensorArray(dtype, 0, dynamic_size=True, infer_shape=False)
+
+        return [
+            (array(self.variables[i].dtype), array(self.sparse[i])) for i in self.sparse
+        ]
+
+    def add(self, dense: list, gradients: list) -> tuple[list, list]:
+        """The new accumulators, and the slices of this piece."""
+        self.connected.update(i for i, g in enumerate(gradients) if g is not None)
+        for i, gradient in enumerate(gradients):
+            if tf.executing_eagerly() and isinstance(gradient, tf.IndexedSlices):
+                self.eager.setdefault(i, []).append(gradient)
+                gradients[i] = None
+        waiting = iter(dense)
+        dense = [
+            _add(next(waiting), gradient, variable)
+            for i, (gradient, variable) in enumerate(zip(gradients, self.variables))
+            if i not in self.sparse
+        ]
+        return dense, [gradients[i] for i in self.sparse]
+
+    def gradients(self, dense: list, slices: list, correction) -> list:
+        """The finished gradients, None where no piece had one.
+
+        Args:
+            dense: The accumulators.
+            slices: Pairs of arrays, of values and of indices.
+            correction: What the sums are to be multiplied by, or None.
+        """
+        if correction is not None:
+            dense = tf.cond(
+                tf.equal(correction, 1),
+                lambda: dense,
+                lambda: self._corrected(dense, correction),
+            )
+        sums, parts = iter(dense), iter(slices)
+
+        def finished(i, variable):
+            if i in self.sparse:
+                values, indices = next(parts)
+                values = values.concat()
+                if correction is not None:
+                    values *= tf.cast(correction, values.dtype)
+                shape = list(variable.shape)
+                return tf.IndexedSlices(
+                    tf.ensure_shape(values, [None, *shape[1:]]),
+                    tf.ensure_shape(indices.concat(), [None]),
+                    tf.constant(shape),
+                )
+            accumulator = next(sums)
+            if i in self.eager:
+                return tf.IndexedSlices(
+                    tf.concat([g.values for g in self.eager[i]], axis=0),
+                    tf.concat([g.indices for g in self.eager[i]], axis=0),
+                    tf.constant(list(variable.shape)),
+                )
+            if i in self.connected:
+                return tf.cast(accumulator, variable.dtype)
+            return None
+
+        return [finished(i, variable) for i, variable in enumerate(self.variables)]
+
+    def _corrected(self, dense: list, correction) -> list:
+        variables = [v for i, v in enumerate(self.variables) if i not in self.sparse]
+        return [
+            accumulator
+            if trainer.overwrites(variable)
+            else accumulator * tf.cast(correction, accumulator.dtype)
+            for accumulator, variable in zip(dense, variables)
+        ]
+
+
+def _sparse_variables(model, variables, pieces) -> dict[int, tf.DType]:
+    """The variables whose gradients are slices, with the dtype of their indices."""
+    sparse: dict[int, tf.DType] = {}
+    if tf.executing_eagerly() or not any(
+        isinstance(layer, keras.layers.Embedding)
+        or not trainer.is_keras_own(type(layer))
+        for layer in trainer.layers_of(model)
+    ):
+        return sparse
+
+    def run(data):
+        with trainer.StatelessScope(collect_losses=True):
+            share = tf.constant(1.0)
+            _, _, gradients = _gradients(model, variables, data, share)
+        for i, gradient in enumerate(gradients):
+            if isinstance(gradient, tf.IndexedSlices):
+                sparse[i] = gradient.indices.dtype
+        return tf.zeros(())
+
+    trace_piece(run, pieces.example, pieces)
+    return sparse
+
+
+def _factors(model, pieces, kinds):
+    """The factor of each compiled loss in each piece, or None where all are 1."""
+    if set(kinds) <= {normalizers.BY_EXAMPLES}:
+        return None
+
+    def measure(k):
+        data = pieces.read(k, ())
+        # Nothing of this forward pass stays, and only its masks are computed.
+        with trainer.StatelessScope():
+            x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+            y_pred = trainer.forward(model, x, training=False)
+            found = normalizers.measure(model, data, y_pred)
+        return normalizers.values(found)
+
+    denominators = None
+    if normalizers.NORMALIZED in kinds:
+        denominators = tf.map_fn(
+            measure,
+            tf.range(tf.size(pieces.sizes)),
+            parallel_iterations=1,
+            fn_output_signature=tf.TensorSpec((len(kinds),), normalizers.dtype()),
+        )
+    shares = tf.cast(pieces.sizes, pieces.expected.dtype) / pieces.expected
+    return normalizers.factors(denominators, shares, kinds)
+
+
+def _add_piece(model, variables, sums, kinds, dense, data, share, factors):
+    """Add a piece's part of the full batch's gradient, and its metrics.
+
+    Returns its part of the full batch's loss, the accumulators, the slices, and the
+    logs if they are the model's own.
+    """
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    weigh = None
+    if factors is not None:
+        weigh = normalizers.weighing(kinds, tf.unstack(factors))
+    loss, y_pred, gradients = _gradients(model, variables, data, share, weigh)
+    dense, slices = sums.add(dense, gradients)
+    own_logs = trainer.update_metrics(
+        model, (x, y, y_pred, sample_weight), loss, size_of(data)
+    )
+    part = tf.reduce_mean(tf.cast(loss, normalizers.dtype())) * share
+    return part, dense, slices, own_logs
+
+
+def _gradients(model, variables, data, share, weigh=None):
+    """A piece's loss, predictions, and part of the full batch's gradients."""
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    with tf.GradientTape() as tape:
+        y_pred = trainer.forward(model, x, training=True)
+        loss = trainer.compute_loss(
+            model, (x, y, y_pred, sample_weight), model.losses, share, weigh
+        )
+        # Of a loss without reduction TensorFlow sums the values: pieces of it add up.
+        worth = loss if len(loss.shape) else loss * tf.cast(share, loss.dtype)
+        worth = model.optimizer.scale_loss(worth)
+    return loss, y_pred, tape.gradient(worth, variables) if variables else []
+
+
+def _add(accumulator, gradient, variable):
+    if gradient is None:
+        return accumulator
+    gradient = tf.cast(tf.convert_to_tensor(gradient), accumulator.dtype)
+    if trainer.overwrites(variable):
+        return tf.maximum(accumulator, gradient)
+    return accumulator + gradient
+
+
+def _apply(model, variables, gradients):
+    """The finished gradient to the optimizer, once."""
+    if not variables:
+        warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+        return
+    model.optimizer.apply_gradients(zip(gradients, variables))
+
+
+def _zero_logs(model, pieces):
+    """Zeros in the form of what a user's own `compute_metrics` returns."""
+    if not trainer.has_own_metrics(model):
+        return {}
+
+    def logs(data):
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        y_pred = trainer.forward(model, x, training=False)
+        return model.compute_metrics(x, y, y_pred, sample_weight)
+
+    return keras.tree.map_structure(
+        lambda spec: tf.zeros(spec.shape, spec.dtype),
+        trace_piece(logs, pieces.example, pieces),
+    )
