@@ -145,7 +145,7 @@ def _size(values, y_true):
 
 def dtype() -> str:
     """The dtype of shares, denominators and factors: not below the losses' own."""
-    return keras.backend.result_type(keras.config.floatx(), "float32")
+    return "float64" if keras.config.floatx() == "float64" else "float32"
 
 
 def factors(denominators, shares, kinds: Sequence[str]):

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import warnings
 from contextlib import nullcontext
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
 import keras
-import numpy as np
 
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import trainer
@@ -33,6 +32,11 @@ def make_update(model, accumulation):
     # Scaling the loss may need the optimizer's variables; else they stay out of it.
     scales = trainer.has_own_scale_loss(model.optimizer)
 
+    @lru_cache(maxsize=2)
+    def number(value):
+        # A dispatch takes an array of JAX's faster than one of NumPy's.
+        return jnp.asarray(value, normalizers.dtype())
+
     def update(state, pieces):
         trainable, non_trainable, optimizer, metrics = state
         pieces = weighed(pieces, trainable, non_trainable)
@@ -46,12 +50,12 @@ def make_update(model, accumulation):
                 metrics,
                 optimizer if scales else None,
                 piece,
-                np.asarray(share, normalizers.dtype()),
+                number(share),
                 factors,
             )
         trainable, optimizer, metrics, logs = apply(
             sums,
-            np.asarray(pieces.correction, normalizers.dtype()),
+            number(pieces.correction),
             trainable,
             optimizer,
             metrics,
