@@ -136,7 +136,7 @@ def _compare(helpers, problem, way: str, full) -> dict:
     if way.startswith("keras"):
         data, steps = helpers.pieces(problem), problem.accum_steps
         if way == "keras_even":
-            batch, data = _even(problem)
+            batch, data = helpers.even(problem)
             full, steps = helpers.train(problem, [batch]), len(data)
         trained = helpers.train(problem, data, gradient_accumulation_steps=steps)
         # Its accumulators are its own affair; the weights say what it does.
@@ -151,20 +151,6 @@ def _compare(helpers, problem, way: str, full) -> dict:
         "off": _weights_off(trained, full),
         "differences": differences[:5],
     }
-
-
-def _even(problem) -> tuple[tuple, list[tuple]]:
-    """A full batch in pieces of one size: the only one of its epoch."""
-    import keras
-    import problems
-
-    batch = problem.batches()[0]
-    if problem.pieces:
-        return batch, problem.pieces(batch)
-    size = problems.PIECE - 1
-    examples = len(keras.tree.flatten(batch)[0])
-    batch = problems.cut(batch, examples - examples % size)[0]
-    return batch, problems.cut(batch, size)
 
 
 def _weights_off(trained, full) -> float:

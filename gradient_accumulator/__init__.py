@@ -10,19 +10,32 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["GradientAccumulateModel", "accumulate"]
+__all__ = [
+    "FlushGradients",
+    "GradientAccumulateModel",
+    "GradientAccumulateOptimizer",
+    "accumulate",
+    "accumulated_value_and_grad",
+]
 
 # The command line chooses Keras's backend, and so may not import Keras before. Whoever
 # else imports this package wants Keras to know its classes, to load their files.
 _IS_COMMAND = Path(*sys.argv[:1]).stem == "gradient-accumulator"
 
 if TYPE_CHECKING or not _IS_COMMAND:
+    from gradient_accumulator.gradients import accumulated_value_and_grad
     from gradient_accumulator.model import GradientAccumulateModel, accumulate
+    from gradient_accumulator.optimizer import (
+        FlushGradients,
+        GradientAccumulateOptimizer,
+    )
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from gradient_accumulator import model
+    from gradient_accumulator import gradients, model, optimizer
 
-    return getattr(model, name)
+    return next(
+        vars(m)[name] for m in (model, optimizer, gradients) if hasattr(m, name)
+    )

@@ -16,6 +16,7 @@ import keras
 from gradient_accumulator import backend
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.normalizers import symbolic
+from gradient_accumulator.optimizer import check_not_accumulating
 from gradient_accumulator.pieces import Accumulation, Epoch, example_count, map_leaves
 
 Model = TypeVar("Model", bound=keras.Model)
@@ -277,8 +278,8 @@ def _check_model(model: Any) -> None:
             raise ValueError(
                 f"A model with its own `{name}` cannot train in pieces: what it does "
                 "with a batch is not known. Override `compute_loss` and "
-                "`compute_metrics` instead, or accumulate in the optimizer: "
-                "`keras.optimizers.Adam(gradient_accumulation_steps=...)`. "
+                "`compute_metrics` instead, or accumulate in the optimizer, with "
+                "`GradientAccumulateOptimizer(optimizer, accum_steps=...)`. "
                 f"Received: model={model} (of type {type(model)})"
             )
     _check_layers(model)
@@ -297,16 +298,10 @@ def _check_layers(model: keras.Model) -> None:
 
 
 def _check_optimizer(model: keras.Model) -> None:
-    optimizer = getattr(model, "optimizer", None)
-    while optimizer is not None:
-        steps = getattr(optimizer, "gradient_accumulation_steps", None)
-        if steps:
-            raise ValueError(
-                "The model accumulates, and so does its optimizer. Compile it with an "
-                "optimizer without `gradient_accumulation_steps`. Received: "
-                f"gradient_accumulation_steps={steps}"
-            )
-        optimizer = getattr(optimizer, "inner_optimizer", None)
+    check_not_accumulating(
+        getattr(model, "optimizer", None),
+        "The model accumulates, and so does its optimizer.",
+    )
 
 
 _register = keras.saving.register_keras_serializable(

@@ -34,25 +34,27 @@ class Accumulation:
             )
         for name in ("accum_steps", "microbatch_size"):
             value = getattr(self, name)
-            if value is None:
-                continue
-            # A bool is an int to Python, and never a size.
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(
-                    f"Argument `{name}` must be a positive int. "
-                    f"Received: {name}={value!r} (of type {type(value).__name__})"
-                )
-            if value < 1:
-                raise ValueError(
-                    f"Argument `{name}` must be a positive int. "
-                    f"Received: {name}={value}"
-                )
+            if value is not None:
+                check_positive_int(name, value)
         check_float_dtype(self.accum_dtype)
 
     @property
     def is_plain(self) -> bool:
         """Whether an update is one piece, which is plain training."""
         return self.accum_steps == 1
+
+
+def check_positive_int(name: str, value: Any) -> None:
+    # A bool is an int to Python, and never a size.
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"Argument `{name}` must be a positive int. "
+            f"Received: {name}={value!r} (of type {type(value).__name__})"
+        )
+    if value < 1:
+        raise ValueError(
+            f"Argument `{name}` must be a positive int. Received: {name}={value}"
+        )
 
 
 def check_float_dtype(dtype: Any) -> None:

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import problems
 
-from gradient_accumulator import accumulate
+from gradient_accumulator import GradientAccumulateOptimizer, accumulate
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}  # of how far a variable moved
 
@@ -56,6 +56,17 @@ def arrays(variables):
     }
 
 
+def optimizer_variables(optimizer):
+    """Those that an optimizer has when nothing accumulates."""
+    if isinstance(optimizer, GradientAccumulateOptimizer):
+        return optimizer_variables(optimizer.inner_optimizer)
+    inner = getattr(optimizer, "inner_optimizer", None)
+    if inner is None:
+        return optimizer.variables
+    own = len(optimizer.variables) - len(inner.variables)
+    return optimizer.variables[:own] + optimizer_variables(inner)
+
+
 @contextlib.contextmanager
 def floatx(name):
     before = keras.config.floatx()
@@ -89,7 +100,7 @@ def train(problem, data, prepare=lambda model: model, **overrides):
         return Trained(
             before=before,
             weights=arrays(model.weights),
-            optimizer=arrays(model.optimizer.variables),
+            optimizer=arrays(optimizer_variables(model.optimizer)),
             history=history,
         )
 
@@ -106,6 +117,17 @@ def pieces(problem):
     updates = [problem.cut(batch) for batch in problem.batches()]
     assert all(len(update) == problem.accum_steps for update in updates[:-1])
     return [piece for update in updates for piece in update]
+
+
+def even(problem):
+    """A full batch, the only one of its epoch, and its pieces, all of one size."""
+    batch = problem.batches()[0]
+    if problem.pieces:
+        return batch, problem.pieces(batch)
+    size = problems.PIECE - 1
+    examples = len(keras.tree.flatten(batch)[0])
+    batch = problems.cut(batch, examples - examples % size)[0]
+    return batch, problems.cut(batch, size)
 
 
 def in_pieces(problem, way, piece=problems.PIECE):

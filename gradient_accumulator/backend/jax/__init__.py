@@ -1,5 +1,9 @@
 """Training in pieces on JAX."""
 
+from gradient_accumulator.backend.jax import optimizer as optimizer
+from gradient_accumulator.backend.jax.gradients import (
+    value_and_grad as value_and_grad,
+)
 from gradient_accumulator.backend.jax.train import (
     KERAS_DRAWS_TO_BUILD as KERAS_DRAWS_TO_BUILD,
 )

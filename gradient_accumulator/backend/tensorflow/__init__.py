@@ -1,5 +1,9 @@
 """Training in pieces on TensorFlow."""
 
+from gradient_accumulator.backend.tensorflow import optimizer as optimizer
+from gradient_accumulator.backend.tensorflow.gradients import (
+    value_and_grad as value_and_grad,
+)
 from gradient_accumulator.backend.tensorflow.train import (
     KERAS_DRAWS_TO_BUILD as KERAS_DRAWS_TO_BUILD,
 )

@@ -1,5 +1,9 @@
 """Training in pieces on PyTorch."""
 
+from gradient_accumulator.backend.torch import optimizer as optimizer
+from gradient_accumulator.backend.torch.gradients import (
+    value_and_grad as value_and_grad,
+)
 from gradient_accumulator.backend.torch.train import (
     KERAS_DRAWS_TO_BUILD as KERAS_DRAWS_TO_BUILD,
 )

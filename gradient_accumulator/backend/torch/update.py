@@ -10,6 +10,7 @@ import torch
 
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import masks, trainer
+from gradient_accumulator.backend.torch.sums import Sum
 
 
 def make_update(model, accumulation):
@@ -23,7 +24,7 @@ def make_update(model, accumulation):
         variables = model.trainable_variables
         clear_gradients(variables)
         gradients = [
-            _Gradient(
+            Sum(
                 v.value,
                 getattr(torch, trainer.accumulator_dtype(v, accumulation.accum_dtype)),
                 trainer.overwrites(v),
@@ -39,48 +40,13 @@ def make_update(model, accumulation):
             for gradient in gradients:
                 gradient.add()
         correction = pieces.correction
-        finished = [gradient.finish(correction) for gradient in gradients]
+        finished = [
+            g.finish(None if correction == 1 else correction) for g in gradients
+        ]
         _apply(model, variables, finished)
         return trainer.logs(model, own_logs, loss * correction, pieces.examples)
 
     return update
-
-
-class _Gradient:
-    """The sum of a variable's gradients.
-
-    Where `backward` sums in the wanted dtype already, the sum stays where it is.
-    """
-
-    def __init__(
-        self, parameter: torch.nn.Parameter, dtype: torch.dtype, largest: bool
-    ):
-        self.parameter = parameter
-        self.dtype = dtype
-        self.largest = largest
-        self.sum: torch.Tensor | None = None
-
-    def add(self) -> None:
-        gradient = self.parameter.grad
-        if gradient is None or (gradient.dtype == self.dtype and not self.largest):
-            return
-        self.parameter.grad = None
-        if self.sum is None:
-            self.sum = gradient.to(self.dtype)
-        elif self.largest:
-            torch.maximum(self.sum, gradient, out=self.sum)
-        else:
-            self.sum += gradient
-
-    def finish(self, correction: float) -> torch.Tensor | None:
-        gradient, self.sum = self.sum, None
-        if gradient is None:
-            gradient = self.parameter.grad
-        if gradient is None:
-            return None
-        if correction != 1 and not self.largest:
-            gradient *= correction
-        return gradient.to(self.parameter.dtype)
 
 
 def _measure(model, piece):

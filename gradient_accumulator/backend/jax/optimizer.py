@@ -1,0 +1,95 @@
+"""What `GradientAccumulateOptimizer` does on JAX: a branch that costs no copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+
+from gradient_accumulator.backend.common import new_accumulator
+
+accumulator = new_accumulator
+
+
+def add(pairs: list, weight: Any) -> None:
+    """Add gradients, times `weight`, to their accumulators."""
+    for held, gradient in pairs:
+        gradient = jnp.asarray(gradient).astype(held.dtype)
+        if weight is not None:
+            gradient = gradient * jnp.asarray(weight).astype(held.dtype)
+        held.assign(held.value + gradient)
+
+
+def divide(accumulator: keras.Variable, total: Any) -> None:
+    """Divide a sum by the total weight, which is 0 only if the sum is."""
+    total = total.astype(accumulator.dtype)
+    accumulator.assign(accumulator.value / jnp.where(total == 0, 1, total))
+
+
+def clear(accumulators: list) -> None:
+    for held in accumulators:
+        held.assign(jnp.zeros(held.shape, held.dtype))
+
+
+def total(variable: keras.Variable, weighed: bool) -> Any:
+    """The sum of the pieces' weights."""
+    return variable.value
+
+
+def apply(optimizer: Any, gradients: list, variables: list) -> None:
+    """Hand finished gradients to an optimizer, once."""
+    given = {id(v): g for v, g in zip(variables, gradients)}
+    trainable = optimizer._trainable_variables
+    # Without effects: some optimizers (loss scaling) branch, and JAX's branches may not
+    # have any. By its class's method, for the object may have the accumulating one.
+    new_trainable, new_optimizer = type(optimizer).stateless_apply(
+        optimizer,
+        [v.value for v in optimizer.variables],
+        [given.get(id(v)) for v in trainable],
+        [v.value for v in trainable],
+    )
+    for variable, value in zip(trainable, new_trainable):
+        variable.assign(value)
+    for variable, value in zip(optimizer.variables, new_optimizer):
+        variable.assign(value)
+
+
+def when(predicate: Callable, function: Callable, variables: list) -> None:
+    """Call a function that assigns some variables, if the predicate is true.
+
+    A loop that runs at most once, not `jax.lax.cond`: of a conditional XLA copies every
+    result, here the weights and all of the optimizer's state, in either branch. What a
+    loop carries stays where it is.
+    """
+    chosen = predicate()
+    if not isinstance(chosen, jax.core.Tracer):
+        if chosen:
+            function()
+        return
+
+    def assigned(carry):
+        with keras.StatelessScope(
+            state_mapping=list(zip(variables, carry[1]))
+        ) as scope:
+            function()
+        values = [scope.get_current_value(v) for v in variables]
+        values = [new.astype(old.dtype) for new, old in zip(values, carry[1])]
+        return jnp.zeros_like(chosen), values
+
+    carry = chosen, [variable.value for variable in variables]
+    with jax.named_scope("apply_accumulated_gradients"):
+        _, values = jax.lax.while_loop(lambda carry: carry[0], assigned, carry)
+    for variable, value in zip(variables, values):
+        variable.assign(value)
+
+
+flush = when
+
+
+def read(variable: keras.Variable) -> int | None:
+    """A counter's value; None where it is not known while a function is compiled."""
+    value = variable.value
+    return None if isinstance(value, jax.core.Tracer) else int(value)

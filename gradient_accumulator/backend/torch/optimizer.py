@@ -1,0 +1,71 @@
+"""What `GradientAccumulateOptimizer` does on PyTorch: sums in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import torch
+
+from gradient_accumulator.backend.common import new_accumulator
+
+accumulator = new_accumulator
+
+
+@torch.no_grad()
+def add(pairs: list, weight: Any) -> None:
+    """Add gradients, times `weight`, to their accumulators."""
+    together: dict[tuple, tuple[list, list]] = {}
+    for held, gradient in pairs:
+        value = held.value
+        if gradient.dtype != value.dtype or gradient.is_sparse:
+            value += gradient.to(value.dtype) * (1 if weight is None else weight)
+            continue
+        sums, added = together.setdefault((value.dtype, value.device), ([], []))
+        sums.append(value)
+        added.append(gradient)
+    for sums, added in together.values():
+        if weight is None:
+            torch._foreach_add_(sums, added)
+        else:
+            for value, gradient in zip(sums, added):
+                value.addcmul_(gradient, torch.as_tensor(weight).to(value))
+
+
+@torch.no_grad()
+def divide(accumulator: keras.Variable, total: Any) -> None:
+    """Divide a sum by the total weight, which is 0 only if the sum is."""
+    accumulator.value.div_(torch.where(total == 0, 1, total))
+
+
+@torch.no_grad()
+def clear(accumulators: list) -> None:
+    for held in accumulators:
+        held.value.zero_()
+
+
+def total(variable: keras.Variable, weighed: bool) -> Any:
+    """The sum of the pieces' weights."""
+    return variable.value
+
+
+@torch.no_grad()
+def apply(optimizer: Any, gradients: list, variables: list) -> None:
+    """Hand finished gradients to an optimizer, once."""
+    # By its class's method, for the object may have the accumulating one.
+    type(optimizer).apply(optimizer, gradients, variables)
+
+
+def when(predicate: Callable, function: Callable, variables: list) -> None:
+    """Call a function that assigns some variables, if the predicate is true."""
+    if predicate():
+        function()
+
+
+flush = when
+
+
+def read(variable: keras.Variable) -> int:
+    """A counter's value."""
+    return int(variable.value)

@@ -1,0 +1,626 @@
+"""`GradientAccumulateOptimizer`: pieces of one worth give what the full batch gives."""
+
+import dataclasses
+import functools
+
+import keras
+import numpy as np
+import problems
+import pytest
+from helpers import array, arrays, assert_close, assert_same, even, moved, train
+from keras import ops
+from versions import unless_plain_fails
+
+from gradient_accumulator import (
+    FlushGradients,
+    GradientAccumulateOptimizer,
+    accumulate,
+)
+
+BACKEND = keras.backend.backend()
+
+# What an optimizer cannot know, by the beginnings of problems' names: with these,
+# pieces of one number of examples are not worth the same.
+UNEQUAL = {
+    "a mask leaves each piece another number of values": (
+        "fully_masked_full_batch",
+        "ignore_class",
+        "layer_gru_bidirectional_masked",
+        "mask_computed_from_activations",
+        "masking_layer",
+        "metrics_masked",
+        "outputs_",
+        "pieces_of_different_length",
+        "reduction_mean_masked",
+        "reduction_sum_over_batch_size_masked",
+        "reduction_sum_over_batch_size_weights_of_steps",
+        "regularizer_of_activity_masked",
+    ),
+    "divided by the sum of the weights, another one in each piece": (
+        "class_weight_mean_with_sample_weight",
+        "metrics_of_mean_with_sample_weight",
+        "reduction_mean_with_sample_weight_",
+        "weights_zero_in_a_full_batch_mean_with_sample_weight",
+    ),
+    "pieces add up": (
+        "add_loss_of_each_example",
+        "add_loss_only_of_each_example",
+        "reduction_none",
+        "reduction_sum_masked",
+        "reduction_sum_piece",
+        "reduction_sum_weight",
+        "regularizer_of_weights_loss_sum",
+    ),
+    "float8 is rounded by how large a piece's own gradients are": ("float8",),
+}
+SUMS = (
+    "reduction_sum",
+    "reduction_sum_masked",
+    "reduction_sum_weighted",
+    "ignore_class_sum",
+    "pieces_of_different_length_sum",
+    "add_loss_only_of_each_example",
+)
+# Keras on TensorFlow keeps the parts of an embedding's gradient apart.
+MERGED = BACKEND == "tensorflow"
+
+
+def equal(problem):
+    starts = tuple(name for names in UNEQUAL.values() for name in names)
+    return problem.name not in SUMS and not problem.name.startswith(starts)
+
+
+def with_optimizer(problem, change):
+    """The problem with `change(its optimizer)`."""
+
+    def optimizer(**overrides):
+        return change(problem.optimizer(**overrides))
+
+    return dataclasses.replace(problem, optimizer=optimizer)
+
+
+def accumulating(problem, steps, **settings):
+    return with_optimizer(
+        problem, lambda inner: GradientAccumulateOptimizer(inner, steps, **settings)
+    )
+
+
+def merging(optimizer):
+    """Plain Keras with the gradients of an embedding's rows merged, as elsewhere."""
+    apply = optimizer.apply
+
+    def merged(grads, trainable_variables=None):
+        grads = [None if g is None else ops.convert_to_tensor(g) for g in grads]
+        apply(grads, trainable_variables)
+
+    optimizer.apply = merged
+    return optimizer
+
+
+def named(name):
+    return next(p for p in problems.PROBLEMS if p.name == name)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        pytest.param(problem, marks=unless_plain_fails(problem.name))
+        for problem in problems.here()
+        if equal(problem)
+    ],
+    ids=str,
+)
+def test_pieces_equal_the_full_batch(problem):
+    batch, pieces = even(problem)
+    plain = problem
+    if MERGED and problem.name.startswith("embedding"):
+        plain = with_optimizer(problem, merging)
+    reference = train(plain, [batch])
+    assert moved(reference) > 1e-2
+    trained = train(accumulating(problem, len(pieces)), pieces)
+    assert_same(trained, reference, problem.floatx)
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_add_up(name):
+    problem = named(name)
+    batch, pieces = even(problem)
+    reference = train(problem, [batch])
+    trained = train(accumulating(problem, len(pieces), reduction="SUM"), pieces)
+    trained.history = reference.history  # Keras's mean over pieces
+    assert_same(trained, reference)
+
+
+@pytest.mark.parametrize("name", [n for names in UNEQUAL.values() for n in names])
+def test_unequal_pieces_are_problems(name):
+    assert any(p.name.startswith(name) for p in problems.PROBLEMS)
+
+
+# ------------------------------------------------------------------------ loss scaling
+
+
+def around(optimizer, steps):
+    """A `LossScaleOptimizer` around what accumulates, in the place of one inside."""
+    config = optimizer.get_config()
+    config["inner_optimizer"] = GradientAccumulateOptimizer(
+        optimizer.inner_optimizer, steps
+    )
+    return type(optimizer)(**config)
+
+
+@pytest.mark.parametrize(
+    "name", ["loss_scale_grows", "loss_scale_skips_an_overflow", "policy_mixed_float16"]
+)
+def test_a_loss_scale_optimizer_around(name):
+    problem = named(name)
+    batch, pieces = even(problem)
+    reference = train(problem, [batch])
+    wrapped = with_optimizer(problem, lambda o: around(o, len(pieces)))
+    assert_same(train(wrapped, pieces), reference)
+
+
+@pytest.mark.parametrize("order", ["inside", "around"])
+def test_an_overflow_in_one_piece_skips_the_update_and_lowers_the_scale_once(order):
+    inner = keras.optimizers.SGD(0.1)
+    if order == "inside":
+        scaler = keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0)
+        optimizer = GradientAccumulateOptimizer(scaler, 3)
+    else:
+        accumulating = GradientAccumulateOptimizer(inner, 3)
+        scaler = optimizer = keras.optimizers.LossScaleOptimizer(
+            accumulating, initial_scale=8.0
+        )
+    weight = keras.Variable(np.ones(2, "float32"))
+    optimizer.build([weight])
+    for piece in [1.0, np.inf, 1.0]:
+        step(optimizer, [np.full(2, 8 * piece, "float32")], [weight])
+    assert_close({"w": array(weight)}, {"w": np.ones(2)})
+    assert float(scaler.dynamic_scale.numpy()) == 4
+    assert int(array(scaler.iterations)) == 0
+    for _ in range(3):
+        step(optimizer, [np.full(2, 4.0, "float32")], [weight])
+    assert_close({"w": array(weight)}, {"w": np.full(2, 0.9)})
+    assert float(scaler.dynamic_scale.numpy()) == 4
+
+
+def step(optimizer, gradients, variables, **arguments):
+    """One call with tensors, without effects on JAX, whose branches want it."""
+    gradients = [None if g is None else ops.convert_to_tensor(g) for g in gradients]
+    if BACKEND != "jax":
+        optimizer.apply(gradients, variables, **arguments)
+        return
+    new, state = optimizer.stateless_apply(
+        [v.value for v in optimizer.variables],
+        gradients,
+        [v.value for v in variables],
+        **arguments,
+    )
+    for variable, value in zip([*variables, *optimizer.variables], [*new, *state]):
+        variable.assign(value)
+
+
+def test_the_policy_mixed_float16_puts_one_around():
+    def build():
+        keras.utils.set_random_seed(0)
+        dtype = keras.DTypePolicy("mixed_float16")
+        return keras.Sequential(
+            [keras.layers.Input((6,)), keras.layers.Dense(3, dtype=dtype)], name="m"
+        )
+
+    def trained(optimizer, size):
+        keras.config.set_dtype_policy("mixed_float16")
+        try:
+            model = build()
+            model.compile(optimizer, "mse")
+        finally:
+            keras.config.set_dtype_policy("float32")
+        x, y = whole()
+        model.fit(x, y, batch_size=size, shuffle=False, verbose=0, epochs=2)
+        return model
+
+    plain = trained(keras.optimizers.SGD(0.5), 12)
+    ours = trained(GradientAccumulateOptimizer(keras.optimizers.SGD(0.5), 3), 4)
+    assert isinstance(ours.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert int(array(ours.optimizer.iterations)) == int(
+        array(plain.optimizer.iterations)
+    )
+    assert int(array(ours.optimizer.step_counter)) == 4
+    for a, b in zip(ours.get_weights(), plain.get_weights()):
+        np.testing.assert_allclose(a, b, atol=2e-3)  # float16 rounds the gradients
+
+
+# ------------------------------------------------------------- the ways to call `fit`
+
+
+def whole(count=24):
+    r = np.random.default_rng(0)
+    x = problems.normal(r, count, problems.FEATURES)
+    return x, np.tanh(x[:, :3] + problems.normal(r, count, 3))
+
+
+ADAM = functools.partial(
+    keras.optimizers.Adam,
+    0.05,
+    epsilon=1e-2,
+    global_clipnorm=0.5,
+    weight_decay=0.05,
+    use_ema=True,
+    ema_overwrite_frequency=2,
+)
+
+
+def model_of(optimizer, **arguments):
+    model = problems.mlp()()
+    model.compile(optimizer, "mse", metrics=["mae"], **arguments)
+    return model
+
+
+def state(model):
+    """Weights and state of a model, but what accumulation adds."""
+    optimizer = model.optimizer
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    return {
+        **arrays(model.weights),
+        **{f"o{k}": v for k, v in arrays(inner.variables).items()},
+    }
+
+
+def fit(model, size, count=24, **arguments):
+    x, y = whole(count)
+    arguments = {"epochs": 2, "shuffle": False, "verbose": 0, **arguments}
+    return model.fit(x, y, batch_size=size, **arguments).history
+
+
+MODES = {"compiled": {"jit_compile": True}, "not_compiled": {"jit_compile": False}}
+if BACKEND != "torch":
+    MODES["steps_per_execution"] = {"steps_per_execution": 3}
+    MODES["eagerly"] = {"run_eagerly": True}
+else:
+    MODES.pop("compiled")  # PyTorch's compiler takes minutes on a processor
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_way_to_run(mode):
+    plain = model_of(ADAM(), **MODES[mode])
+    expected = fit(plain, 8)
+    ours = model_of(GradientAccumulateOptimizer(ADAM(), 4), **MODES[mode])
+    got = fit(ours, 2)
+    assert_close(state(ours), state(plain))
+    for name, values in expected.items():
+        np.testing.assert_allclose(got[name], values, rtol=1e-5)
+
+
+def test_one_call_an_update_is_plain_training():
+    plain, ours = model_of(ADAM()), model_of(GradientAccumulateOptimizer(ADAM()))
+    fit(plain, 8)
+    fit(ours, 8)
+    assert_close(state(ours), state(plain))
+    assert ours.optimizer.pending == 0
+
+
+# ------------------------------------------------------- what waits for its update
+
+
+def test_nothing_of_the_inner_optimizer_runs_before():
+    optimizer = GradientAccumulateOptimizer(ADAM(), 3)
+    weight = keras.Variable(np.ones(4, "float32"))
+    optimizer.build([weight])
+    before = arrays([weight, *optimizer.inner_optimizer.variables])
+    for pending in 1, 2:
+        step(optimizer, [np.ones(4, "float32")], [weight])
+        assert optimizer.pending == pending
+        after = arrays([weight, *optimizer.inner_optimizer.variables])
+        assert_close(after, before)
+    step(optimizer, [np.ones(4, "float32")], [weight])
+    assert optimizer.pending == 0
+    assert int(array(optimizer.iterations)) == 1
+    assert np.all(array(weight) < 1)
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_flush_weighs_by_the_pieces_that_there_were(left):
+    weight, reference = (keras.Variable(np.ones(4, "float32")) for _ in range(2))
+    optimizer = GradientAccumulateOptimizer(ADAM(), 3)
+    plain = ADAM()
+    optimizer.build([weight])
+    plain.build([reference])
+    gradients = np.random.default_rng(0).normal(size=(left, 4)).astype("float32")
+    for gradient in gradients:
+        step(optimizer, [gradient], [weight])
+    optimizer.flush()
+    step(plain, [gradients.mean(axis=0)], [reference])
+    assert_close({"w": array(weight)}, {"w": array(reference)})
+    assert optimizer.pending == 0
+    optimizer.flush()  # nothing waits
+    assert int(array(optimizer.iterations)) == 1
+
+
+def test_reset_forgets():
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), 2)
+    weight = keras.Variable(np.ones(4, "float32"))
+    optimizer.build([weight])
+    step(optimizer, [np.full(4, 7, "float32")], [weight])
+    optimizer.reset()
+    assert optimizer.pending == 0
+    for _ in range(2):
+        step(optimizer, [np.ones(4, "float32")], [weight])
+    assert_close({"w": array(weight)}, {"w": np.zeros(4)})
+
+
+@pytest.mark.parametrize("validation", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_flush_gradients_at_each_epochs_end(validation, scaled):
+    """20 examples: full batches of 8, 8 and 4, pieces of 2."""
+    extra = {"validation_data": whole(8)} if validation else {}
+    plain = model_of(ADAM())
+    expected = fit(plain, 8, count=20, **extra)
+    optimizer = GradientAccumulateOptimizer(ADAM(), 4)
+    if scaled:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=8.0)
+    ours = model_of(optimizer)
+    got = fit(ours, 2, count=20, callbacks=[FlushGradients()], **extra)
+    assert_close(arrays(ours.weights), arrays(plain.weights))
+    for name in expected if validation else ():
+        if name.startswith("val_"):
+            np.testing.assert_allclose(got[name], expected[name], rtol=1e-5)
+
+
+def test_without_flushing_pieces_wait_for_the_next_epoch():
+    ours = model_of(GradientAccumulateOptimizer(keras.optimizers.SGD(0.1), 4))
+    fit(ours, 2, count=20, epochs=1)
+    assert ours.optimizer.pending == 2
+    fit(ours, 2, count=20, epochs=1)
+    assert ours.optimizer.pending == 0
+    assert int(array(ours.optimizer.iterations)) == 5
+
+
+def test_flush_gradients_needs_what_accumulates():
+    with pytest.raises(ValueError, match=r"GradientAccumulateOptimizer.*Received: opt"):
+        fit(model_of("sgd"), 2, callbacks=[FlushGradients()])
+
+
+# ------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("reduction", ["MEAN", "SUM"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_weight_tells_what_a_piece_is_worth(reduction, steps):
+    r = np.random.default_rng(0)
+    gradients = r.normal(size=(steps, 4)).astype("float32")
+    weights = [2.0, 0, ops.convert_to_tensor(5.0)][-steps:]
+    numbers = np.array([2.0, 0.0, 5.0])[-steps:]
+    weight = keras.Variable(np.ones(4, "float32"))
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), steps, reduction)
+    optimizer.build([weight])
+    for gradient, each in zip(gradients, weights):
+        step(optimizer, [gradient], [weight], weight=each)
+    total = (numbers[:, None] * gradients).sum(axis=0)
+    expected = total / numbers.sum() if reduction == "MEAN" else total
+    assert_close({"w": array(weight)}, {"w": 1 - expected})
+
+
+def test_pieces_without_weight_are_an_update_of_zero():
+    weight = keras.Variable(np.ones(4, "float32"))
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), 2)
+    optimizer.build([weight])
+    for _ in range(2):
+        step(optimizer, [np.ones(4, "float32")], [weight], weight=0.0)
+    assert_close({"w": array(weight)}, {"w": np.ones(4)})
+    assert int(array(optimizer.iterations)) == 1
+
+
+@pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), True, "2"])
+def test_weights_that_are_none(weight):
+    variable = keras.Variable(np.ones(4, "float32"))
+    optimizer = GradientAccumulateOptimizer("sgd", 2)
+    with pytest.raises((ValueError, TypeError), match=r"`weight`.*Received: weight="):
+        optimizer.apply([np.ones(4, "float32")], [variable], weight=weight)
+
+
+# --------------------------------------------------------- learning rates, configs
+
+
+def test_the_learning_rate_is_the_inner_optimizers():
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(0.5), 2)
+    assert float(ops.convert_to_numpy(optimizer.learning_rate)) == 0.5
+    optimizer.learning_rate = 0.25
+    assert float(ops.convert_to_numpy(optimizer.inner_optimizer.learning_rate)) == 0.25
+    optimizer.lr = 0.125
+    assert float(ops.convert_to_numpy(optimizer.lr)) == 0.125
+
+
+@pytest.mark.parametrize("way", ["scheduler", "plateau"])
+def test_callbacks_that_look_for_a_learning_rate(way):
+    def callback():
+        if way == "scheduler":
+            return keras.callbacks.LearningRateScheduler(
+                lambda epoch: 0.2 / (1 + epoch)
+            )
+        return keras.callbacks.ReduceLROnPlateau(
+            monitor="loss", factor=0.5, patience=0, min_delta=10.0
+        )
+
+    plain = model_of(keras.optimizers.SGD(0.3))
+    expected = fit(plain, 8, epochs=4, callbacks=[callback()])
+    ours = model_of(GradientAccumulateOptimizer(keras.optimizers.SGD(0.3), 4))
+    got = fit(ours, 2, epochs=4, callbacks=[callback()])
+    assert_close(state(ours), state(plain))
+    np.testing.assert_allclose(got["learning_rate"], expected["learning_rate"])
+    assert len(set(got["learning_rate"])) > 1
+
+
+def test_config():
+    optimizer = GradientAccumulateOptimizer(
+        keras.optimizers.Adam(keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.9)),
+        accum_steps=4,
+        reduction="SUM",
+        name="mine",
+        accum_dtype="float64",
+    )
+    again = GradientAccumulateOptimizer.from_config(optimizer.get_config())
+    assert again.get_config() == optimizer.get_config()
+    assert type(again.inner_optimizer) is type(optimizer.inner_optimizer)
+    by_name = keras.optimizers.get(keras.optimizers.serialize(optimizer))
+    assert by_name.get_config() == optimizer.get_config()
+
+
+@pytest.mark.parametrize("inner", ["Adam", {"class_name": "Adam", "config": {}}])
+def test_an_optimizer_by_name_or_config(inner):
+    optimizer = GradientAccumulateOptimizer(inner, accum_steps=2)
+    assert isinstance(optimizer.inner_optimizer, keras.optimizers.Adam)
+
+
+@pytest.mark.parametrize("scaled", ["no", "inside", "around"])
+def test_saved_in_the_middle_of_an_accumulation(scaled, tmp_path):
+    def optimizer():
+        # Without averages: plain Keras cannot call `fit` twice with them on JAX.
+        inner = keras.optimizers.Adam(0.05, global_clipnorm=0.5)
+        if scaled == "inside":
+            inner = keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0)
+        outer = GradientAccumulateOptimizer(inner, 4)
+        if scaled == "around":
+            outer = keras.optimizers.LossScaleOptimizer(outer, initial_scale=8.0)
+        return outer
+
+    def pending(model):
+        outer = model.optimizer
+        return (outer.inner_optimizer if scaled == "around" else outer).pending
+
+    uninterrupted = model_of(optimizer())
+    fit(uninterrupted, 2, count=12, epochs=1)
+    assert pending(uninterrupted) == 2
+    uninterrupted.save(tmp_path / "m.keras")
+    resumed = keras.saving.load_model(tmp_path / "m.keras")
+    assert pending(resumed) == 2
+    for model in uninterrupted, resumed:
+        fit(model, 2, count=20, epochs=1)
+    assert pending(resumed) == 0
+    assert_close(arrays(resumed.weights), arrays(uninterrupted.weights))
+    assert_close(
+        arrays(resumed.optimizer.variables), arrays(uninterrupted.optimizer.variables)
+    )
+
+
+def test_flushed_after_loading(tmp_path):
+    model = model_of(GradientAccumulateOptimizer(keras.optimizers.SGD(0.5), 4))
+    fit(model, 2, count=12, epochs=1)
+    model.save(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    before = arrays(loaded.weights)
+    for each in model, loaded:
+        each.optimizer.flush()
+    assert_close(arrays(loaded.weights), arrays(model.weights))
+    assert any(np.any(before[k] != v) for k, v in arrays(loaded.weights).items())
+
+
+# ----------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"accum_steps": 0}, ValueError, r"`accum_steps`.*Received: accum_steps=0"),
+        ({"accum_steps": -1}, ValueError, r"`accum_steps`.*Received: accum_steps=-1"),
+        ({"accum_steps": 2.0}, TypeError, r"`accum_steps`.*Received: accum_steps=2.0"),
+        (
+            {"accum_steps": True},
+            TypeError,
+            r"`accum_steps`.*Received: accum_steps=True",
+        ),
+        ({"accum_steps": "2"}, TypeError, r"`accum_steps`.*Received: accum_steps='2'"),
+        ({"reduction": "AVG"}, ValueError, r"`reduction`.*Received: reduction='AVG'"),
+        ({"accum_dtype": "int8"}, ValueError, "`accum_dtype`.*Received: accum_dtype="),
+        ({"optimizer": "none"}, ValueError, "`optimizer`.*Received: optimizer='none'"),
+        ({"optimizer": None}, TypeError, "`optimizer`.*Received: optimizer=None"),
+        ({"optimizer": {"a": 1}}, ValueError, "`optimizer`.*Received: optimizer="),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=f"(?s){message}"):
+        GradientAccumulateOptimizer(**arguments)
+
+
+@pytest.mark.parametrize(
+    "module, sentence",
+    [
+        ("torch.optim.adam", "optimizer of PyTorch's"),
+        ("tf_keras.src.optimizers.adam", "optimizer of Keras 2's"),
+        ("keras.optimizers.legacy", "optimizer of Keras 2's"),
+    ],
+)
+def test_optimizers_of_others_get_a_sentence_of_their_own(module, sentence):
+    other = type("Adam", (), {"__module__": module})()
+    with pytest.raises(TypeError, match=f"{sentence}.*Received: optimizer="):
+        GradientAccumulateOptimizer(other)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda: keras.optimizers.SGD(gradient_accumulation_steps=2),
+        lambda: GradientAccumulateOptimizer("sgd", 2),
+        lambda: keras.optimizers.LossScaleOptimizer(
+            GradientAccumulateOptimizer("sgd", 2)
+        ),
+    ],
+)
+def test_an_optimizer_that_accumulates_already(inner):
+    with pytest.raises(ValueError, match=r"accumulates already.*Received: "):
+        GradientAccumulateOptimizer(inner(), 2)
+
+
+def test_a_model_that_accumulates_too():
+    model = accumulate(model_of(GradientAccumulateOptimizer("sgd", 2)), accum_steps=2)
+    with pytest.raises(ValueError, match=r"The model accumulates.*accum_steps=2"):
+        fit(model, 2)
+
+
+def test_a_loss_that_would_be_scaled_twice():
+    inside = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
+    optimizer = GradientAccumulateOptimizer(inside, 2)
+    with pytest.raises(ValueError, match=r"scaled twice.*Received: "):
+        keras.optimizers.LossScaleOptimizer(optimizer)
+
+
+def two_variables():
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), 2)
+    variables = [keras.Variable(np.ones(2, "float32"), name=n) for n in "ab"]
+    optimizer.build(variables)
+    return optimizer, variables
+
+
+def test_variables_that_change_while_pieces_wait():
+    optimizer, (a, b) = two_variables()
+    gradient = ops.ones((2,))
+    optimizer.apply([gradient], [a])
+    with pytest.raises(ValueError, match=r"variables changed.*Received: .*b.*a"):
+        optimizer.apply([gradient], [b])
+    assert optimizer.pending == 1  # nothing lost
+    optimizer.apply([gradient], [a])
+    assert_close({"a": array(a), "b": array(b)}, {"a": np.zeros(2), "b": np.ones(2)})
+    for _ in range(2):  # nothing waits
+        optimizer.apply([gradient], [b])
+    assert_close({"a": array(a), "b": array(b)}, {"a": np.zeros(2), "b": np.zeros(2)})
+
+
+@pytest.mark.parametrize(
+    "gradients, names, message",
+    [
+        ([np.ones(2)], "ab", "one gradient for each variable.*Received: 1"),
+        ([np.ones(3), np.ones(2)], "ab", r"shape.*Received: .*\(3,\)"),
+        ([np.ones(2)], "c", "built with.*Received: unknown variables"),
+    ],
+)
+def test_gradients_that_do_not_fit(gradients, names, message):
+    optimizer, variables = two_variables()
+    by_name = dict(zip("ab", variables))
+    by_name["c"] = keras.Variable(np.ones(2, "float32"), name="c")
+    gradients = [ops.convert_to_tensor(g.astype("float32")) for g in gradients]
+    with pytest.raises(ValueError, match=message):
+        optimizer.apply(gradients, [by_name[n] for n in names])
+    assert optimizer.pending == 0
+
+
+def test_not_built():
+    with pytest.raises(ValueError, match=r"not built.*Received: "):
+        GradientAccumulateOptimizer("sgd", 2).apply([ops.ones((2,))])
