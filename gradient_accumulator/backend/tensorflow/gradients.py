@@ -17,6 +17,13 @@ def value_and_grad(loss: LossFunction) -> Callable:
 
     def function(variables, batch, *args, **kwargs):
         variables = list(variables)
+        for variable in variables:
+            if not isinstance(variable, (tf.Variable, keras.Variable)):
+                raise TypeError(
+                    "Argument `variables` must be a list of variables. A `tf.function` "
+                    "turns those that it is given into tensors: let it use them from "
+                    f"outside. Received: {variable} (of type {type(variable)})"
+                )
         batch = map_leaves(tf.convert_to_tensor, batch)
         example_count(batch)
         size = tf.shape(leaves(batch)[0])[0]
