@@ -1,4 +1,4 @@
-"""`python -m benchmarks speed|memory|exactness|summary`; tables go to `results/`."""
+"""`python -m benchmarks COMMAND`; tables go to `results/`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import argparse
 import importlib.util
 from types import ModuleType
 
-from . import exactness, memory, report, speed
+from . import exactness, loops, memory, report, speed
 from .models import MODELS
 
 BACKENDS = ("tensorflow", "jax", "torch")
+MODULES = (speed, memory, exactness, loops)
 
 
 def _name(module: ModuleType) -> str:
@@ -19,7 +20,7 @@ def _name(module: ModuleType) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in speed, memory, exactness:
+    for module in MODULES:
         command = commands.add_parser(
             _name(module), help=module.__doc__.splitlines()[0]
         )
@@ -34,7 +35,7 @@ def main() -> None:
     commands.add_parser("summary", help="the numbers of the README, from `results/`")
     arguments = parser.parse_args()
     if arguments.command == "summary":
-        for module in speed, memory, exactness:
+        for module in MODULES:
             for backend in BACKENDS:
                 saved = report.load(f"{_name(module)}-{backend}")
                 print(

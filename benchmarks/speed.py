@@ -12,6 +12,7 @@ from .processes import HONEST_MALLOC, started
 from .variants import VARIANTS, Spec
 
 OURS = ("split", "steps")
+DEFAULT_VARIANTS = ("full", "pieces", "keras", *OURS, "floor")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pieces", type=int, default=8, help="pieces an update (K)")
     parser.add_argument("--size", type=int, default=8, help="examples a piece (M)")
     parser.add_argument("--quick", action="store_true", help="one short round")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=DEFAULT_VARIANTS
+    )
     parser.add_argument(
         "--no-memory",
         dest="memory",
@@ -44,7 +47,7 @@ def run(backend: str, arguments: argparse.Namespace) -> None:
             )
             for variant in arguments.variants
         }
-        measured[model], about = _measure_times(specs, rounds)
+        measured[model], about = measure_times(specs, rounds)
         if arguments.memory:
             _measure_memory(specs, measured[model])
         times = {v: report.number(r["time"] * 1e6) for v, r in measured[model].items()}
@@ -60,7 +63,7 @@ def run(backend: str, arguments: argparse.Namespace) -> None:
     )
 
 
-def _measure_times(specs: dict[str, Spec], rounds: int) -> tuple[dict, dict]:
+def measure_times(specs: dict[str, Spec], rounds: int) -> tuple[dict, dict]:
     """All variants of a model, round about, so that a machine's moods hit all."""
     results: dict[str, dict] = {}
     about = {}

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from . import floor, meters
+from . import floor, meters, peers
 from .models import MODELS
 
 VARIANTS = {
@@ -25,7 +25,16 @@ VARIANTS = {
     "keras": "Keras's own accumulation",
     "split": "ours, `microbatch_size`",
     "steps": "ours, `accum_steps`",
+    "optimizer": "ours, `GradientAccumulateOptimizer`",
     "floor": "floor",
+    "function": "ours, `accumulated_value_and_grad`",
+    "peer": "peer",
+}
+# Written by hand, without `fit`.
+BY_HAND = {
+    "floor": floor.update_function,
+    "function": peers.function,
+    "peer": peers.peer,
 }
 
 
@@ -50,9 +59,13 @@ def trainer(spec: Spec, model, x, y) -> Callable[[int], list[float]]:
     import keras
 
     steps = spec.pieces if spec.variant == "keras" else None
+    optimizer = keras.optimizers.Adam(1e-4, gradient_accumulation_steps=steps)
+    if spec.variant == "optimizer":
+        from gradient_accumulator import GradientAccumulateOptimizer
+
+        optimizer = GradientAccumulateOptimizer(optimizer, spec.pieces)
     model.compile(
-        keras.optimizers.Adam(1e-4, gradient_accumulation_steps=steps),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     )
     model.optimizer.build(model.trainable_variables)
     last = model.trainable_variables[-1]
@@ -62,8 +75,8 @@ def trainer(spec: Spec, model, x, y) -> Callable[[int], list[float]]:
         keras.ops.convert_to_numpy(last)  # waits for the device
         return time.perf_counter()
 
-    if spec.variant == "floor":
-        update = floor.update_function(model, spec.size)
+    if spec.variant in BY_HAND:
+        update = BY_HAND[spec.variant](model, spec.size)
 
         def train(epochs: int) -> list[float]:
             seconds = []

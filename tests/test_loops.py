@@ -354,20 +354,22 @@ def test_optax_beside_multi_steps_and_microbatching(weighted):
 
     assert_equal_weights(jax_loop(adam, ours, [batch]), reference, before)
 
-    def microbatched(parameters, batch):
-        gradient = optax.microbatching.micro_grad(
-            jax_mean, argnums=1, microbatch_size=4
-        )
-        return gradient(parameters, batch).grads
-
-    multi_steps = jax_loop(
-        optax.MultiSteps(adam, every_k_schedule=3), jax.grad(jax_mean), pieces
+    microbatched = optax.microbatching.microbatch(
+        jax.grad(jax_mean),
+        argnums=1,
+        microbatch_size=4,
+        accumulator=optax.microbatching.AccumulationType.MEAN,
     )
-    if weighted:  # every piece counts as much as any, whatever its number of tokens
-        with pytest.raises(AssertionError):
-            assert_equal_weights(multi_steps, reference, before, tolerance=1e-2)
-    else:
-        assert_equal_weights(multi_steps, reference, before)
+    peers = (
+        jax_loop(optax.MultiSteps(adam, 3), jax.grad(jax_mean), pieces),
+        jax_loop(adam, microbatched, [batch]),
+    )
+    for peer in peers:
+        if weighted:  # every piece counts as much as any, whatever its tokens
+            with pytest.raises(AssertionError):
+                assert_equal_weights(peer, reference, before, tolerance=1e-2)
+        else:
+            assert_equal_weights(peer, reference, before)
 
 
 @on_jax

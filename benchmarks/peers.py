@@ -1,0 +1,156 @@
+"""Loops of one's own: our function, and what the same loop is with a peer.
+
+On JAX `optax.microbatching`, on PyTorch Accelerate's `accumulate`; nobody offers one
+for TensorFlow. Both with the optimizer that belongs to the peer. Each function takes a
+compiled model and the size of a piece and returns `update(x, y)`, which trains on one
+full batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+def function(model, size: int) -> Callable:
+    """With `accumulated_value_and_grad`."""
+    import keras
+
+    from gradient_accumulator import accumulated_value_and_grad
+
+    if keras.backend.backend() == "jax":
+        return _jax(
+            model,
+            lambda loss: accumulated_value_and_grad(loss, microbatch_size=size),
+        )
+    if keras.backend.backend() == "torch":
+        return _torch_function(model, size)
+    return _tensorflow(model, size)
+
+
+def peer(model, size: int) -> Callable:
+    """With what the backend's users take for it."""
+    import keras
+
+    if keras.backend.backend() == "torch":
+        return _torch_peer(model, size)
+    if keras.backend.backend() == "tensorflow":
+        raise NotImplementedError("There is no such loop for TensorFlow.")
+
+    import jax
+    import optax
+
+    mean = optax.microbatching.AccumulationType.MEAN
+    return _jax(
+        model,
+        lambda loss: optax.microbatching.microbatch(
+            jax.value_and_grad(loss), argnums=1, microbatch_size=size, accumulator=mean
+        ),
+    )
+
+
+def _jax(model, value_and_grad: Callable) -> Callable:
+    """One jitted function an update, with an optimizer of optax's."""
+    import jax
+    import optax
+
+    fixed = [v.value for v in model.non_trainable_variables]
+    parameters = [v.value for v in model.trainable_variables]
+    optimizer = optax.adam(1e-4)
+    state = optimizer.init(parameters)
+
+    def loss(parameters, piece):
+        x, y = piece
+        outputs, _ = model.stateless_call(parameters, fixed, x, training=True)
+        return model.loss(y, outputs)
+
+    gradients_of = value_and_grad(loss)
+
+    def step(parameters, state, batch):
+        _, gradients = gradients_of(parameters, batch)
+        updates, state = optimizer.update(gradients, state, parameters)
+        return optax.apply_updates(parameters, updates), state
+
+    step = jax.jit(step, donate_argnums=(0, 1))
+
+    def update(x, y):
+        nonlocal parameters, state
+        parameters, state = step(parameters, state, (x, y))
+        model.trainable_variables[-1].assign(parameters[-1])  # for who waits on it
+
+    return update
+
+
+def _tensorflow(model, size: int) -> Callable:
+    import tensorflow as tf
+
+    from gradient_accumulator import accumulated_value_and_grad
+
+    variables = model.trainable_variables
+
+    def loss(piece):
+        x, y = piece
+        return model.loss(y, model(x, training=True))
+
+    gradients_of = accumulated_value_and_grad(loss, microbatch_size=size)
+
+    @tf.function
+    def update(x, y):
+        _, gradients = gradients_of(variables, (x, y))
+        model.optimizer.apply(gradients, variables)
+
+    return update
+
+
+def _torch_loss(model, x, y):
+    from keras import ops
+
+    outputs = model(ops.convert_to_tensor(x), training=True)
+    return model.loss(ops.convert_to_tensor(y), outputs)
+
+
+def _torch_function(model, size: int) -> Callable:
+    import torch
+
+    from gradient_accumulator import accumulated_value_and_grad
+
+    parameters = [v.value for v in model.trainable_variables]
+    optimizer = torch.optim.Adam(parameters, lr=1e-4)
+    gradients_of = accumulated_value_and_grad(
+        lambda piece: _torch_loss(model, *piece), microbatch_size=size
+    )
+
+    def update(x, y):
+        _, gradients = gradients_of(parameters, (x, y))
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update
+
+
+def _torch_peer(model, size: int) -> Callable:
+    import accelerate
+    import torch
+
+    parameters = [v.value for v in model.trainable_variables]
+    optimizer = torch.optim.Adam(parameters, lr=1e-4)
+    accelerators: dict[int, accelerate.Accelerator] = {}
+
+    def update(x, y):
+        nonlocal optimizer
+        pieces = -(-len(x) // size)
+        if pieces not in accelerators:
+            accelerators[pieces] = accelerate.Accelerator(
+                gradient_accumulation_steps=pieces
+            )
+            optimizer = accelerators[pieces].prepare(optimizer)
+        accelerator = accelerators[pieces]
+        for start in range(0, len(x), size):
+            with accelerator.accumulate(model):
+                piece = x[start : start + size], y[start : start + size]
+                accelerator.backward(_torch_loss(model, *piece))
+                optimizer.step()
+                optimizer.zero_grad()
+
+    return update
