@@ -33,7 +33,7 @@ help:
 	@echo "make test-jax        the tests on JAX (or -tensorflow, -torch)"
 	@echo "make test-oldest     the tests with Keras $(OLDEST_KERAS)"
 	@echo "make lint types      ruff and mypy;  make format  rewrites the files"
-	@echo "make benchmark       the tables of speed, memory and exactness"
+	@echo "make benchmark       the tables of benchmarks/results"
 	@echo "make clean           removes .venv and what tools leave behind"
 
 demo: $(DEMO_READY)
@@ -65,6 +65,7 @@ benchmark: $(TEST_READY)
 	$(BIN)/python -m benchmarks speed
 	$(BIN)/python -m benchmarks memory
 	$(BIN)/python -m benchmarks exactness
+	$(BIN)/python -m benchmarks loops
 	$(BIN)/python -m benchmarks summary
 
 clean:

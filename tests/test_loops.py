@@ -11,6 +11,7 @@ import problems
 import pytest
 from helpers import array, assert_close
 from keras import layers, ops
+from versions import unless_plain_fails
 
 from gradient_accumulator import (
     GradientAccumulateOptimizer,
@@ -335,6 +336,7 @@ def jax_loop(optimizer, gradients, batches):
 
 
 @on_jax
+@unless_plain_fails("optax")
 @pytest.mark.parametrize("weighted", [False, True])
 def test_optax_beside_multi_steps_and_microbatching(weighted):
     import jax
