@@ -27,6 +27,17 @@ def function(model, size: int) -> Callable:
     return _tensorflow(model, size)
 
 
+def host(model, size: int) -> Callable:
+    """With `accumulated_value_and_grad` outside of `jax.jit`, which loops on the host."""
+    from gradient_accumulator import accumulated_value_and_grad
+
+    return _jax(
+        model,
+        lambda loss: accumulated_value_and_grad(loss, microbatch_size=size),
+        jit_gradients=False,
+    )
+
+
 def peer(model, size: int) -> Callable:
     """With what the backend's users take for it."""
     import keras
@@ -48,8 +59,8 @@ def peer(model, size: int) -> Callable:
     )
 
 
-def _jax(model, value_and_grad: Callable) -> Callable:
-    """One jitted function an update, with an optimizer of optax's."""
+def _jax(model, value_and_grad: Callable, jit_gradients: bool = True) -> Callable:
+    """An update with an optimizer of optax's, one jitted function or two."""
     import jax
     import optax
 
@@ -65,12 +76,18 @@ def _jax(model, value_and_grad: Callable) -> Callable:
 
     gradients_of = value_and_grad(loss)
 
-    def step(parameters, state, batch):
-        _, gradients = gradients_of(parameters, batch)
+    def apply(parameters, state, gradients):
         updates, state = optimizer.update(gradients, state, parameters)
         return optax.apply_updates(parameters, updates), state
 
-    step = jax.jit(step, donate_argnums=(0, 1))
+    def step(parameters, state, batch):
+        _, gradients = gradients_of(parameters, batch)
+        return apply(parameters, state, gradients)
+
+    if jit_gradients:
+        step = jax.jit(step, donate_argnums=(0, 1))
+    else:
+        apply = jax.jit(apply, donate_argnums=(0, 1, 2))
 
     def update(x, y):
         nonlocal parameters, state

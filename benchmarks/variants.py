@@ -28,12 +28,14 @@ VARIANTS = {
     "optimizer": "ours, `GradientAccumulateOptimizer`",
     "floor": "floor",
     "function": "ours, `accumulated_value_and_grad`",
+    "host": "ours, the same outside of `jax.jit`",
     "peer": "peer",
 }
 # Written by hand, without `fit`.
 BY_HAND = {
     "floor": floor.update_function,
     "function": peers.function,
+    "host": peers.host,
     "peer": peers.peer,
 }
 

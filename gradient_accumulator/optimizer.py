@@ -295,6 +295,9 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                 self._engine.divide(accumulator, total)
             gradients.append(ops.cast(accumulator, variable.dtype))
         self._engine.apply(self._target(), gradients, variables)
+        if not self._engine.is_traced(self._count):
+            # A compiled update comes from one call, and serves many updates.
+            self._connected.clear()
         self._clear()
 
     def _alone(self, grads, weight):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 
 import keras
 import numpy as np
@@ -377,6 +378,32 @@ def test_without_flushing_pieces_wait_for_the_next_epoch():
 def test_flush_gradients_needs_what_accumulates():
     with pytest.raises(ValueError, match=r"GradientAccumulateOptimizer.*Received: opt"):
         fit(model_of("sgd"), 2, callbacks=[FlushGradients()])
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="a function of JAX's has one graph")
+def test_no_gradient_in_a_later_update_is_none():
+    """As in plain Keras, which then leaves the variable and its momentum alone."""
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0, 0.9), 2)
+    a, b = variables = [keras.Variable(np.ones(2, "float32"), name=n) for n in "ab"]
+    optimizer.build(variables)
+    one = np.ones(2, "float32")
+    for of_b in (None, one, None, None):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Keras says that there is none
+            step(optimizer, [one, of_b], variables)
+    assert_close({"b": array(b)}, {"b": np.full(2, 0.5)})
+    assert_close({"a": array(a)}, {"a": np.full(2, -1.9)})
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="variables of TensorFlow's")
+def test_plain_variables():
+    import tensorflow as tf
+
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), 2)
+    weight = tf.Variable(np.ones(2, "float32"))
+    for _ in range(2):
+        optimizer.apply_gradients([(tf.ones(2), weight)])
+    np.testing.assert_allclose(weight.numpy(), 0)
 
 
 # ------------------------------------------------------------------------- weights

@@ -91,5 +91,9 @@ flush = when
 
 def read(variable: keras.Variable) -> int | None:
     """A counter's value; None where it is not known while a function is compiled."""
-    value = variable.value
-    return None if isinstance(value, jax.core.Tracer) else int(value)
+    return None if is_traced(variable) else int(variable.value)
+
+
+def is_traced(variable: keras.Variable) -> bool:
+    """Whether a function that uses the variable is being compiled."""
+    return isinstance(variable.value, jax.core.Tracer)

@@ -99,8 +99,8 @@ def _branch(predicate, function):
 
 def flush(predicate: Callable, function: Callable, variables: list) -> None:
     """As `when`, from where a callback is called."""
-    strategy = variables[0].value
-    strategy = getattr(strategy, "distribute_strategy", None)
+    value = getattr(variables[0], "value", variables[0])
+    strategy = getattr(value, "distribute_strategy", None)
     if strategy is None or strategy.num_replicas_in_sync == 1:
         _branch(predicate, function)
     elif tf.distribute.in_cross_replica_context() or not tf.distribute.has_strategy():
@@ -114,3 +114,8 @@ def read(variable: keras.Variable) -> int | None:
     """A counter's value."""
     with tf.init_scope():
         return int(tf.convert_to_tensor(variable.value))
+
+
+def is_traced(variable: keras.Variable) -> bool:
+    """Whether a function that uses the variable is being compiled."""
+    return not tf.executing_eagerly()

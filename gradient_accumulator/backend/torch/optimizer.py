@@ -69,3 +69,8 @@ flush = when
 def read(variable: keras.Variable) -> int:
     """A counter's value."""
     return int(variable.value)
+
+
+def is_traced(variable: keras.Variable) -> bool:
+    """Whether a function that uses the variable is being compiled."""
+    return torch.compiler.is_compiling()
