@@ -28,7 +28,7 @@ def function(model, size: int) -> Callable:
 
 
 def host(model, size: int) -> Callable:
-    """With `accumulated_value_and_grad` outside of `jax.jit`, which loops on the host."""
+    """With `accumulated_value_and_grad` outside of `jax.jit`: a loop of the host."""
     from gradient_accumulator import accumulated_value_and_grad
 
     return _jax(
