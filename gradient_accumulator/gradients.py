@@ -51,8 +51,8 @@ class LossFunction:
             )
         return *pair, aux
 
-    def accumulator_dtype(self, variable: Any) -> str:
-        dtype = keras.backend.standardize_dtype(variable.dtype)
+    def accumulator_dtype(self, dtype: Any) -> str:
+        dtype = keras.backend.standardize_dtype(dtype)
         return "float64" if dtype == "float64" else self.accum_dtype
 
 

@@ -115,11 +115,15 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         self.accum_dtype = accum_dtype
         self._engine = backend.active().optimizer
         self._accumulators: list = []
+        self._scaler: Callable[[], Any] = lambda: None  # a LossScaleOptimizer around
+        self._finishing = 0  # how many calls are giving it the finished sum
         # Of the accumulation at hand:
         self._given: list[int] = []  # which variables gradients were given for
-        self._connected: set[int] = set()  # which of them had a gradient
         self._weighed = False  # whether some piece was given a weight
-        self._scaler: Callable[[], Any] = lambda: None  # a LossScaleOptimizer around
+        # Which of them had a gradient, where calls run as they are, and where they are
+        # compiled, and one serves many updates.
+        self._connected: set[int] = set()
+        self._compiled_connected: set[int] = set()
 
     # ------------------------------------------------------------------ applying
 
@@ -138,11 +142,12 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             ValueError: If variables change before the update is complete, or gradients
                 do not fit them; nothing has been added then.
         """
-        if self._scaler() is not None:
-            # It has the finished sum, checked and unscaled.
+        if self._finishing:
+            # The optimizer around has the finished sum, checked and unscaled.
             self.inner_optimizer.apply(grads, trainable_variables)
-        else:
-            self._accumulate(grads, trainable_variables, weight)
+            return
+        self._check_outermost()
+        self._accumulate(grads, trainable_variables, weight)
 
     def apply_gradients(self, grads_and_vars, weight=None):
         """As `apply`, from pairs of a gradient and its variable.
@@ -169,17 +174,16 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         Returns:
             The new values of the trainable variables and of the optimizer's.
         """
-        if self._scaler() is not None:
+        if self._finishing:
             own = len(self._variables)
             trainable_variables, inner = self.inner_optimizer.stateless_apply(
                 optimizer_variables[own:], grads, trainable_variables
             )
             kept = [ops.convert_to_tensor(v) for v in optimizer_variables[:own]]
             return trainable_variables, [*kept, *inner]
-        return self._stateless(
-            partial(self._accumulate, grads, weight=weight),
-            optimizer_variables,
-            trainable_variables,
+        self._check_outermost()
+        return self._stateless_accumulate(
+            optimizer_variables, grads, trainable_variables, weight
         )
 
     def flush(self) -> None:
@@ -190,7 +194,7 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         """
         if self._accumulators:
             self._engine.flush(
-                lambda: ops.greater(self._count, 0), self._update, self._changing()
+                lambda: ops.greater(self._count, 0), self._update, self._changing
             )
 
     def stateless_flush(self, optimizer_variables, trainable_variables):
@@ -204,7 +208,6 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         """Forget what has been accumulated."""
         if self._accumulators:
             self._given = []
-            self._connected.clear()
             self._clear()
 
     @property
@@ -227,7 +230,10 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             self._count = self.add_variable(
                 (), dtype="int", name="pending", aggregation="only_first_replica"
             )
-            self._total = self.add_variable((), dtype=dtype, name="total_weight")
+            self._total = self._engine.add_local_variable(
+                self, (), dtype=dtype, name="total_weight"
+            )
+            self._guard = self._engine.guard()
         self.inner_optimizer.build(variables)
         super().build(variables)
 
@@ -252,22 +258,34 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         self._check_variables(variables)
         _check_gradients(grads, variables)
         if self.accum_steps == 1:
-            self._engine.apply(self._target(), self._alone(grads, weight), variables)
+            self._finish(self._alone(grads, weight), variables)
             return
-        self._add(grads, variables, weight)
-        self._engine.when(
-            lambda: ops.equal(self._count, self.accum_steps),
-            self._update,
-            self._changing(),
-        )
+        self._engine.check_same(self._guard, self._given, self._count)
+        summed = self._add(grads, variables, weight)
+        try:
+            self._engine.when(
+                lambda: ops.greater_equal(self._count, self.accum_steps),
+                self._update,
+                self._changing,
+            )
+        except BaseException:
+            if not self._engine.is_traced(self._count):
+                self._remove(summed, weight)
+            raise
 
     def _add(self, grads, variables, weight):
+        """Add a piece; returns what was added to what."""
+        connected = self._compiled_connected
+        if not self._engine.is_traced(self._count):
+            connected = self._connected
+            if self._engine.read(self._count) == 0:
+                connected.clear()
         summed = []
         for gradient, variable in zip(grads, variables):
             if gradient is None:
                 continue
             index = self._get_variable_index(variable)
-            self._connected.add(index)
+            connected.add(index)
             accumulator = self._accumulators[index]
             if trainer.overwrites(variable):
                 # Keras's own way to join what pieces would overwrite a variable with.
@@ -279,26 +297,50 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         self._count.assign_add(1)
         one = 1 if weight is None else weight
         self._total.assign_add(ops.cast(one, self._total.dtype))
+        return summed
+
+    def _remove(self, summed, weight):
+        """Take back a piece whose update failed."""
+        one = 1 if weight is None else weight
+        self._engine.add(summed, -one)
+        self._count.assign_sub(1)
+        self._total.assign_sub(ops.cast(one, self._total.dtype))
 
     def _update(self):
         """The finished gradient to the wrapped optimizer."""
         given = self._given or range(len(self._accumulators))
         variables = [self._trainable_variables[index] for index in given]
         total = self._engine.total(self._total, self._weighed)
+        connected = self._connected | self._compiled_connected
         gradients: list = []
+        divided: list = []
         for index, variable in zip(given, variables):
-            accumulator = self._accumulators[index]
-            if index not in self._connected:
+            if connected and index not in connected:
                 gradients.append(None)
                 continue
+            accumulator = self._accumulators[index]
             if self.reduction == "MEAN" and not trainer.overwrites(variable):
                 self._engine.divide(accumulator, total)
+                divided.append(accumulator)
             gradients.append(ops.cast(accumulator, variable.dtype))
-        self._engine.apply(self._target(), gradients, variables)
-        if not self._engine.is_traced(self._count):
-            # A compiled update comes from one call, and serves many updates.
-            self._connected.clear()
+        try:
+            self._finish(gradients, variables)
+        except BaseException:
+            for accumulator in divided:
+                self._engine.divide(accumulator, ops.divide_no_nan(1.0, total))
+            raise
         self._clear()
+
+    def _finish(self, gradients, variables):
+        """A finished gradient to the wrapped optimizer, or to the one around."""
+        # Counted, for replicas take turns in here.
+        self._finishing += 1
+        try:
+            self._engine.apply(
+                self._scaler() or self.inner_optimizer, gradients, variables
+            )
+        finally:
+            self._finishing -= 1
 
     def _alone(self, grads, weight):
         """The gradients of a piece that is an update."""
@@ -314,6 +356,15 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         self._engine.clear(self._accumulators)
         self._count.assign(0)
         self._total.assign(0.0)
+
+    def _stateless_accumulate(
+        self, optimizer_variables, grads, trainable_variables, weight=None
+    ):
+        return self._stateless(
+            partial(self._accumulate, grads, weight=weight),
+            optimizer_variables,
+            trainable_variables,
+        )
 
     def _stateless(self, function, optimizer_variables, trainable_variables):
         root = self._scaler() or self
@@ -334,16 +385,11 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                     f"list of {len(values)}"
                 )
         variables = [*self._trainable_variables, *root.variables]
-        values = [*trainable_variables, *optimizer_variables]
+        values = self._engine.stateless([*trainable_variables, *optimizer_variables])
         with keras.StatelessScope(state_mapping=list(zip(variables, values))) as scope:
             function()
         new = [scope.get_current_value(v) for v in variables]
         return new[: len(trainable_variables)], new[len(trainable_variables) :]
-
-    def _target(self):
-        """The optimizer that the finished gradient goes to, scaled as pieces are."""
-        # No property, or Keras would save an outer one as a part of the inner one.
-        return self._scaler() or self.inner_optimizer
 
     def _changing(self) -> list:
         """All variables that an update changes."""
@@ -361,17 +407,23 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         if not self._accumulators:
             return
         given = [self._get_variable_index(v) for v in variables]
-        if self._given not in ([], given):
-            if self._engine.read(self._count) != 0:
-                before = [self._trainable_variables[index] for index in self._given]
-                raise ValueError(
-                    "The variables changed while pieces wait for their update. Call "
-                    "`flush()` or `reset()` before, and make one optimizer for each "
-                    "set of variables that is trained in turns. Received: "
-                    f"{_names(variables)} after {_names(before)}"
-                )
-            self._connected.clear()
+        changed = self._given not in ([], given)
+        if changed and self._engine.read(self._count) != 0:
+            before = [self._trainable_variables[index] for index in self._given]
+            raise ValueError(
+                "The variables changed while pieces wait for their update. Call "
+                "`flush()` or `reset()` before, and make one optimizer for each "
+                "set of variables that is trained in turns. Received: "
+                f"{_names(variables)} after {_names(before)}"
+            )
         self._given = given
+
+    def _check_outermost(self):
+        if self._scaler() is not None:
+            raise ValueError(
+                "This optimizer is inside of a `LossScaleOptimizer`: give that one the "
+                "gradients of the scaled loss. Received: a call of the inner one"
+            )
 
     # ---------------------------------------------- what is the wrapped optimizer's
 
@@ -432,15 +484,18 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         finished sum of scaled gradients instead: what it does on a full batch.
         """
         if isinstance(self.inner_optimizer, keras.optimizers.LossScaleOptimizer):
-            raise ValueError(
-                "The loss would be scaled twice: a `LossScaleOptimizer` may be inside "
-                "or around a `GradientAccumulateOptimizer`, not both. Received: "
-                f"inner_optimizer={self.inner_optimizer}"
-            )
+            # Keras puts one around under the policy mixed_float16. One is enough.
+            scaler.scale_loss = self.scale_loss
+            scaler.apply = self.apply
+            scaler.stateless_apply = partial(_stateless_apply_inside, self)
+            return
         # Weakly, or Keras would save the outer optimizer as a part of the inner one.
         self._scaler = weakref.ref(scaler)
         scaler.apply = self._accumulate
-        scaler.stateless_apply = partial(_stateless_apply_of, self)
+        scaler.stateless_apply = self._stateless_accumulate
+
+    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
     # -------------------------------------------------------------------- saving
 
@@ -463,12 +518,10 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
     def load_own_variables(self, store):
         super().load_own_variables(store)
-        # Which variables had a gradient is not saved: those with a sum did.
-        self._connected = {
-            i
-            for i, accumulator in enumerate(self._accumulators)
-            if ops.convert_to_numpy(accumulator).any()
-        }
+        if self._accumulators:
+            # What is not saved: any variable may have had a gradient, and a weight.
+            self._connected = set(range(len(self._accumulators)))
+            self._weighed = True
 
 
 class FlushGradients(keras.callbacks.Callback):
@@ -591,15 +644,15 @@ def _scaler_under_construction() -> keras.optimizers.LossScaleOptimizer | None:
     return None
 
 
-def _stateless_apply_of(
+def _stateless_apply_inside(
     optimizer, optimizer_variables, grads, trainable_variables, weight=None
 ):
-    """`stateless_apply` of the `LossScaleOptimizer` around `optimizer`."""
-    return optimizer._stateless(
-        partial(optimizer._accumulate, grads, weight=weight),
-        optimizer_variables,
-        trainable_variables,
+    """`stateless_apply` of a `LossScaleOptimizer` that lets `optimizer` do it all."""
+    own = len(optimizer_variables) - len(optimizer.variables)
+    trainable_variables, inner = optimizer.stateless_apply(
+        optimizer_variables[own:], grads, trainable_variables, weight
     )
+    return trainable_variables, [*optimizer_variables[:own], *inner]
 
 
 def _check_weight(weight):
@@ -613,6 +666,11 @@ def _check_weight(weight):
             "Argument `weight` must be finite and not negative. "
             f"Received: weight={weight}"
         )
+    if tuple(getattr(weight, "shape", ())) != ():
+        raise ValueError(
+            "Argument `weight` must be a number or a scalar tensor. "
+            f"Received: weight of shape {tuple(weight.shape)}"
+        )
 
 
 def _check_gradients(grads, variables):
@@ -622,7 +680,12 @@ def _check_gradients(grads, variables):
             f"{len(grads)} gradients for {len(variables)} variables"
         )
     for gradient, variable in zip(grads, variables):
-        if gradient is None:
+        # TensorFlow does not always know a shape, nor that of sparse gradients.
+        if (
+            gradient is None
+            or hasattr(gradient, "dense_shape")
+            or getattr(gradient.shape, "rank", 0) is None
+        ):
             continue
         shape, wanted = tuple(gradient.shape), tuple(variable.shape)
         if len(shape) != len(wanted) or any(

@@ -100,6 +100,10 @@ def example_count(data: Any) -> int:
             "Every array of a batch needs the same number of examples in its "
             f"first axis, to be cut in pieces. Received: shapes={shapes}"
         )
+    if shapes[0][0] == 0:
+        raise ValueError(
+            f"A batch needs at least one example. Received: shapes={shapes}"
+        )
     return shapes[0][0]
 
 

@@ -1,5 +1,7 @@
 """`accumulated_value_and_grad` gives the full batch's loss and gradients."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import problems
@@ -278,6 +280,57 @@ def test_grad_is_left_as_it_was():
     assert [g.shape for g in gradients] == [(3, 6), (3,)]
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="parameters have `grad` on PyTorch only")
+def test_grad_of_other_parameters_is_left_alone():
+    import torch
+
+    ours, other = torch.nn.Linear(6, 3), torch.nn.Linear(3, 1)
+    function = accumulated_value_and_grad(
+        lambda piece: other(ours(piece[0])).mean(), microbatch_size=3
+    )
+    function(ours.parameters(), batch(6))
+    assert all(p.grad is None for p in [*ours.parameters(), *other.parameters()])
+
+
+@pytest.mark.parametrize("dtype, count", [("float16", 4096), ("bfloat16", 1024)])
+def test_denominators_in_half_precision(dtype, count):
+    """They add up to more than the dtype holds, or tells apart."""
+    variable = keras.Variable(np.ones(1, "float32"))
+    variables = [variable.value] if BACKEND == "jax" else [variable]
+
+    def loss(variables, piece):
+        weight = variable.value if variables is None else variables[0]
+        mask = ops.cast(piece, dtype)
+        return ops.sum(weight * piece), ops.sum(mask)
+
+    data = ops.ones((count, 32))
+    function = accumulated_value_and_grad(of_backend(loss), microbatch_size=7)
+    value, (gradient,) = numbers(*function(variables, data))
+    np.testing.assert_allclose(value, 1, rtol=1e-3)
+    np.testing.assert_allclose(gradient, 1, rtol=1e-3)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="arguments of JAX's")
+def test_any_argument_and_any_pytree_on_jax():
+    import jax
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Piece:
+        x: jax.Array
+
+    def loss(variables, piece, function, double=False):
+        value = ops.mean(function(piece.x) * variables["scale"])
+        return value * 2 if double else value
+
+    x = np.arange(5, dtype="float32")
+    function = accumulated_value_and_grad(loss, microbatch_size=2)
+    for run in function, jax.jit(function, static_argnums=2, static_argnames="double"):
+        value, gradients = run({"scale": 3.0}, Piece(x), ops.square, double=True)
+        np.testing.assert_allclose(value, 36, rtol=1e-6)
+        np.testing.assert_allclose(gradients["scale"], 12, rtol=1e-6)
+
+
 # ----------------------------------------------------------------------------- errors
 
 
@@ -323,6 +376,13 @@ def test_tensors_in_the_place_of_variables():
     function = accumulated_value_and_grad(mean(predict), microbatch_size=2)
     with pytest.raises(TypeError, match=r"`variables`.*from outside.*Received: "):
         tf.function(lambda variables: function(variables, batch(4)))(variables)
+
+
+def test_a_batch_without_examples():
+    variables, predict = network()
+    function = accumulated_value_and_grad(mean(predict), microbatch_size=2)
+    with pytest.raises(ValueError, match=r"at least one example.*Received: "):
+        function(variables, tuple(a[:0] for a in batch(2)))
 
 
 def test_arrays_with_different_numbers_of_examples():

@@ -200,7 +200,8 @@ def step(optimizer, gradients, variables, **arguments):
         variable.assign(value)
 
 
-def test_the_policy_mixed_float16_puts_one_around():
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_policy_mixed_float16_puts_one_around(inside):
     def build():
         keras.utils.set_random_seed(0)
         dtype = keras.DTypePolicy("mixed_float16")
@@ -436,12 +437,15 @@ def test_pieces_without_weight_are_an_update_of_zero():
     assert int(array(optimizer.iterations)) == 1
 
 
-@pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), True, "2"])
+@pytest.mark.parametrize(
+    "weight", [-1, float("nan"), float("inf"), True, "2", np.ones(3, "float32")]
+)
 def test_weights_that_are_none(weight):
     variable = keras.Variable(np.ones(4, "float32"))
     optimizer = GradientAccumulateOptimizer("sgd", 2)
-    with pytest.raises((ValueError, TypeError), match=r"`weight`.*Received: weight="):
+    with pytest.raises((ValueError, TypeError), match=r"`weight`.*Received: weight"):
         optimizer.apply([np.ones(4, "float32")], [variable], weight=weight)
+    assert optimizer.pending == 0
 
 
 # --------------------------------------------------------- learning rates, configs
@@ -528,6 +532,22 @@ def test_saved_in_the_middle_of_an_accumulation(scaled, tmp_path):
     )
 
 
+def test_flushed_in_every_epoch_and_after_reset():
+    ours = model_of(GradientAccumulateOptimizer(keras.optimizers.SGD(0.5), 4))
+    plain = model_of(keras.optimizers.SGD(0.5))
+    fit(ours, 2, count=20, epochs=3, callbacks=[FlushGradients()])
+    fit(plain, 8, count=20, epochs=3)
+    assert_close(arrays(ours.weights), arrays(plain.weights))
+    before = ours.get_weights()
+    fit(ours, 2, count=6, epochs=1)
+    ours.optimizer.reset()
+    fit(ours, 2, count=4, epochs=1)
+    fit(plain, 4, count=4, epochs=1)
+    ours.optimizer.flush()
+    assert_close(arrays(ours.weights), arrays(plain.weights))
+    assert any(np.any(a != b) for a, b in zip(before, ours.get_weights()))
+
+
 def test_flushed_after_loading(tmp_path):
     model = model_of(GradientAccumulateOptimizer(keras.optimizers.SGD(0.5), 4))
     fit(model, 2, count=12, epochs=1)
@@ -602,11 +622,67 @@ def test_a_model_that_accumulates_too():
         fit(model, 2)
 
 
-def test_a_loss_that_would_be_scaled_twice():
-    inside = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
-    optimizer = GradientAccumulateOptimizer(inside, 2)
-    with pytest.raises(ValueError, match=r"scaled twice.*Received: "):
-        keras.optimizers.LossScaleOptimizer(optimizer)
+def test_the_inner_one_of_a_loss_scale_optimizer_is_not_called():
+    inner = GradientAccumulateOptimizer("sgd", 2)
+    outer = keras.optimizers.LossScaleOptimizer(inner)
+    outer.build([keras.Variable(np.ones(2, "float32"))])
+    with pytest.raises(ValueError, match=r"give that one.*Received: "):
+        inner.apply([ops.ones((2,))])
+    assert inner.pending == 0
+
+
+def test_an_update_that_fails_leaves_all_as_it_was():
+    class Fails(keras.optimizers.SGD):
+        failing = True
+
+        def update_step(self, *args):
+            if self.failing:
+                raise RuntimeError("no update")
+            super().update_step(*args)
+
+        def _parallel_update_step(self, grads, variables, learning_rate):
+            for gradient, variable in zip(grads, variables):
+                self.update_step(gradient, variable, learning_rate)
+
+    inner = Fails(1.0)
+    optimizer = GradientAccumulateOptimizer(inner, 2)
+    variable = keras.Variable(np.zeros(2, "float32"))
+    optimizer.build([variable])
+    optimizer.apply([ops.ones((2,))], [variable])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no update"):
+            optimizer.apply([ops.ones((2,)) * 5], [variable])
+        assert optimizer.pending == 1
+    inner.failing = False
+    optimizer.apply([ops.ones((2,)) * 3], [variable])
+    assert optimizer.pending == 0
+    np.testing.assert_allclose(array(variable), -2, rtol=1e-6)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="of `tf.function` only")
+def test_variables_that_change_between_compiled_functions():
+    import tensorflow as tf
+
+    optimizer, (a, b) = two_variables()
+
+    def compiled(variable):
+        return tf.function(lambda: optimizer.apply([tf.ones(2)], [variable]))
+
+    of_a, of_b = compiled(a), compiled(b)
+    for function in of_a, of_a, of_b, of_b:
+        function()
+    of_a()
+    with pytest.raises(tf.errors.InvalidArgumentError, match="variables changed"):
+        of_b()
+    assert optimizer.pending == 1
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="works elsewhere")
+def test_no_stateless_apply_on_tensorflow():
+    optimizer, variables = two_variables()
+    with pytest.raises(ValueError, match=r"`stateless_apply`.*Received: "):
+        optimizer.stateless_apply(optimizer.variables, [ops.ones((2,))] * 2, variables)
+    assert optimizer.pending == 0
 
 
 def two_variables():

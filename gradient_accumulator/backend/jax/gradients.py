@@ -16,22 +16,27 @@ from gradient_accumulator.pieces import example_count
 def value_and_grad(loss: LossFunction) -> Callable:
     """The function that `accumulated_value_and_grad` returns."""
     add = partial(_add, loss)
-    compiled = jax.jit(add, donate_argnums=0)
+    compiled = jax.jit(add, static_argnames="others", donate_argnames="sums")
 
     def function(variables, batch, *args, **kwargs):
-        size = example_count(batch)
+        size = example_count(jax.tree.leaves(batch))
         length = min(loss.microbatch_size, size)
         sums = _zeros(loss, variables)
-        inverse = np.asarray(1 / size, "float32")
+        arrays, others = _taken_apart(args, kwargs)
         traced = any(
             isinstance(leaf, jax.core.Tracer)
-            for leaf in jax.tree.leaves((variables, batch, args, kwargs))
+            for leaf in jax.tree.leaves((variables, batch, arrays))
         )
         one = add if traced else compiled
 
         def piece(sums, start, length=length):
             return one(
-                sums, variables, _take(batch, start, length), inverse, args, kwargs
+                sums=sums,
+                variables=variables,
+                piece=_take(batch, start, length),
+                inverse=1 / size,
+                arrays=arrays,
+                others=others,
             )
 
         starts = range(0, size - length + 1, length)
@@ -55,10 +60,28 @@ def value_and_grad(loss: LossFunction) -> Callable:
     return function
 
 
+def _taken_apart(args, kwargs):
+    """The arrays among arguments, and what else there is, which a jitted function
+    takes as it is."""
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    is_array = [isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves]
+    arrays = [leaf for leaf, is_one in zip(leaves, is_array) if is_one]
+    rest = [None if is_one else leaf for leaf, is_one in zip(leaves, is_array)]
+    return arrays, (structure, tuple(is_array), tuple(rest))
+
+
+def _together(arrays, others):
+    structure, is_array, rest = others
+    waiting = iter(arrays)
+    leaves = [next(waiting) if is_one else leaf for is_one, leaf in zip(is_array, rest)]
+    return jax.tree.unflatten(structure, leaves)
+
+
 def _zeros(loss, variables):
     """What pieces add up to: gradients, losses and denominators."""
     gradients = jax.tree.map(
-        lambda v: jnp.zeros(jnp.shape(v), loss.accumulator_dtype(v)), variables
+        lambda v: jnp.zeros(jnp.shape(v), loss.accumulator_dtype(jnp.result_type(v))),
+        variables,
     )
     dtypes = {v.dtype for v in jax.tree.leaves(gradients)}
     dtype = "float64" if np.dtype("float64") in dtypes else "float32"
@@ -77,17 +100,18 @@ def _take(batch, start, length):
     return jax.tree.map(take, batch)
 
 
-def _add(loss, sums, variables, piece, inverse, args, kwargs):
+def _add(loss, sums, variables, piece, inverse, arrays, others):
     """Add a piece's numerator over the number of all examples, and its gradient."""
+    args, kwargs = _together(arrays, others)
 
     def worth(variables):
         numerator, denominator, aux = loss(variables, piece, *args, **kwargs)
         share = inverse
         if denominator is None:
-            denominator = example_count(piece)
+            denominator = example_count(jax.tree.leaves(piece))
             share = inverse * denominator
         numerator = jnp.asarray(numerator)
-        return numerator * share.astype(numerator.dtype), (denominator, aux)
+        return numerator * jnp.asarray(share, numerator.dtype), (denominator, aux)
 
     with jax.named_scope("accumulate_gradients"):
         (value, (denominator, aux)), gradients = jax.value_and_grad(
@@ -107,7 +131,9 @@ def _finished(sums, variables, size):
     accumulators, total, weight = sums
     correction = jnp.where(weight == 0, 0, size / jnp.where(weight == 0, 1, weight))
     gradients = jax.tree.map(
-        lambda sum_, v: (sum_ * correction.astype(sum_.dtype)).astype(v.dtype),
+        lambda sum_, v: (sum_ * correction.astype(sum_.dtype)).astype(
+            jnp.result_type(v)
+        ),
         accumulators,
         variables,
     )

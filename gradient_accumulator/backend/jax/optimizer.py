@@ -14,6 +14,11 @@ from gradient_accumulator.backend.common import new_accumulator
 accumulator = new_accumulator
 
 
+def add_local_variable(optimizer: Any, shape: tuple, **kwargs) -> keras.Variable:
+    """A variable of an optimizer that each replica has its own value of."""
+    return optimizer.add_variable(shape, **kwargs)
+
+
 def add(pairs: list, weight: Any) -> None:
     """Add gradients, times `weight`, to their accumulators."""
     for held, gradient in pairs:
@@ -57,8 +62,8 @@ def apply(optimizer: Any, gradients: list, variables: list) -> None:
         variable.assign(value)
 
 
-def when(predicate: Callable, function: Callable, variables: list) -> None:
-    """Call a function that assigns some variables, if the predicate is true.
+def when(predicate: Callable, function: Callable, variables: Callable) -> None:
+    """Call a function that assigns `variables()`, if the predicate is true.
 
     A loop that runs at most once, not `jax.lax.cond`: of a conditional XLA copies every
     result, here the weights and all of the optimizer's state, in either branch. What a
@@ -70,19 +75,20 @@ def when(predicate: Callable, function: Callable, variables: list) -> None:
             function()
         return
 
+    changing = variables()
+
     def assigned(carry):
-        with keras.StatelessScope(
-            state_mapping=list(zip(variables, carry[1]))
-        ) as scope:
+        mapping = list(zip(changing, carry[1]))
+        with keras.StatelessScope(state_mapping=mapping) as scope:
             function()
-        values = [scope.get_current_value(v) for v in variables]
+        values = [scope.get_current_value(v) for v in changing]
         values = [new.astype(old.dtype) for new, old in zip(values, carry[1])]
         return jnp.zeros_like(chosen), values
 
-    carry = chosen, [variable.value for variable in variables]
+    carry = chosen, [variable.value for variable in changing]
     with jax.named_scope("apply_accumulated_gradients"):
         _, values = jax.lax.while_loop(lambda carry: carry[0], assigned, carry)
-    for variable, value in zip(variables, values):
+    for variable, value in zip(changing, values):
         variable.assign(value)
 
 
@@ -97,3 +103,16 @@ def read(variable: keras.Variable) -> int | None:
 def is_traced(variable: keras.Variable) -> bool:
     """Whether a function that uses the variable is being compiled."""
     return isinstance(variable.value, jax.core.Tracer)
+
+
+def guard() -> None:
+    """What `check_same` remembers by: nothing, calls are checked as they are made."""
+
+
+def check_same(guard: None, given: list[int], count: keras.Variable) -> None:
+    """Nothing: no compiled call has variables of its own here."""
+
+
+def stateless(values: list) -> list:
+    """Values of variables, for a call without effects."""
+    return values

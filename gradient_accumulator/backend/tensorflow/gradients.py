@@ -29,7 +29,7 @@ def value_and_grad(loss: LossFunction) -> Callable:
         size = tf.shape(leaves(batch)[0])[0]
         length = tf.minimum(loss.microbatch_size, size)
         connected: set[int] = set()
-        dtypes = [loss.accumulator_dtype(v) for v in variables]
+        dtypes = [loss.accumulator_dtype(v.dtype) for v in variables]
         zero = tf.zeros((), "float64" if "float64" in dtypes else "float32")
         auxes = _Auxes(loss, batch, args, kwargs)
 
@@ -90,10 +90,12 @@ class _Auxes:
     """
 
     def __init__(self, loss: LossFunction, batch: Any, args: tuple, kwargs: dict):
+        self.listed: list = []  # where there is no graph
         self.spec: Any = ()
-        if loss.has_aux:
+        if loss.has_aux and not tf.executing_eagerly():
             specs = map_leaves(
-                lambda a: tf.TensorSpec([None, *a.shape[1:]], a.dtype), batch
+                lambda array: tf.TensorSpec([None, *array.shape[1:]], array.dtype),
+                batch,
             )
             traced = tf.function(
                 lambda piece: loss(piece, *args, **kwargs)[2], autograph=False
@@ -102,18 +104,13 @@ class _Auxes:
 
     def empty(self) -> list:
         return [
-            tf.TensorArray(
-                spec.dtype,
-                0,
-                dynamic_size=True,
-                infer_shape=False,
-            )
+            tf.TensorArray(spec.dtype, 0, dynamic_size=True, infer_shape=False)
             for spec in keras.tree.flatten(self.spec)
         ]
 
     def write(self, held: list, aux: Any) -> list:
-        if not held:
-            return held
+        if tf.executing_eagerly():
+            self.listed.append(aux)
         return [
             array.write(array.size(), value)
             for array, value in zip(held, keras.tree.flatten(aux))
@@ -121,8 +118,15 @@ class _Auxes:
 
     def joined(self, held: list) -> Any:
         """Along their first axis; scalars as a vector."""
+        if self.listed:
+            return keras.tree.map_structure(_joined, *self.listed)
         joined = [
             array.concat() if len(spec.shape) else array.stack()
             for array, spec in zip(held, keras.tree.flatten(self.spec))
         ]
         return keras.tree.pack_sequence_as(self.spec, joined)
+
+
+def _joined(*tensors):
+    parts = [tf.convert_to_tensor(tensor) for tensor in tensors]
+    return tf.concat(parts, axis=0) if len(parts[0].shape) else tf.stack(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,34 +12,42 @@ import tensorflow as tf
 from gradient_accumulator.backend.common import new_accumulator
 
 
+def _of_each_replica(next_creator, **kwargs):
+    kwargs["synchronization"] = tf.VariableSynchronization.ON_READ
+    kwargs["aggregation"] = tf.VariableAggregation.SUM
+    return next_creator(**kwargs)
+
+
 def accumulator(optimizer: Any, variable: keras.Variable, dtype: str):
     """A variable that sums one variable's gradients, on each replica its own.
 
     Replicas are summed when it is saved, and by the wrapped optimizer, once an update.
     """
-
-    def of_each_replica(next_creator, **kwargs):
-        kwargs["synchronization"] = tf.VariableSynchronization.ON_READ
-        kwargs["aggregation"] = tf.VariableAggregation.SUM
-        return next_creator(**kwargs)
-
-    with tf.variable_creator_scope(of_each_replica):
+    with tf.variable_creator_scope(_of_each_replica):
         return new_accumulator(optimizer, variable, dtype)
+
+
+def add_local_variable(optimizer: Any, shape: tuple, **kwargs) -> keras.Variable:
+    """A variable of an optimizer that each replica has its own value of."""
+    with tf.variable_creator_scope(_of_each_replica):
+        return optimizer.add_variable(shape, **kwargs)
 
 
 def add(pairs: list, weight: Any) -> None:
     """Add gradients, times `weight`, to their accumulators."""
     for held, gradient in pairs:
         value = held.value
-        gradient = tf.cast(gradient, value.dtype)
-        if weight is not None:
-            gradient *= tf.cast(weight, value.dtype)
+        factor = 1 if weight is None else tf.cast(weight, value.dtype)
         if not isinstance(gradient, tf.IndexedSlices):
-            value.assign_add(gradient)
-        elif tf.distribute.get_strategy().num_replicas_in_sync > 1:
-            value.assign_add(tf.convert_to_tensor(gradient))
+            gradient = tf.cast(gradient, value.dtype)
+            value.assign_add(gradient if weight is None else gradient * factor)
+            continue
+        parts = tf.cast(gradient.values, value.dtype) * factor
+        if tf.distribute.get_strategy().num_replicas_in_sync == 1:
+            value.scatter_add(tf.IndexedSlices(parts, gradient.indices))
         else:
-            value.scatter_add(gradient)
+            rows = tf.math.unsorted_segment_sum(parts, gradient.indices, value.shape[0])
+            value.assign_add(rows)
 
 
 def divide(accumulator: keras.Variable, total: Any) -> None:
@@ -70,8 +79,8 @@ def apply(optimizer: Any, gradients: list, variables: list) -> None:
     type(optimizer).apply(optimizer, gradients, variables)
 
 
-def when(predicate: Callable, function: Callable, variables: list) -> None:
-    """Call a function that assigns some variables, if the predicate is true."""
+def when(predicate: Callable, function: Callable, variables: Callable) -> None:
+    """Call a function that assigns `variables()`, if the predicate is true."""
     if tf.distribute.in_cross_replica_context():
         raise ValueError(
             "An optimizer is called on each replica: call it in a function that "
@@ -97,9 +106,10 @@ def _branch(predicate, function):
     tf.cond(predicate(), call, lambda: tf.constant(0))
 
 
-def flush(predicate: Callable, function: Callable, variables: list) -> None:
+def flush(predicate: Callable, function: Callable, variables: Callable) -> None:
     """As `when`, from where a callback is called."""
-    value = getattr(variables[0], "value", variables[0])
+    first = variables()[0]
+    value = getattr(first, "value", first)
     strategy = getattr(value, "distribute_strategy", None)
     if strategy is None or strategy.num_replicas_in_sync == 1:
         _branch(predicate, function)
@@ -119,3 +129,36 @@ def read(variable: keras.Variable) -> int | None:
 def is_traced(variable: keras.Variable) -> bool:
     """Whether a function that uses the variable is being compiled."""
     return not tf.executing_eagerly()
+
+
+def guard() -> tf.Variable:
+    """What `check_same` remembers the variables by."""
+    return tf.Variable(
+        0,
+        trainable=False,
+        dtype=tf.int64,
+        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+    )
+
+
+def check_same(guard: tf.Variable, given: list[int], count: keras.Variable) -> None:
+    """Raise where variables change while pieces wait, and only a compiled call knows.
+
+    Two `tf.function`s may each have one set of variables, which is no change to either.
+    """
+    if tf.executing_eagerly():
+        return
+    key = tf.constant(1 + zlib.crc32(repr(given).encode()), tf.int64)
+    before = tf.convert_to_tensor(guard)
+    tf.debugging.Assert(
+        (tf.convert_to_tensor(count) == 0) | (before == 0) | (before == key),
+        ["The variables changed while pieces wait for their update. Received:", given],
+    )
+    guard.assign(key)
+
+
+def stateless(values: list) -> list:
+    raise ValueError(
+        "`stateless_apply` and `stateless_flush` do not work on TensorFlow, where "
+        "variables have effects: use `apply` and `flush`. Received: TensorFlow"
+    )

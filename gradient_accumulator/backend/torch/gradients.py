@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import torch
@@ -21,24 +22,28 @@ def value_and_grad(loss: LossFunction) -> Callable:
             v.value if isinstance(v, keras.Variable) else v for v in variables
         ]
         size = example_count(batch)
-        total, weight, auxes = 0.0, 0.0, []
+        dtypes = [getattr(torch, loss.accumulator_dtype(p.dtype)) for p in parameters]
+        double = torch.float64 in dtypes
+        weight = torch.zeros((), dtype=torch.float64 if double else torch.float32)
+        wanted = [p for p in parameters if p.requires_grad]
+        total, auxes = 0.0, []
         before = [parameter.grad for parameter in parameters]
         try:
             for parameter in parameters:
                 parameter.grad = None
-            sums = [
-                Sum(p, getattr(torch, loss.accumulator_dtype(p))) for p in parameters
-            ]
+            sums = [Sum(p, dtype) for p, dtype in zip(parameters, dtypes)]
             for piece in cut(batch, loss.microbatch_size).iterator:
                 numerator, denominator, aux = loss(piece, *args, **kwargs)
                 examples = example_count(piece)
                 share = (examples if denominator is None else 1) / size
                 worth = numerator * share
-                worth.backward()
+                # What else the loss depends on keeps its own `grad`.
+                worth.backward(inputs=wanted)
                 for sum_ in sums:
                     sum_.add()
-                total += worth.detach()
-                weight += examples if denominator is None else denominator
+                total += worth.detach().to(weight.dtype)
+                if denominator is not None:
+                    weight = weight + torch.as_tensor(denominator).detach()
                 auxes.append(aux)
             correction = None if denominator is None else _inverse(weight, size)
             gradients = [sum_.finish(correction) for sum_ in sums]
@@ -54,10 +59,10 @@ def value_and_grad(loss: LossFunction) -> Callable:
 
 
 def _inverse(weight, size):
-    weight = torch.as_tensor(weight, dtype=torch.float32).detach()
     return torch.where(weight == 0, 0, size / weight)
 
 
-def _joined(*tensors):
+def _joined(*tensors: Any) -> torch.Tensor:
     """What pieces return, along their first axis; scalars as a vector."""
-    return torch.cat(tensors) if tensors[0].dim() else torch.stack(tensors)
+    parts = [torch.as_tensor(tensor).detach() for tensor in tensors]
+    return torch.cat(parts) if parts[0].dim() else torch.stack(parts)

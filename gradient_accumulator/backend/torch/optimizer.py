@@ -13,6 +13,11 @@ from gradient_accumulator.backend.common import new_accumulator
 accumulator = new_accumulator
 
 
+def add_local_variable(optimizer: Any, shape: tuple, **kwargs) -> keras.Variable:
+    """A variable of an optimizer that each replica has its own value of."""
+    return optimizer.add_variable(shape, **kwargs)
+
+
 @torch.no_grad()
 def add(pairs: list, weight: Any) -> None:
     """Add gradients, times `weight`, to their accumulators."""
@@ -57,8 +62,8 @@ def apply(optimizer: Any, gradients: list, variables: list) -> None:
     type(optimizer).apply(optimizer, gradients, variables)
 
 
-def when(predicate: Callable, function: Callable, variables: list) -> None:
-    """Call a function that assigns some variables, if the predicate is true."""
+def when(predicate: Callable, function: Callable, variables: Callable) -> None:
+    """Call a function that assigns `variables()`, if the predicate is true."""
     if predicate():
         function()
 
@@ -74,3 +79,16 @@ def read(variable: keras.Variable) -> int:
 def is_traced(variable: keras.Variable) -> bool:
     """Whether a function that uses the variable is being compiled."""
     return torch.compiler.is_compiling()
+
+
+def guard() -> None:
+    """What `check_same` remembers by: nothing, calls are checked as they are made."""
+
+
+def check_same(guard: None, given: list[int], count: keras.Variable) -> None:
+    """Nothing: no compiled call has variables of its own here."""
+
+
+def stateless(values: list) -> list:
+    """Values of variables, for a call without effects: sums are made in place here."""
+    return [torch.clone(torch.as_tensor(value).detach()) for value in values]
