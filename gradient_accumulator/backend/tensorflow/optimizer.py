@@ -123,7 +123,8 @@ def flush(predicate: Callable, function: Callable, variables: Callable) -> None:
 def read(variable: keras.Variable) -> int | None:
     """A counter's value."""
     with tf.init_scope():
-        return int(tf.convert_to_tensor(variable.value))
+        # As a NumPy number: of a tensor, autograph's `int` is a tensor.
+        return int(tf.convert_to_tensor(variable.value).numpy())
 
 
 def is_traced(variable: keras.Variable) -> bool:
