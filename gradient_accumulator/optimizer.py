@@ -260,8 +260,8 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         if self.accum_steps == 1:
             self._finish(self._alone(grads, weight), variables)
             return
-        self._engine.check_same(self._guard, self._given, self._count)
-        summed = self._add(grads, variables, weight)
+        with self._engine.same(self._guard, self._given, self._count):
+            summed = self._add(grads, variables, weight)
         try:
             self._engine.when(
                 lambda: ops.greater_equal(self._count, self.accum_steps),

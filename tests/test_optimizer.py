@@ -117,7 +117,7 @@ def test_pieces_equal_the_full_batch(problem):
     if MERGED and problem.name.startswith("embedding"):
         plain = with_optimizer(problem, merging)
     reference = train(plain, [batch])
-    assert moved(reference) > 1e-2
+    assert moved(reference) > 1e-2 or "skips" in problem.name
     trained = train(accumulating(problem, len(pieces)), pieces)
     assert_same(trained, reference, problem.floatx)
 

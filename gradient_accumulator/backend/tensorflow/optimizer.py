@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import keras
@@ -133,7 +134,7 @@ def is_traced(variable: keras.Variable) -> bool:
 
 
 def guard() -> tf.Variable:
-    """What `check_same` remembers the variables by."""
+    """What `same` remembers the variables by."""
     return tf.Variable(
         0,
         trainable=False,
@@ -142,20 +143,24 @@ def guard() -> tf.Variable:
     )
 
 
-def check_same(guard: tf.Variable, given: list[int], count: keras.Variable) -> None:
-    """Raise where variables change while pieces wait, and only a compiled call knows.
+def same(
+    guard: tf.Variable, given: list[int], count: keras.Variable
+) -> AbstractContextManager:
+    """Around what is not done if variables changed while pieces wait.
 
     Two `tf.function`s may each have one set of variables, which is no change to either.
     """
     if tf.executing_eagerly():
-        return
-    key = tf.constant(1 + zlib.crc32(repr(given).encode()), tf.int64)
+        return nullcontext()
+    key = tf.constant(1 + zlib.crc32(repr(list(given)).encode()), tf.int64)
     before = tf.convert_to_tensor(guard)
-    tf.debugging.Assert(
+    check = tf.debugging.Assert(
         (tf.convert_to_tensor(count) == 0) | (before == 0) | (before == key),
         ["The variables changed while pieces wait for their update. Received:", given],
     )
-    guard.assign(key)
+    with tf.control_dependencies([check]):
+        remembered = guard.assign(key)
+    return tf.control_dependencies([remembered])
 
 
 def stateless(values: list) -> list:

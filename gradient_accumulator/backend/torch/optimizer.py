@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import keras
@@ -82,11 +83,14 @@ def is_traced(variable: keras.Variable) -> bool:
 
 
 def guard() -> None:
-    """What `check_same` remembers by: nothing, calls are checked as they are made."""
+    """What `same` remembers by: nothing, calls are checked as they are made."""
 
 
-def check_same(guard: None, given: list[int], count: keras.Variable) -> None:
-    """Nothing: no compiled call has variables of its own here."""
+def same(
+    guard: None, given: list[int], count: keras.Variable
+) -> AbstractContextManager:
+    """Around what is done for variables that no compiled call can have changed."""
+    return nullcontext()
 
 
 def stateless(values: list) -> list:
