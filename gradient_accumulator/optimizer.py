@@ -292,42 +292,51 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                 accumulator.assign(ops.maximum(accumulator, gradient))
             else:
                 summed.append((accumulator, gradient))
-        self._engine.add(summed, weight)
+        factor = self._factor(weight)
+        self._engine.add(summed, factor)
         self._weighed |= weight is not None
         self._count.assign_add(1)
-        one = 1 if weight is None else weight
-        self._total.assign_add(ops.cast(one, self._total.dtype))
+        self._total.assign_add(ops.cast(factor, self._total.dtype))
         return summed
 
     def _remove(self, summed, weight):
         """Take back a piece whose update failed."""
-        one = 1 if weight is None else weight
-        self._engine.add(summed, -one)
+        factor = self._factor(weight)
+        self._engine.add(summed, -factor)
         self._count.assign_sub(1)
-        self._total.assign_sub(ops.cast(one, self._total.dtype))
+        self._total.assign_sub(ops.cast(factor, self._total.dtype))
+
+    def _factor(self, weight):
+        """What a piece's gradient is multiplied by when it is added.
+
+        Of a mean as much as if this were one of `accum_steps` equal pieces: if it was,
+        nothing is left to be divided in the end.
+        """
+        share = 1 / self.accum_steps if self.reduction == "MEAN" else 1.0
+        return share if weight is None else ops.cast(weight, self._total.dtype) * share
 
     def _update(self):
         """The finished gradient to the wrapped optimizer."""
         given = self._given or range(len(self._accumulators))
         variables = [self._trainable_variables[index] for index in given]
+        connected = self._connected | self._compiled_connected or set(given)
+        means = [
+            self._accumulators[index]
+            for index, variable in zip(given, variables)
+            if self.reduction == "MEAN" and not trainer.overwrites(variable)
+        ]
         total = self._engine.total(self._total, self._weighed)
-        connected = self._connected | self._compiled_connected
-        gradients: list = []
-        divided: list = []
-        for index, variable in zip(given, variables):
-            if connected and index not in connected:
-                gradients.append(None)
-                continue
-            accumulator = self._accumulators[index]
-            if self.reduction == "MEAN" and not trainer.overwrites(variable):
-                self._engine.divide(accumulator, total)
-                divided.append(accumulator)
-            gradients.append(ops.cast(accumulator, variable.dtype))
+        self._engine.divide(means, total)
+        gradients = [
+            ops.cast(self._accumulators[index], variable.dtype)
+            if index in connected
+            else None
+            for index, variable in zip(given, variables)
+        ]
         try:
             self._finish(gradients, variables)
         except BaseException:
-            for accumulator in divided:
-                self._engine.divide(accumulator, ops.divide_no_nan(1.0, total))
+            self._engine.divide(means, ops.divide_no_nan(1.0, total))
             raise
         self._clear()
 

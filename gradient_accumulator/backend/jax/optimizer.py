@@ -20,19 +20,18 @@ def add_local_variable(optimizer: Any, shape: tuple, **kwargs) -> keras.Variable
     return optimizer.add_variable(shape, **kwargs)
 
 
-def add(pairs: list, weight: Any) -> None:
-    """Add gradients, times `weight`, to their accumulators."""
+def add(pairs: list, factor: Any) -> None:
+    """Add gradients, times `factor`, to their accumulators."""
     for held, gradient in pairs:
         gradient = jnp.asarray(gradient).astype(held.dtype)
-        if weight is not None:
-            gradient = gradient * jnp.asarray(weight).astype(held.dtype)
-        held.assign(held.value + gradient)
+        held.assign(held.value + gradient * jnp.asarray(factor, held.dtype))
 
 
-def divide(accumulator: keras.Variable, total: Any) -> None:
-    """Divide a sum by the total weight, which is 0 only if the sum is."""
-    total = total.astype(accumulator.dtype)
-    accumulator.assign(accumulator.value / jnp.where(total == 0, 1, total))
+def divide(accumulators: list, total: Any) -> None:
+    """Divide sums by the sum of the factors, which is 0 only if they are."""
+    for held in accumulators:
+        by = jnp.asarray(total, held.dtype)
+        held.assign(held.value / jnp.where(by == 0, 1, by))
 
 
 def clear(accumulators: list) -> None:

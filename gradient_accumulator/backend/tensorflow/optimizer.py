@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator.backend.common import new_accumulator
@@ -34,16 +35,18 @@ def add_local_variable(optimizer: Any, shape: tuple, **kwargs) -> keras.Variable
         return optimizer.add_variable(shape, **kwargs)
 
 
-def add(pairs: list, weight: Any) -> None:
-    """Add gradients, times `weight`, to their accumulators."""
+def add(pairs: list, factor: Any) -> None:
+    """Add gradients, times `factor`, to their accumulators."""
     for held, gradient in pairs:
         value = held.value
-        factor = 1 if weight is None else tf.cast(weight, value.dtype)
+        alpha = tf.cast(factor, value.dtype)
         if not isinstance(gradient, tf.IndexedSlices):
-            gradient = tf.cast(gradient, value.dtype)
-            value.assign_add(gradient if weight is None else gradient * factor)
+            # One operation for the product and the sum.
+            tf.raw_ops.ResourceApplyGradientDescent(
+                var=value.handle, alpha=-alpha, delta=tf.cast(gradient, value.dtype)
+            )
             continue
-        parts = tf.cast(gradient.values, value.dtype) * factor
+        parts = tf.cast(gradient.values, value.dtype) * alpha
         if tf.distribute.get_strategy().num_replicas_in_sync == 1:
             value.scatter_add(tf.IndexedSlices(parts, gradient.indices))
         else:
@@ -51,10 +54,19 @@ def add(pairs: list, weight: Any) -> None:
             value.assign_add(rows)
 
 
-def divide(accumulator: keras.Variable, total: Any) -> None:
-    """Divide a sum by the total weight, which is 0 only if the sum is."""
-    value = accumulator.value
-    value.assign(tf.math.divide_no_nan(value, tf.cast(total, value.dtype)))
+def divide(accumulators: list, total: tf.Tensor) -> None:
+    """Divide sums by the sum of the factors, which is 0 only if they are."""
+    total = tf.convert_to_tensor(total)
+
+    def division():
+        for held in accumulators:
+            value = held.value
+            value.assign(tf.math.divide_no_nan(value, tf.cast(total, value.dtype)))
+        return tf.constant(0)
+
+    off = tf.abs(total - 1)
+    is_one = off <= 4 * np.finfo(total.dtype.as_numpy_dtype).eps
+    tf.cond(is_one, lambda: tf.constant(0), division)
 
 
 def clear(accumulators: list) -> None:

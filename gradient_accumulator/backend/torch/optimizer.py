@@ -20,29 +20,37 @@ def add_local_variable(optimizer: Any, shape: tuple, **kwargs) -> keras.Variable
 
 
 @torch.no_grad()
-def add(pairs: list, weight: Any) -> None:
-    """Add gradients, times `weight`, to their accumulators."""
+def add(pairs: list, factor: Any) -> None:
+    """Add gradients, times `factor`, to their accumulators."""
     together: dict[tuple, tuple[list, list]] = {}
     for held, gradient in pairs:
         value = held.value
         if gradient.dtype != value.dtype or gradient.is_sparse:
-            value += gradient.to(value.dtype) * (1 if weight is None else weight)
-            continue
-        sums, added = together.setdefault((value.dtype, value.device), ([], []))
+            gradient = gradient.to_dense().to(value.dtype)
+        kind = value.dtype, value.device
+        sums, added = together.setdefault(kind, ([], []))
         sums.append(value)
         added.append(gradient)
     for sums, added in together.values():
-        if weight is None:
-            torch._foreach_add_(sums, added)
+        if isinstance(factor, torch.Tensor):
+            torch._foreach_add_(
+                sums, torch._foreach_mul(added, factor.to(sums[0].dtype))
+            )
         else:
-            for value, gradient in zip(sums, added):
-                value.addcmul_(gradient, torch.as_tensor(weight).to(value))
+            torch._foreach_add_(sums, added, alpha=factor)
 
 
 @torch.no_grad()
-def divide(accumulator: keras.Variable, total: Any) -> None:
-    """Divide a sum by the total weight, which is 0 only if the sum is."""
-    accumulator.value.div_(torch.where(total == 0, 1, total))
+def divide(accumulators: list, total: torch.Tensor) -> None:
+    """Divide sums by the sum of the factors, which is 0 only if they are."""
+    if accumulators and not is_one(total):
+        by = torch.where(total == 0, 1, total)
+        for held in accumulators:
+            held.value.div_(by.to(held.value.dtype))
+
+
+def is_one(total: torch.Tensor) -> bool:
+    return abs(float(total) - 1) <= 4 * torch.finfo(total.dtype).eps
 
 
 @torch.no_grad()
