@@ -219,6 +219,8 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         """Create the accumulators, and the variables of the wrapped optimizer."""
         if self.built:
             return
+        # Keras before 3.10 does nothing to the optimizer inside when it puts it there.
+        self._look_for_scaler()
         variables = list(variables)
         if self.accum_steps > 1:
             dtypes = [trainer.accumulator_dtype(v, self.accum_dtype) for v in variables]
@@ -346,7 +348,10 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         self._finishing += 1
         try:
             self._engine.apply(
-                self._scaler() or self.inner_optimizer, gradients, variables
+                self._scaler() or self.inner_optimizer,
+                gradients,
+                variables,
+                self._trainable_variables,
             )
         finally:
             self._finishing -= 1
@@ -431,7 +436,8 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         if self._scaler() is not None:
             raise ValueError(
                 "This optimizer is inside of a `LossScaleOptimizer`: give that one the "
-                "gradients of the scaled loss. Received: a call of the inner one"
+                "gradients of the scaled loss, and call its `build` before. "
+                "Received: a call of the inner one"
             )
 
     # ---------------------------------------------- what is the wrapped optimizer's
@@ -482,9 +488,12 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         if name == "loss_scale_factor" and "inner_optimizer" in self.__dict__:
             # All that a `LossScaleOptimizer` does to an optimizer put into it. Not in
             # the property: on TensorFlow Keras leaves an equal value alone.
-            scaler = _scaler_under_construction()
-            if scaler is not None:
-                self._let_scale(scaler)
+            self._look_for_scaler()
+
+    def _look_for_scaler(self):
+        scaler = _scaler_that_calls(self)
+        if scaler is not None and self._scaler() is not scaler:
+            self._let_scale(scaler)
 
     def _let_scale(self, scaler):
         """A `LossScaleOptimizer` was put around.
@@ -637,16 +646,17 @@ def _optimizer(identifier: Any) -> keras.optimizers.Optimizer:
     )
 
 
-def _scaler_under_construction() -> keras.optimizers.LossScaleOptimizer | None:
-    """The `LossScaleOptimizer` whose constructor is running, if one is.
+def _scaler_that_calls(optimizer) -> keras.optimizers.LossScaleOptimizer | None:
+    """The `LossScaleOptimizer` around `optimizer`, if a method of it is running.
 
-    Keras tells the optimizer inside only that it is not to scale the loss itself.
+    Keras tells the optimizer inside nothing of the one around.
     """
     frame = inspect.currentframe()
     while frame is not None:
         caller = frame.f_locals.get("self")
-        if frame.f_code.co_name == "__init__" and isinstance(
-            caller, keras.optimizers.LossScaleOptimizer
+        if (
+            isinstance(caller, keras.optimizers.LossScaleOptimizer)
+            and caller.__dict__.get("inner_optimizer") is optimizer
         ):
             return caller
         frame = frame.f_back

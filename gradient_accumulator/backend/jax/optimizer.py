@@ -44,10 +44,9 @@ def total(variable: keras.Variable, weighed: bool) -> Any:
     return variable.value
 
 
-def apply(optimizer: Any, gradients: list, variables: list) -> None:
-    """Hand finished gradients to an optimizer, once."""
+def apply(optimizer: Any, gradients: list, variables: list, trainable: list) -> None:
+    """Hand the gradients of some of the trainable variables to an optimizer, once."""
     given = {id(v): g for v, g in zip(variables, gradients)}
-    trainable = optimizer._trainable_variables
     # Without effects: some optimizers (loss scaling) branch, and JAX's branches may not
     # have any. By its class's method, for the object may have the accumulating one.
     new_trainable, new_optimizer = type(optimizer).stateless_apply(

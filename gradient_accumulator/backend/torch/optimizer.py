@@ -65,8 +65,8 @@ def total(variable: keras.Variable, weighed: bool) -> Any:
 
 
 @torch.no_grad()
-def apply(optimizer: Any, gradients: list, variables: list) -> None:
-    """Hand finished gradients to an optimizer, once."""
+def apply(optimizer: Any, gradients: list, variables: list, trainable: list) -> None:
+    """Hand the gradients of some of the trainable variables to an optimizer, once."""
     # By its class's method, for the object may have the accumulating one.
     type(optimizer).apply(optimizer, gradients, variables)
 
