@@ -511,6 +511,16 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         self._scaler = weakref.ref(scaler)
         scaler.apply = self._accumulate
         scaler.stateless_apply = self._stateless_accumulate
+        for name in ("_tf_apply", "_common_apply"):
+            # Keras before 3.10 may be in `apply` already, and goes on with one of them.
+            setattr(scaler, name, partial(self._scaled, getattr(scaler, name)))
+
+    def _scaled(self, apply, grads, trainable_variables):
+        """A method of the scaler's: `apply` only with the finished sum."""
+        if self._finishing:
+            apply(grads, trainable_variables)
+        else:
+            self._accumulate(grads, trainable_variables)
 
     def exclude_from_weight_decay(self, var_list=None, var_names=None):
         self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
