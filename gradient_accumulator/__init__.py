@@ -11,11 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
+    "AccumBatchNormalization",
     "FlushGradients",
     "GradientAccumulateModel",
     "GradientAccumulateOptimizer",
     "accumulate",
     "accumulated_value_and_grad",
+    "adaptive_clip_grad",
+    "compute_norm",
+    "replace_batchnorm_layers",
+    "restore_batchnorm_layers",
+    "unitwise_norm",
 ]
 
 # The command line chooses Keras's backend, and so may not import Keras before. Whoever
@@ -23,19 +29,28 @@ __all__ = [
 _IS_COMMAND = Path(*sys.argv[:1]).stem == "gradient-accumulator"
 
 if TYPE_CHECKING or not _IS_COMMAND:
+    from gradient_accumulator.agc import (
+        adaptive_clip_grad,
+        compute_norm,
+        unitwise_norm,
+    )
     from gradient_accumulator.gradients import accumulated_value_and_grad
+    from gradient_accumulator.layers import AccumBatchNormalization
     from gradient_accumulator.model import GradientAccumulateModel, accumulate
     from gradient_accumulator.optimizer import (
         FlushGradients,
         GradientAccumulateOptimizer,
+    )
+    from gradient_accumulator.utils import (
+        replace_batchnorm_layers,
+        restore_batchnorm_layers,
     )
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from gradient_accumulator import gradients, model, optimizer
+    from gradient_accumulator import agc, gradients, layers, model, optimizer, utils
 
-    return next(
-        vars(m)[name] for m in (model, optimizer, gradients) if hasattr(m, name)
-    )
+    modules = (model, optimizer, gradients, agc, layers, utils)
+    return next(vars(m)[name] for m in modules if hasattr(m, name))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import os
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 import keras
 
 from gradient_accumulator import backend
+from gradient_accumulator.agc import AdaptiveClipping
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.normalizers import symbolic
 from gradient_accumulator.optimizer import check_not_accumulating
@@ -31,6 +31,10 @@ def accumulate(
     accum_steps: int | None = None,
     microbatch_size: int | None = None,
     accum_dtype: str = "float32",
+    use_agc: bool = False,
+    clip_factor: float = 0.01,
+    eps: float = 1e-3,
+    agc_exclude: Any = None,
 ) -> Model:
     """Make a Keras model train in pieces, in place.
 
@@ -68,14 +72,21 @@ def accumulate(
             pieces of this many examples; the last one may be smaller.
         accum_dtype: Name of the float dtype that gradients are summed in (float64
             variables always sum in float64).
+        use_agc: Whether to clip the gradient of each update adaptively, before the
+            optimizer sees it: see `adaptive_clip_grad`.
+        clip_factor: Positive number, of adaptive clipping.
+        eps: Positive number, of adaptive clipping.
+        agc_exclude: What is not clipped: a layer, a name (of a layer or a variable), a
+            function of a variable that returns a bool, or a list of these.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: If `model` is no Keras 3 model, or a size is no int.
+        TypeError: If `model` is no Keras 3 model, or an argument of a wrong type.
         ValueError: If a size is not positive, both or none are given, the model has a
-            `train_step` of its own or a stateful RNN.
+            `train_step` of its own or a stateful RNN. In `fit`, if `agc_exclude` names
+            what the model does not have.
 
     Example:
 
@@ -86,14 +97,21 @@ def accumulate(
     model.fit(x, y, batch_size=64)
     ```
     """
-    accumulation = Accumulation(accum_steps, microbatch_size, accum_dtype)
+    clipping = AdaptiveClipping(clip_factor, eps, agc_exclude) if use_agc else None
+    accumulation = Accumulation(accum_steps, microbatch_size, accum_dtype, clipping)
     _check_model(model)
     if isinstance(model, GradientAccumulateModel) and hasattr(model, "accumulation"):
         model.__class__ = _functional_class(GradientAccumulateModel, accumulation)
-    return _accumulate(model, accumulation)
+    return accumulate_as(model, accumulation)
 
 
-def _accumulate(model: Model, accumulation: Accumulation) -> Model:
+def accumulation_of(model: keras.Model) -> Accumulation | None:
+    """How a model accumulates, None if it trains as Keras's do."""
+    return getattr(model.__dict__.get("fit"), "accumulation", None)
+
+
+def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
+    """What `accumulate` does, with arguments that are checked."""
     _check_backend()
     engine = backend.active()
     accum_steps = accumulation.accum_steps
@@ -146,7 +164,7 @@ def _accumulate(model: Model, accumulation: Accumulation) -> Model:
         return model.train_function
 
     def train_on_batch(*args, **kwargs):
-        if accum_steps is not None:
+        if accum_steps not in (None, 1):
             raise ValueError(
                 "`train_on_batch` updates the weights from the one batch that it is "
                 "given, and with `accum_steps` an update takes several. Use "
@@ -159,6 +177,7 @@ def _accumulate(model: Model, accumulation: Accumulation) -> Model:
     for name, method in zip(_METHODS, (fit, make_train_function, train_on_batch)):
         # Attributes of the object: its class, and what is saved of it, stay plain.
         setattr(model, name, functools.wraps(getattr(type(model), name))(method))
+    model.__dict__["fit"].accumulation = accumulation
     return model
 
 
@@ -329,18 +348,19 @@ class GradientAccumulateModel(keras.Model):
             given pieces. 1 is plain training.
         mixed_precision: No longer needed, and without effect: Keras scales the loss by
             itself under the policy `mixed_float16`.
-        use_agc: Whether to clip gradients adaptively. Not built yet.
-        clip_factor: Float, of adaptive clipping.
-        eps: Float, of adaptive clipping.
+        use_agc: Whether to clip the gradient of each update adaptively: see
+            `adaptive_clip_grad`.
+        clip_factor: Positive number, of adaptive clipping.
+        eps: Positive number, of adaptive clipping.
         experimental_distributed_support: No longer needed, and without effect.
         microbatch_size: Positive int, the number of examples in a piece, where `fit` is
             given full batches.
         accum_dtype: Name of the float dtype that gradients are summed in.
         agc: Another spelling of `use_agc`.
+        agc_exclude: What adaptive clipping leaves out: see `accumulate`.
         **kwargs: Arguments of `keras.Model`: `inputs`, `outputs`, `name`, `trainable`.
 
     Raises:
-        NotImplementedError: If `use_agc` is true.
         TypeError, ValueError: As `accumulate`, and for arguments that `keras.Model`
             does not know.
 
@@ -368,18 +388,18 @@ class GradientAccumulateModel(keras.Model):
         microbatch_size: int | None = None,
         accum_dtype: str = "float32",
         agc: bool = False,
+        agc_exclude: Any = None,
         **kwargs,
     ):
+        clipping = None
         if use_agc or agc:
-            raise NotImplementedError(
-                "Adaptive gradient clipping is not built yet. Clip by norm instead, "
-                "with `clipnorm` or `global_clipnorm` of the optimizer. Received: "
-                f"use_agc={use_agc or agc}"
-            )
-        if microbatch_size is not None and accum_steps == 1:
-            accumulation = Accumulation(None, microbatch_size, accum_dtype)
-        else:
-            accumulation = Accumulation(accum_steps, microbatch_size, accum_dtype)
+            clipping = AdaptiveClipping(clip_factor, eps, agc_exclude)
+        accumulation = Accumulation(
+            None if microbatch_size is not None and accum_steps == 1 else accum_steps,
+            microbatch_size,
+            accum_dtype,
+            clipping,
+        )
         if "inputs" in kwargs or "outputs" in kwargs:
             _check_functional_arguments(kwargs)
             kind: Any = type(self)
@@ -387,7 +407,7 @@ class GradientAccumulateModel(keras.Model):
             trainer.Functional.__init__(self, **kwargs)
         else:
             super().__init__(**kwargs)
-        _accumulate(self, accumulation)
+        accumulate_as(self, accumulation)
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
@@ -400,7 +420,7 @@ class GradientAccumulateModel(keras.Model):
                 {key: first[key] for key in first if key != _ANNOTATION},
                 *others,
             ]
-            kind = _functional_class(kind, Accumulation(**settings))
+            kind = _functional_class(kind, Accumulation.from_config(settings))
         # Not `super()`, whose class would be the one that was asked for.
         return keras.Model.from_config.__func__(kind, config, custom_objects)
 
@@ -431,7 +451,7 @@ def _functional_class(cls: type, accumulation: Accumulation) -> type:
 
         def __init__(self, inputs, outputs, name=None, **kwargs):
             trainer.Functional.__init__(self, inputs, outputs, name=name, **kwargs)
-            _accumulate(self, accumulation)
+            accumulate_as(self, accumulation)
 
         # Keras clones and saves by its graph a model whose constructor looks like its
         # own, which is decorated in some versions.
@@ -440,7 +460,7 @@ def _functional_class(cls: type, accumulation: Accumulation) -> type:
 
         def get_config(self):
             config = trainer.Functional.get_config(self)
-            config["layers"][0][_ANNOTATION] = dataclasses.asdict(accumulation)
+            config["layers"][0][_ANNOTATION] = accumulation.get_config(self.weights)
             return config
 
         # Keras saves where a class is from and its name: of Keras's own class, which

@@ -13,7 +13,9 @@ import keras
 from keras import ops
 
 from gradient_accumulator import backend
+from gradient_accumulator.agc import AdaptiveClipping
 from gradient_accumulator.backend import trainer
+from gradient_accumulator.layers import AccumBatchNormalization
 from gradient_accumulator.pieces import check_float_dtype, check_positive_int
 
 REDUCTIONS = ("MEAN", "SUM")
@@ -62,6 +64,11 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         name: Name of the optimizer.
         accum_dtype: Name of the float dtype that gradients are summed in (float64
             variables always sum in float64).
+        use_agc: Whether to clip the finished gradient adaptively, before the wrapped
+            optimizer sees it: see `adaptive_clip_grad`.
+        clip_factor: Positive number, of adaptive clipping.
+        eps: Positive number, of adaptive clipping.
+        agc_exclude: What adaptive clipping leaves out, as for `adaptive_clip_grad`.
 
     Raises:
         TypeError: If `accum_steps` is no int, or `optimizer` no optimizer of Keras 3.
@@ -99,6 +106,10 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         name: str | None = None,
         *,
         accum_dtype: str = "float32",
+        use_agc: bool = False,
+        clip_factor: float = 0.01,
+        eps: float = 1e-3,
+        agc_exclude: Any = None,
     ):
         check_positive_int("accum_steps", accum_steps)
         check_float_dtype(accum_dtype)
@@ -107,12 +118,14 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                 "Argument `reduction` must be 'MEAN' or 'SUM'. "
                 f"Received: reduction={reduction!r}"
             )
+        clipping = AdaptiveClipping(clip_factor, eps, agc_exclude) if use_agc else None
         inner = _optimizer(optimizer)
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = inner
         self.accum_steps = accum_steps
         self.reduction = reduction
         self.accum_dtype = accum_dtype
+        self._clipping = clipping
         self._engine = backend.active().optimizer
         self._accumulators: list = []
         self._scaler: Callable[[], Any] = lambda: None  # a LossScaleOptimizer around
@@ -222,6 +235,8 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         # Keras before 3.10 does nothing to the optimizer inside when it puts it there.
         self._look_for_scaler()
         variables = list(variables)
+        if self._clipping is not None:
+            self._clipping.check_excluded(variables)
         if self.accum_steps > 1:
             dtypes = [trainer.accumulator_dtype(v, self.accum_dtype) for v in variables]
             self._accumulators = [
@@ -345,10 +360,15 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
     def _finish(self, gradients, variables):
         """A finished gradient to the wrapped optimizer, or to the one around."""
         # Counted, for replicas take turns in here.
+        optimizer = self._scaler() or self.inner_optimizer
+        if self._clipping is not None:
+            gradients = self._engine.clip(
+                self._clipping, optimizer, variables, gradients
+            )
         self._finishing += 1
         try:
             self._engine.apply(
-                self._scaler() or self.inner_optimizer,
+                optimizer,
                 gradients,
                 variables,
                 self._trainable_variables,
@@ -528,13 +548,19 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
     # -------------------------------------------------------------------- saving
 
     def get_config(self):
-        return {
+        config = {
             "optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
             "accum_steps": self.accum_steps,
             "reduction": self.reduction,
             "name": self.name,
             "accum_dtype": self.accum_dtype,
         }
+        if self._clipping is not None:
+            config["use_agc"] = True
+            config |= self._clipping.get_config(
+                self._trainable_variables if self.built else None
+            )
+        return config
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
@@ -554,6 +580,8 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
 class FlushGradients(keras.callbacks.Callback):
     """Applies what a `GradientAccumulateOptimizer` holds at each epoch's end.
+
+    And what the model's `AccumBatchNormalization` layers hold.
 
     Before the validation at that end, if there is one. Put it before callbacks that
     save the model.
@@ -592,8 +620,12 @@ class FlushGradients(keras.callbacks.Callback):
         self._flush()
 
     def _flush(self):
-        if self._optimizer is not None:  # outside of `fit` nothing has begun
-            self._optimizer.flush()
+        if self._optimizer is None:  # outside of `fit` nothing has begun
+            return
+        self._optimizer.flush()
+        for layer in trainer.layers_of(self.model):
+            if isinstance(layer, AccumBatchNormalization):
+                layer.finish_update()
 
 
 def chain(optimizer: Any) -> Iterable:

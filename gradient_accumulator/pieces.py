@@ -9,6 +9,8 @@ from typing import Any
 
 import keras
 
+from gradient_accumulator.agc import AdaptiveClipping
+
 
 @dataclass(frozen=True)
 class Accumulation:
@@ -19,11 +21,13 @@ class Accumulation:
         microbatch_size: Number of examples in a piece, where `fit` is given full
             batches.
         accum_dtype: Dtype in which gradients are summed.
+        clipping: How an update's gradient is clipped, or None.
     """
 
     accum_steps: int | None = None
     microbatch_size: int | None = None
     accum_dtype: str = "float32"
+    clipping: AdaptiveClipping | None = None
 
     def __post_init__(self):
         if (self.accum_steps is None) == (self.microbatch_size is None):
@@ -40,8 +44,25 @@ class Accumulation:
 
     @property
     def is_plain(self) -> bool:
-        """Whether an update is one piece, which is plain training."""
-        return self.accum_steps == 1
+        """Whether an update is what plain training does."""
+        return self.accum_steps == 1 and self.clipping is None
+
+    def get_config(self, variables: list) -> dict:
+        """What makes this again for a model whose variables have the same names."""
+        config: dict[str, Any] = {
+            "accum_steps": self.accum_steps,
+            "microbatch_size": self.microbatch_size,
+            "accum_dtype": self.accum_dtype,
+        }
+        if self.clipping is not None:
+            config["clipping"] = self.clipping.get_config(variables)
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict) -> Accumulation:
+        config = dict(config)
+        clipping = config.pop("clipping", None)
+        return cls(**config, clipping=clipping and AdaptiveClipping(**clipping))
 
 
 def check_positive_int(name: str, value: Any) -> None:

@@ -426,9 +426,12 @@ def test_gradient_accumulate_model_is_plain_by_default():
 
 
 @pytest.mark.parametrize("spelling", ["use_agc", "agc"])
-def test_adaptive_clipping_is_not_built_yet(spelling):
-    with pytest.raises(NotImplementedError, match="Received: "):
-        ours({"accum_steps": 2}, **{spelling: True})
+def test_adaptive_clipping_has_two_spellings(spelling):
+    model = ours({"accum_steps": 2}, clip_factor=1e-9, eps=1e-3, **{spelling: True})
+    before = model.get_weights()
+    fit(compile_(model))
+    for a, b in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
 
 
 def test_accumulate_changes_a_gradient_accumulate_model():

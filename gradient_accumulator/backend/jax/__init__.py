@@ -1,6 +1,7 @@
 """Training in pieces on JAX."""
 
 from gradient_accumulator.backend.jax import optimizer as optimizer
+from gradient_accumulator.backend.jax import replicas as replicas
 from gradient_accumulator.backend.jax.gradients import (
     value_and_grad as value_and_grad,
 )

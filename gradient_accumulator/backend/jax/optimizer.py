@@ -44,6 +44,16 @@ def total(variable: keras.Variable, weighed: bool) -> Any:
     return variable.value
 
 
+def dense(gradient: Any) -> jax.Array:
+    """A gradient that is an array, as all of JAX's are."""
+    return jnp.asarray(gradient)
+
+
+def clip(clipping: Any, optimizer: Any, variables: list, gradients: list) -> list:
+    """Clip the finished gradients of an update."""
+    return clipping.clip_update(optimizer, variables, gradients)
+
+
 def apply(optimizer: Any, gradients: list, variables: list, trainable: list) -> None:
     """Hand the gradients of some of the trainable variables to an optimizer, once."""
     given = {id(v): g for v, g in zip(variables, gradients)}

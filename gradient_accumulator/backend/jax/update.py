@@ -16,13 +16,17 @@ import keras
 
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.statistics import Statistics
 
 
 def make_update(model, accumulation):
     """A function of the state and one update's pieces, with its compiled programs."""
     zeros = partial(_zeros, model, accumulation)
-    add_piece = partial(_add_piece, model)
-    apply = partial(_apply, model)
+    statistics = Statistics(model)
+    add_piece = partial(_add_piece, model, statistics)
+    apply = partial(_apply, model, accumulation.clipping, statistics)
+    if accumulation.clipping is not None:
+        accumulation.clipping.check_excluded(model.weights)
     measure = partial(_measure, model)
     if model.jit_compile and not model.run_eagerly:
         zeros, measure = jax.jit(zeros), jax.jit(measure)
@@ -37,8 +41,11 @@ def make_update(model, accumulation):
         # A dispatch takes an array of JAX's faster than one of NumPy's.
         return jnp.asarray(value, normalizers.dtype())
 
+    positions = _positions(model, statistics)
+
     def update(state, pieces):
         trainable, non_trainable, optimizer, metrics = state
+        before = [non_trainable[i] for i in positions]
         pieces = weighed(pieces, trainable, non_trainable)
         sums = zeros()
         for piece, share, kinds, factors in pieces:
@@ -53,7 +60,7 @@ def make_update(model, accumulation):
                 number(share),
                 factors,
             )
-        trainable, optimizer, metrics, logs = apply(
+        trainable, optimizer, metrics, logs, after = apply(
             sums,
             number(pieces.correction),
             trainable,
@@ -61,7 +68,11 @@ def make_update(model, accumulation):
             metrics,
             own_logs,
             pieces.examples,
+            before,
+            [non_trainable[i] for i in positions],
         )
+        for i, value in zip(positions, after):
+            non_trainable[i] = value
         return logs, (trainable, non_trainable, optimizer, metrics)
 
     return update
@@ -96,6 +107,7 @@ def _variables(model, trainable, non_trainable, metrics=(), **kwargs):
 
 def _add_piece(
     model,
+    statistics,
     kinds,
     sums,
     trainable,
@@ -112,7 +124,7 @@ def _add_piece(
 
     def worth(trainable):
         kwargs = {"training": True} if model._call_has_training_arg else {}
-        with trainer.summed_activity_losses(model):
+        with trainer.summed_activity_losses(model), statistics.pooling():
             y_pred, new_non_trainable, losses = model.stateless_call(
                 trainable, non_trainable, x, return_losses=True, **kwargs
             )
@@ -167,21 +179,73 @@ def _finish(accumulator, correction, variable):
     return accumulator.astype(variable.dtype)
 
 
-def _apply(model, sums, correction, trainable, optimizer, metrics, own_logs, examples):
-    """The finished gradient to the optimizer, once; and the logs of the update."""
+def _apply(
+    model,
+    clipping,
+    statistics,
+    sums,
+    correction,
+    trainable,
+    optimizer,
+    metrics,
+    own_logs,
+    examples,
+    before,
+    pooled,
+):
+    """The finished gradient to the optimizer, once.
+
+    Returns the new values of the variables, the logs of the update, and the new
+    statistics, which were `before` and are `pooled`.
+    """
     accumulators, loss = sums
     with _variables(model, trainable, (), metrics) as scope:
         logs = trainer.logs(model, own_logs, loss * correction, examples)
     metrics = [scope.get_current_value(v) for v in model.metrics_variables]
     if not trainable:
         warnings.warn("The model does not have any trainable weights.", stacklevel=2)
-        return trainable, optimizer, metrics, logs
+        pooled = _finish_statistics(
+            model, statistics, optimizer, optimizer, before, pooled
+        )
+        return trainable, optimizer, metrics, logs, pooled
     gradients = [
         _finish(accumulator, correction, variable)
         for accumulator, variable in zip(accumulators, model.trainable_variables)
     ]
+    if clipping is not None:
+        variables = model.trainable_variables
+        mapping = [
+            *zip(variables, trainable),
+            *zip(model.optimizer.variables, optimizer),
+        ]
+        with trainer.StatelessScope(state_mapping=mapping):
+            gradients = clipping.clip_update(model.optimizer, variables, gradients)
     with jax.named_scope("apply_gradients"):
-        trainable, optimizer = model.optimizer.stateless_apply(
+        trainable, new_optimizer = model.optimizer.stateless_apply(
             optimizer, gradients, trainable
         )
-    return trainable, optimizer, metrics, logs
+    pooled = _finish_statistics(
+        model, statistics, optimizer, new_optimizer, before, pooled
+    )
+    return trainable, new_optimizer, metrics, logs, pooled
+
+
+def _positions(model, statistics):
+    """Where the statistics are among the model's variables that are not trained."""
+    found = {id(v): i for i, v in enumerate(model.non_trainable_variables)}
+    return [found[id(v)] for v in statistics.variables]
+
+
+def _finish_statistics(model, statistics, old_optimizer, optimizer, before, pooled):
+    def scope(optimizer, values):
+        mapping = [
+            *zip(model.optimizer.variables, optimizer),
+            *zip(statistics.variables, values),
+        ]
+        return trainer.StatelessScope(state_mapping=mapping)
+
+    with scope(old_optimizer, before):
+        known = statistics.before()
+    with scope(optimizer, pooled) as finished:
+        statistics.finish(known)
+    return [finished.get_current_value(v) for v in statistics.variables]

@@ -1,6 +1,7 @@
 """Training in pieces on TensorFlow."""
 
 from gradient_accumulator.backend.tensorflow import optimizer as optimizer
+from gradient_accumulator.backend.tensorflow import replicas as replicas
 from gradient_accumulator.backend.tensorflow.gradients import (
     value_and_grad as value_and_grad,
 )

@@ -86,6 +86,25 @@ def total(variable: keras.Variable, weighed: bool) -> Any:
     return value
 
 
+def dense(gradient: Any) -> tf.Tensor:
+    """A gradient whose rows that occur several times are summed."""
+    return tf.convert_to_tensor(gradient)
+
+
+def clip(clipping: Any, optimizer: Any, variables: list, gradients: list) -> list:
+    """Clip the finished gradients of an update, which on replicas is their sum."""
+    replica = tf.distribute.get_replica_context()
+    count = 1 if replica is None else replica.num_replicas_in_sync
+    if count == 1:
+        return clipping.clip_update(optimizer, variables, gradients)
+    given = [tf.convert_to_tensor(g) for g in gradients if g is not None]
+    summed = iter(replica.all_reduce(tf.distribute.ReduceOp.SUM, given))
+    gradients = [None if g is None else next(summed) for g in gradients]
+    clipped = clipping.clip_update(optimizer, variables, gradients)
+    # The optimizer will sum them.
+    return [None if g is None else g / count for g in clipped]
+
+
 def apply(optimizer: Any, gradients: list, variables: list, trainable: list) -> None:
     """Hand the gradients of some of the trainable variables to an optimizer, once."""
     # By its class's method, for the object may have the accumulating one.
@@ -166,9 +185,12 @@ def same(
         return nullcontext()
     key = tf.constant(1 + zlib.crc32(repr(list(given)).encode()), tf.int64)
     before = tf.convert_to_tensor(guard)
-    check = tf.debugging.Assert(
-        (tf.convert_to_tensor(count) == 0) | (before == 0) | (before == key),
-        ["The variables changed while pieces wait for their update. Received:", given],
+    # The operation itself: `tf.debugging.Assert` puts a conditional around it.
+    check = tf.raw_ops.Assert(
+        condition=(tf.convert_to_tensor(count) == 0) | (before == 0) | (before == key),
+        data=[
+            f"The variables changed while pieces wait for their update. Received: {given}"
+        ],
     )
     with tf.control_dependencies([check]):
         remembered = guard.assign(key)

@@ -78,7 +78,7 @@ class _Updates:
         self.model = model
         self.accum_steps = accumulation.accum_steps or 1
         self.microbatch_size = accumulation.microbatch_size
-        self.accum_dtype = accumulation.accum_dtype
+        self.accumulation = accumulation
         self.epoch = epoch
         self.strategy = model.distribute_strategy
         self.replicas = self.strategy.num_replicas_in_sync
@@ -183,6 +183,8 @@ class _Updates:
                 trainer.build_from_values(self.model, local)
             else:
                 trainer.build(self.model, map_leaves(symbolic, local))
+        if self.accumulation.clipping is not None:
+            self.accumulation.clipping.check_excluded(self.model.weights)
         self.built = True
 
     def _losses(self, example, trace=trainer.compute_output_spec):
@@ -203,7 +205,7 @@ class _Updates:
         def on_replica(*data):
             pieces = pieces_of(*data)
             losses = self._losses(pieces.example, partial(trace_piece, pieces=pieces))
-            return run_update(self.model, self.accum_dtype, pieces, losses)
+            return run_update(self.model, self.accumulation, pieces, losses)
 
         def run(*data):
             outputs = self.strategy.run(on_replica, args=data)

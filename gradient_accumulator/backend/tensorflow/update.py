@@ -14,10 +14,12 @@ import tensorflow as tf
 
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.statistics import Statistics
+from gradient_accumulator.backend.tensorflow.optimizer import clip
 from gradient_accumulator.backend.tensorflow.pieces import size_of, trace_piece
 
 
-def run_update(model, accum_dtype, pieces, losses):
+def run_update(model, accumulation, pieces, losses):
     """One update: what every piece is worth, the loop over them, the optimizer.
 
     Returns the logs, and the number of pieces.
@@ -25,9 +27,11 @@ def run_update(model, accum_dtype, pieces, losses):
     variables = model.trainable_weights
     kinds = losses.kinds(pieces.even)
     factors = _factors(model, pieces, kinds)
-    sums = _Sums(model, variables, accum_dtype, pieces)
-    add_piece = partial(_add_piece, model, variables, sums, kinds)
-    apply = partial(_apply, model, variables)
+    statistics = Statistics(model)
+    before = statistics.before()
+    sums = _Sums(model, variables, accumulation.accum_dtype, pieces)
+    add_piece = partial(_add_piece, model, variables, statistics, sums, kinds)
+    apply = partial(_apply, model, accumulation.clipping, variables)
     if model.jit_compile and not model.run_eagerly:
         add_piece, apply = [
             tf.function(function, jit_compile=True, autograph=False)
@@ -71,6 +75,7 @@ def run_update(model, accum_dtype, pieces, losses):
             correction = pieces.expected / tf.cast(examples, pieces.expected.dtype)
             loss *= correction
         apply(sums.gradients(dense, slices, correction))
+        statistics.finish(before)
     return trainer.logs(model, own_logs, loss, examples), count
 
 
@@ -219,7 +224,7 @@ def _factors(model, pieces, kinds):
     return normalizers.factors(denominators, shares, kinds)
 
 
-def _add_piece(model, variables, sums, kinds, dense, data, share, factors):
+def _add_piece(model, variables, statistics, sums, kinds, dense, data, share, factors):
     """Add a piece's part of the full batch's gradient, and its metrics.
 
     Returns its part of the full batch's loss, the accumulators, the slices, and the
@@ -229,7 +234,8 @@ def _add_piece(model, variables, sums, kinds, dense, data, share, factors):
     weigh = None
     if factors is not None:
         weigh = normalizers.weighing(kinds, tf.unstack(factors))
-    loss, y_pred, gradients = _gradients(model, variables, data, share, weigh)
+    with statistics.pooling():
+        loss, y_pred, gradients = _gradients(model, variables, data, share, weigh)
     dense, slices = sums.add(dense, gradients)
     own_logs = trainer.update_metrics(
         model, (x, y, y_pred, sample_weight), loss, size_of(data)
@@ -261,11 +267,13 @@ def _add(accumulator, gradient, variable):
     return accumulator + gradient
 
 
-def _apply(model, variables, gradients):
+def _apply(model, clipping, variables, gradients):
     """The finished gradient to the optimizer, once."""
     if not variables:
         warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         return
+    if clipping is not None:
+        gradients = clip(clipping, model.optimizer, variables, gradients)
     model.optimizer.apply_gradients(zip(gradients, variables))
 
 

@@ -1,6 +1,7 @@
 """Training in pieces on PyTorch."""
 
 from gradient_accumulator.backend.torch import optimizer as optimizer
+from gradient_accumulator.backend.torch import replicas as replicas
 from gradient_accumulator.backend.torch.gradients import (
     value_and_grad as value_and_grad,
 )

@@ -64,6 +64,17 @@ def total(variable: keras.Variable, weighed: bool) -> Any:
     return variable.value
 
 
+def dense(gradient: torch.Tensor) -> torch.Tensor:
+    """A gradient whose rows that occur several times are summed."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+@torch.no_grad()
+def clip(clipping: Any, optimizer: Any, variables: list, gradients: list) -> list:
+    """Clip the finished gradients of an update."""
+    return clipping.clip_update(optimizer, variables, gradients)
+
+
 @torch.no_grad()
 def apply(optimizer: Any, gradients: list, variables: list, trainable: list) -> None:
     """Hand the gradients of some of the trainable variables to an optimizer, once."""

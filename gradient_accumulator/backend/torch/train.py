@@ -31,6 +31,8 @@ def make_train_function(
         first, *others = data
         if accumulation.microbatch_size is not None:
             pieces = cut(first, accumulation.microbatch_size)
+        elif not others:
+            pieces = Pieces(iter(data), 1)
         else:
             later = others[0]
             pieces = Pieces(itertools.chain([first], later.iterator), later.count)

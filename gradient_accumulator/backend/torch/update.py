@@ -10,6 +10,7 @@ import torch
 
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import masks, trainer
+from gradient_accumulator.backend.statistics import Statistics
 from gradient_accumulator.backend.torch.sums import Sum
 
 
@@ -18,6 +19,10 @@ def make_update(model, accumulation):
     forward = partial(trainer.forward, model, training=True)
     if model.jit_compile and not model.run_eagerly:
         forward = torch.compile(forward)
+    clipping = accumulation.clipping
+    if clipping is not None:
+        clipping.check_excluded(model.weights)
+    statistics = Statistics(model)
     weighed = normalizers.HostWeights(model, partial(_measure, model))
 
     def update(pieces):
@@ -31,11 +36,15 @@ def make_update(model, accumulation):
             )
             for v in variables
         ]
+        before = statistics.before()
         loss = 0.0
         pieces = weighed(pieces)
         for piece, share, kinds, factors in pieces:
             weigh = None if factors is None else normalizers.weighing(kinds, factors)
-            worth, own_logs = _add_piece(model, variables, forward, piece, share, weigh)
+            with statistics.pooling():
+                worth, own_logs = _add_piece(
+                    model, variables, forward, piece, share, weigh
+                )
             loss = loss + worth
             for gradient in gradients:
                 gradient.add()
@@ -43,7 +52,8 @@ def make_update(model, accumulation):
         finished = [
             g.finish(None if correction == 1 else correction) for g in gradients
         ]
-        _apply(model, variables, finished)
+        _apply(model, clipping, variables, finished)
+        statistics.finish(before)
         return trainer.logs(model, own_logs, loss * correction, pieces.examples)
 
     return update
@@ -76,12 +86,14 @@ def _add_piece(model, variables, forward, data, share, weigh):
     return worth.detach(), own_logs
 
 
-def _apply(model, variables, gradients):
+def _apply(model, clipping, variables, gradients):
     """The finished gradient to the optimizer, once."""
     if not variables:
         warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         return
     with torch.no_grad():
+        if clipping is not None:
+            gradients = clipping.clip_update(model.optimizer, variables, gradients)
         model.optimizer.apply(gradients, variables)
 
 

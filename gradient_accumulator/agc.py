@@ -1,0 +1,265 @@
+"""Adaptive gradient clipping: no unit's gradient is large beside the unit's weights.
+
+Brock, De, Smith and Simonyan 2021, "High-Performance Large-Scale Image Recognition
+Without Normalization", arXiv:2102.06171, section 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+from keras import ops
+
+from gradient_accumulator import backend
+from gradient_accumulator.backend import trainer
+
+# A layer, its name or that of a variable, or a function of a variable.
+Excluded = Any
+
+
+def compute_norm(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+    """The L2 norm of a tensor over some of its axes.
+
+    Args:
+        x: Tensor of a float dtype.
+        axis: Int or tuple of ints, the axes to sum squares over; None for all.
+        keepdims: Whether these axes stay, with length 1.
+
+    Returns:
+        Tensor, of `x`'s dtype if that is float32 or float64, and else of float32, in
+        which squares of half-precision values do not overflow.
+    """
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    if dtype in ("float16", "bfloat16"):
+        x = ops.cast(x, "float32")
+    return ops.sqrt(ops.sum(ops.square(x), axis=axis, keepdims=keepdims))
+
+
+def unitwise_norm(x: Any) -> Any:
+    """The L2 norms of a weight's units: of what makes one output each.
+
+    | rank | as | norm over |
+    |---|---|---|
+    | 0, 1, and more where one axis only is longer than 1 | bias, gain | all axes |
+    | 2, 3 | dense and attention kernels | axis 0 |
+    | from 4 up | convolution kernels | all axes but the last |
+
+    Source: Brock et al. 2021, equation 3; the axes are those of the authors' code, and
+    of `optax.adaptive_grad_clip`.
+
+    Args:
+        x: Tensor of a float dtype, with Keras's order of axes.
+
+    Returns:
+        Tensor of `x`'s rank, whose axes that were summed over have length 1.
+    """
+    shape = tuple(x.shape)
+    axis: Any
+    if sum(length != 1 for length in shape) <= 1:
+        axis = tuple(range(len(shape)))
+    elif len(shape) <= 3:
+        axis = 0
+    else:
+        axis = tuple(range(len(shape) - 1))
+    return compute_norm(x, axis=axis, keepdims=True) if shape else ops.abs(x)
+
+
+def adaptive_clip_grad(
+    parameters: Iterable,
+    gradients: Iterable,
+    clip_factor: float = 0.01,
+    eps: float = 1e-3,
+    *,
+    agc_exclude: Excluded = None,
+) -> list:
+    """Clip gradients unit by unit, to a share of the norm of the unit's weights.
+
+        gradient * min(1, clip_factor * max(|weights|, eps) / |gradient|)
+
+    Under accumulation, clip the finished gradient of an update, once: clipped pieces
+    add up to something else. `accumulate(model, ..., use_agc=True)` and
+    `GradientAccumulateOptimizer(..., use_agc=True)` do so; in a loop of your own, call
+    this between `accumulated_value_and_grad` and the optimizer. It has no effects, and
+    may be called in `jax.jit` and in a `tf.function`.
+
+    Source: Brock et al. 2021, equation 3.
+
+    Args:
+        parameters: The weights: Keras variables, or tensors of the active backend.
+        gradients: One tensor for each of them, or None where there is no gradient.
+        clip_factor: Positive number, the largest ratio of the two norms (the paper's
+            lambda; 0.01 for batches of up to 4096).
+        eps: Positive number, the smallest norm that weights are taken to have, so that
+            those that begin at zero can move.
+        agc_exclude: What is not clipped: a layer, a name (of a layer or a variable), a
+            function of a parameter that returns a bool, or a list of these. The paper
+            leaves out the last, linear layer.
+
+    Returns:
+        The clipped gradients, a list. Sparse gradients of TensorFlow's come back dense.
+
+    Raises:
+        TypeError: If a number or an entry of `agc_exclude` is of another type.
+        ValueError: If the lists have different lengths, a number is not positive, or
+            `agc_exclude` names what is not there.
+
+    Example:
+
+    ```python
+    loss, gradients = value_and_grad(model.trainable_variables, batch)
+    gradients = adaptive_clip_grad(model.trainable_variables, gradients)
+    optimizer.apply(gradients, model.trainable_variables)
+    ```
+    """
+    parameters, gradients = list(parameters), list(gradients)
+    if len(parameters) != len(gradients):
+        raise ValueError(
+            "There must be one gradient for each parameter. Received: "
+            f"{len(gradients)} gradients for {len(parameters)} parameters"
+        )
+    clipping = AdaptiveClipping(clip_factor, eps, agc_exclude)
+    clipping.check_excluded(parameters)
+    return clipping.clip(parameters, gradients)
+
+
+@dataclass(frozen=True)
+class AdaptiveClipping:
+    """How gradients are clipped.
+
+    Args:
+        clip_factor: As for `adaptive_clip_grad`.
+        eps: As for `adaptive_clip_grad`.
+        agc_exclude: As for `adaptive_clip_grad`; kept as a tuple.
+    """
+
+    clip_factor: float = 0.01
+    eps: float = 1e-3
+    agc_exclude: Excluded = None
+
+    def __post_init__(self):
+        for name in ("clip_factor", "eps"):
+            _check_positive(name, getattr(self, name))
+        exclude = self.agc_exclude
+        if exclude is None:
+            exclude = ()
+        elif not isinstance(exclude, (list, tuple, set, frozenset)):
+            exclude = (exclude,)
+        for entry in exclude:
+            if not isinstance(entry, str) and not callable(entry):
+                raise TypeError(
+                    "Argument `agc_exclude` must be a layer, a name, a function of a "
+                    "variable, or a list of these. Received: "
+                    f"agc_exclude={entry!r} (of type {type(entry).__name__})"
+                )
+        object.__setattr__(self, "agc_exclude", tuple(exclude))
+
+    def clip(self, parameters: list, gradients: list, scale: Any = None) -> list:
+        """The clipped gradients, None where there is none.
+
+        Args:
+            parameters: Variables or tensors.
+            gradients: A tensor for each, or None.
+            scale: What the loss was multiplied by, if it was.
+        """
+        return [
+            gradient
+            if gradient is None
+            or trainer.overwrites(parameter)
+            or self.excludes(parameter)
+            else self._clip(parameter, gradient, scale)
+            for parameter, gradient in zip(parameters, gradients)
+        ]
+
+    def clip_update(self, optimizer: Any, variables: list, gradients: list) -> list:
+        """The clipped finished gradients of an update, as large as the loss is scaled.
+
+        They are what clipping after unscaling gives, which is the optimizer's affair.
+        """
+        scale = optimizer.scale_loss(ops.ones((), "float32"))
+        return self.clip(variables, gradients, scale)
+
+    def _clip(self, parameter, gradient, scale):
+        gradient = backend.active().optimizer.dense(gradient)
+        norm = unitwise_norm(gradient)
+        largest = unitwise_norm(ops.convert_to_tensor(parameter))
+        largest = self.clip_factor * ops.maximum(
+            ops.cast(largest, norm.dtype), self.eps
+        )
+        if scale is not None:
+            # As if it were unscaled, clipped, and scaled again.
+            largest = largest * ops.cast(scale, norm.dtype)
+        factor = ops.where(norm < largest, 1.0, ops.divide_no_nan(largest, norm))
+        clipped = ops.cast(gradient, norm.dtype) * factor
+        return ops.cast(clipped, gradient.dtype)
+
+    def excludes(self, parameter: Any) -> bool:
+        """Whether a parameter's gradient stays as it is."""
+        return any(_means(entry, parameter) for entry in self.agc_exclude)
+
+    def check_excluded(self, parameters: list) -> None:
+        """Raise if an entry names nothing among all parameters, frozen ones too."""
+        for entry in self.agc_exclude:
+            if isinstance(entry, (str, keras.layers.Layer)) and not any(
+                _means(entry, parameter) for parameter in parameters
+            ):
+                names = [
+                    getattr(p, "path", "a tensor without name") for p in parameters
+                ]
+                raise ValueError(
+                    "Argument `agc_exclude` must name layers or variables that there "
+                    f"are: {names}. Received: agc_exclude={entry!r}"
+                )
+
+    def get_config(self, parameters: list | None) -> dict:
+        """What makes this again, where `parameters` have the same names.
+
+        Raises:
+            ValueError: If a function is to be saved and there are no parameters yet.
+        """
+        names: list[str] = []
+        for entry in self.agc_exclude:
+            if isinstance(entry, str):
+                names.append(entry)
+            elif isinstance(entry, keras.layers.Layer):
+                names.append(entry.name)
+            elif parameters is None:
+                raise ValueError(
+                    "A function as `agc_exclude` is saved as the names of what it "
+                    "excludes, which are not known before the optimizer is built. "
+                    f"Received: agc_exclude={entry!r}"
+                )
+            else:
+                names.extend(p.path for p in parameters if entry(p))
+        return {
+            "clip_factor": self.clip_factor,
+            "eps": self.eps,
+            "agc_exclude": list(dict.fromkeys(names)),
+        }
+
+
+def _means(entry: Excluded, parameter: Any) -> bool:
+    """Whether an entry of `agc_exclude` means a parameter."""
+    if isinstance(entry, keras.layers.Layer):
+        if any(parameter is weight for weight in entry.weights):
+            return True
+        entry = entry.name  # the layer of this name in a clone
+    if isinstance(entry, str):
+        path = getattr(parameter, "path", "")
+        return entry == path or entry in path.split("/")
+    return bool(entry(parameter))
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(
+            f"Argument `{name}` must be a positive number. "
+            f"Received: {name}={value!r} (of type {type(value).__name__})"
+        )
+    if not 0 < value < math.inf:
+        raise ValueError(
+            f"Argument `{name}` must be a positive number. Received: {name}={value}"
+        )

@@ -1,0 +1,71 @@
+"""The moving statistics of a model's normalization layers, once an update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import keras
+from keras import ops
+
+from gradient_accumulator.backend import trainer
+from gradient_accumulator.layers import AccumBatchNormalization
+
+
+class Statistics:
+    """What a train step does about a model's batch normalization.
+
+    Args:
+        model: A compiled model that is built.
+    """
+
+    def __init__(self, model: keras.Model):
+        layers = [
+            layer
+            for layer in trainer.layers_of(model)
+            if isinstance(layer, keras.layers.BatchNormalization)
+        ]
+        self.scale: Any = _dynamic_scale(model.optimizer)
+        self.pools = [x for x in layers if isinstance(x, AccumBatchNormalization)]
+        # What an update that is skipped must leave as it was. Without a scale none is.
+        self.variables = [
+            variable
+            for layer in (self.pools if self.scale is None else layers)
+            for variable in layer.variables
+            if not variable.trainable
+        ]
+
+    @contextmanager
+    def pooling(self) -> Iterator[None]:
+        """Around the forward passes of an update."""
+        with ExitStack() as stack:
+            for layer in self.pools:
+                stack.enter_context(layer.told())
+            yield
+
+    def before(self) -> Any:
+        """What `finish` needs from before the update's first piece."""
+        if self.scale is None or not self.variables:
+            return None
+        return ops.copy(self.scale.value), [ops.copy(v.value) for v in self.variables]
+
+    def finish(self, before: Any) -> None:
+        """Move the statistics, after the optimizer had the finished gradient."""
+        for layer in self.pools:
+            layer.finish_update()
+        if before is None:
+            return
+        scale, values = before
+        skipped = self.scale.value < scale
+        for variable, value in zip(self.variables, values):
+            variable.assign(ops.where(skipped, value, variable.value))
+
+
+def _dynamic_scale(optimizer: Any) -> keras.Variable | None:
+    """The scale that an optimizer lowers where it skips an update."""
+    while optimizer is not None:
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            return optimizer.dynamic_scale
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+    return None

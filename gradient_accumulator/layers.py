@@ -1,0 +1,377 @@
+"""`AccumBatchNormalization`: batch normalization that knows what an update is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+from keras import ops
+
+from gradient_accumulator import backend
+from gradient_accumulator.pieces import check_positive_int
+
+
+@keras.saving.register_keras_serializable("gradient_accumulator")
+class AccumBatchNormalization(keras.layers.BatchNormalization):
+    """Batch normalization whose moving statistics move once an update.
+
+    In training, each piece is normalized by its own mean and variance ("ghost" batch
+    normalization, Hoffer, Hubara and Soudry 2017, "Train longer, generalize better",
+    arXiv:1705.08741). The moving statistics, which inference uses, take the mean and
+    variance of all examples of the update, pooled from its pieces:
+
+        mean     = sum_k n_k mean_k / sum_k n_k
+        variance = sum_k n_k (variance_k + (mean_k - mean)^2) / sum_k n_k
+        moving   = momentum * moving + (1 - momentum) * pooled
+
+    with n_k the number of (unmasked) values of piece k: the law of total variance,
+    computed piece by piece as Chan, Golub and LeVeque 1979 do ("Updating formulae and
+    a pairwise algorithm for computing sample variances"), in float32 or float64.
+    Weights do not change within an update, so for the first normalization of a network
+    these are the numbers that `keras.layers.BatchNormalization` has after the same
+    update on the full batch.
+
+    In a model that trains in pieces (`accumulate`, `GradientAccumulateModel`) the train
+    step says where an update ends, and `accum_steps` need not be given; an update that
+    fails, or that a `LossScaleOptimizer` skips, leaves the statistics as they were.
+    With `GradientAccumulateOptimizer` or in a loop of your own, the layer counts its
+    calls in training, `accum_steps` for an update, and does not learn what became of
+    the gradients; `finish_update` ends an update that has fewer. With `accum_steps=1`
+    there, it is Keras's layer.
+
+    Pieces of 1 to 4 examples have statistics too noisy to normalize by. With
+    `renorm=True` the layer corrects them to the moving ones, within bounds ("batch
+    renormalization", Ioffe 2017, arXiv:1702.03275):
+
+        r = clip(std_k / moving_std, 1 / rmax, rmax)
+        d = clip((mean_k - moving_mean) / moving_std, -dmax, dmax)
+        output = ((x - mean_k) / std_k * r + d) * gamma + beta
+
+    where no gradient goes through r and d. The moving statistics must then follow the
+    network: take a `momentum` that forgets within some ten updates, such as 0.9.
+
+    Args:
+        accum_steps: Positive int, the number of calls in training that make an update,
+            where no train step of this library tells.
+        momentum: Float, how much of the moving statistics an update keeps.
+        epsilon: Float, added to variances.
+        trainable: Whether the layer learns; if not, it normalizes by its moving
+            statistics, in training too.
+        axis: Int, the axis of features (1 for channels first).
+        center: Whether to add `beta`.
+        scale: Whether to multiply by `gamma`.
+        synchronized: Whether the replicas of a `tf.distribute` strategy, or the
+            processes of `torch.distributed`, normalize by the statistics of all of them
+            together. JAX's sharded arrays always do.
+        renorm: Whether to correct the pieces' statistics to the moving ones.
+        rmax: Float of at least 1, the bound of the correction of scale.
+        dmax: Float of at least 0, the bound of the correction of place.
+        **kwargs: The initializers, regularizers and constraints of
+            `keras.layers.BatchNormalization`, `dtype` and `name`.
+
+    Call arguments:
+        inputs: Tensor of rank 2 to 5 and a float dtype.
+        training: Whether to normalize by the piece's statistics and pool them.
+        mask: Bool tensor of a rank less, of the examples' steps that count.
+
+    Raises:
+        TypeError: If `accum_steps` is no int.
+        ValueError: If a number is out of its range.
+
+    Example:
+
+    ```python
+    model = keras.Sequential(
+        [
+            keras.layers.Conv2D(16, 3),
+            AccumBatchNormalization(),
+            keras.layers.ReLU(),
+        ]
+    )
+    accumulate(model, microbatch_size=8)
+    ```
+    """
+
+    def __init__(
+        self,
+        accum_steps: int = 1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-3,
+        trainable: bool = True,
+        *,
+        axis: int = -1,
+        center: bool = True,
+        scale: bool = True,
+        synchronized: bool = False,
+        renorm: bool = False,
+        rmax: float = 3.0,
+        dmax: float = 5.0,
+        **kwargs,
+    ):
+        check_positive_int("accum_steps", accum_steps)
+        _check_range("momentum", momentum, 0, 1)
+        _check_range("rmax", rmax, 1, math.inf)
+        _check_range("dmax", dmax, 0, math.inf)
+        super().__init__(
+            momentum=momentum,
+            epsilon=epsilon,
+            trainable=trainable,
+            axis=axis,
+            center=center,
+            scale=scale,
+            **kwargs,
+        )
+        # Of which Keras's own knows on TensorFlow only.
+        self.synchronized = synchronized
+        self._set_up(accum_steps, renorm, rmax, dmax)
+
+    def _set_up(self, accum_steps, renorm=False, rmax=3.0, dmax=5.0):
+        self.accum_steps = accum_steps
+        self.renorm = renorm
+        self.rmax = float(rmax)
+        self.dmax = float(dmax)
+        self._pool: Any = None  # made with the other variables
+        self._told = 0  # by how many train steps it is told where an update ends
+
+    @classmethod
+    def take_over(cls, layer: Any, accum_steps: int) -> None:
+        """Make one of these of a Keras layer, in place: its weights are the same."""
+        layer.__class__ = cls
+        layer._set_up(accum_steps)
+        if layer.built:
+            with keras.name_scope(layer.name):
+                layer._build_pool()
+
+    def hand_over(self) -> None:
+        """Make a Keras layer of this one, in place."""
+        for name in ("accum_steps", "rmax", "dmax", "_pool", "_told"):
+            delattr(self, name)
+        self.renorm = False
+        self.synchronized &= keras.backend.backend() == "tensorflow"
+        self.__class__ = keras.layers.BatchNormalization
+
+    def build(self, input_shape):
+        # Newer Keras has a `renorm` of its own, with variables that are not needed.
+        renorm, self.renorm = self.renorm, False
+        super().build(input_shape)
+        self.renorm = renorm
+        self._build_pool()
+
+    def _build_pool(self):
+        self._pool = Pool(self.moving_mean.shape, self.moving_mean.dtype)
+
+    @property
+    def variables(self):
+        # State, as seeds are, and so no weight: it is not saved, and not counted.
+        own = super().variables
+        return own if self._pool is None else [*own, *self._pool.variables]
+
+    def call(self, inputs, training=None, mask=None):
+        if not (training and self.trainable):
+            return super().call(inputs, training=False, mask=mask)
+        _check_mask(inputs, mask)
+        dtype = keras.backend.result_type(inputs.dtype, "float32")
+        x = ops.cast(inputs, dtype)
+        mean, variance, count = _statistics(
+            x, self.axis, mask, backend.active().replicas.total, self.synchronized
+        )
+        beta = ops.cast(self.beta, dtype) if self.center else None
+        gamma = ops.cast(self.gamma, dtype) if self.scale else None
+        if self.renorm:
+            gamma, beta = self._corrected(mean, variance, gamma, beta)
+        outputs = ops.batch_normalization(
+            x, mean, variance, self.axis, beta, gamma, self.epsilon
+        )
+        self._observe(*map(ops.stop_gradient, (mean, variance, count)))
+        return ops.cast(outputs, self.compute_dtype)
+
+    def _corrected(self, mean, variance, gamma, beta):
+        """`gamma` and `beta` with the corrections of batch renormalization in them."""
+        moving_mean = ops.cast(self.moving_mean, mean.dtype)
+        moving_variance = ops.cast(self.moving_variance, mean.dtype)
+        moving_std = ops.sqrt(moving_variance + self.epsilon)
+        r = ops.sqrt(variance + self.epsilon) / moving_std
+        r = ops.stop_gradient(ops.clip(r, 1 / self.rmax, self.rmax))
+        d = (mean - moving_mean) / moving_std
+        d = ops.stop_gradient(ops.clip(d, -self.dmax, self.dmax))
+        if gamma is not None:
+            r, d = r * gamma, d * gamma
+        return r, d if beta is None else d + beta
+
+    def _observe(self, mean, variance, count):
+        if self.accum_steps == 1 and not self._told:
+            self._move(mean, variance, count)
+            return
+        self._pool.add(mean, variance, count)
+        if not self._told:
+            self._finish_if(self._pool.calls.value >= self.accum_steps)
+
+    def finish_update(self) -> None:
+        """Move the moving statistics by what was pooled since they last moved.
+
+        Does nothing if that is nothing. Only a loop of your own needs to call it, for
+        an update of fewer than `accum_steps` pieces.
+        """
+        if self._pool is not None:
+            self._finish_if(self._pool.calls.value > 0)
+
+    def reset(self) -> None:
+        """Forget what was pooled since the moving statistics last moved."""
+        if self._pool is not None:
+            self._pool.keep(False)
+
+    def _finish_if(self, done):
+        # No branch: what it would save is less than what it costs.
+        mean, variance, count = self._pool.values()
+        if not self.synchronized:
+            mean, variance, count = _over_replicas(
+                mean, variance, count, backend.active().replicas.total
+            )
+        self._move(mean, variance, ops.where(done, count, 0))
+        self._pool.keep(ops.logical_not(done))
+
+    def _move(self, mean, variance, count):
+        for moving, new in (
+            (self.moving_mean, mean),
+            (self.moving_variance, variance),
+        ):
+            # In the new value's dtype, for that of half-precision weights rounds.
+            old = ops.cast(moving, new.dtype)
+            moved = old * self.momentum + new * (1 - self.momentum)
+            moving.assign(ops.where(count > 0, moved, old))
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Around calls whose update the caller will finish with `finish_update`."""
+        self._told += 1  # counted, for replicas take turns in here
+        try:
+            yield
+        finally:
+            self._told -= 1
+
+    def get_config(self):
+        config = super().get_config()
+        for name in ("renorm_clipping", "renorm_momentum"):
+            config.pop(name, None)
+        return {
+            **config,
+            "accum_steps": self.accum_steps,
+            "synchronized": self.synchronized,
+            "renorm": self.renorm,
+            "rmax": self.rmax,
+            "dmax": self.dmax,
+        }
+
+
+class Pool:
+    """The statistics of an update's pieces so far, as variables of no layer.
+
+    Args:
+        shape: Shape of the statistics.
+        dtype: Dtype of the moving statistics.
+    """
+
+    def __init__(self, shape: tuple, dtype: str):
+        dtype = keras.backend.result_type(dtype, "float32")
+
+        def zeros(name, shape, dtype):
+            return keras.Variable(
+                "zeros", shape, dtype, trainable=False, autocast=False, name=name
+            )
+
+        self.count = zeros("pooled_count", shape, dtype)
+        self.mean = zeros("pooled_mean", shape, dtype)
+        self.variance = zeros("pooled_variance", shape, dtype)
+        self.calls = zeros("pooled_calls", (), "int32")
+
+    @property
+    def variables(self) -> list:
+        return [self.count, self.mean, self.variance, self.calls]
+
+    def values(self) -> tuple:
+        return self.mean.value, self.variance.value, self.count.value
+
+    def add(self, mean, variance, count):
+        dtype = self.mean.dtype
+        mean, variance = ops.cast(mean, dtype), ops.cast(variance, dtype)
+        count = ops.cast(count, dtype)
+        total = self.count.value + count
+        share = ops.divide_no_nan(count, total)
+        off = mean - self.mean.value
+        between = share * (1 - share) * ops.square(off)
+        old = self.variance.value
+        self.variance.assign(old + share * (variance - old) + between)
+        self.mean.assign(self.mean.value + share * off)
+        self.count.assign(total)
+        self.calls.assign_add(1)
+
+    def keep(self, kept):
+        """Forget all, unless `kept`."""
+        for variable in self.variables:
+            value = variable.value
+            variable.assign(ops.where(kept, value, ops.zeros_like(value)))
+
+
+def _statistics(x, axis, mask, total, synchronized):
+    """Mean, variance and number of values of each feature.
+
+    Args:
+        x: Tensor.
+        axis: The axis of features.
+        mask: Tensor of a rank less than `x`, or None.
+        total: Function that sums a tensor over replicas.
+        synchronized: Whether to call it.
+    """
+    axes = [i for i in range(len(x.shape)) if i != axis % len(x.shape)]
+    if mask is None:
+        if not synchronized:
+            mean, variance = ops.moments(x, axes)
+            # In floats, for the number of a volume's voxels may not fit in an int32.
+            shape = [ops.cast(ops.shape(x)[i], x.dtype) for i in axes]
+            return mean, variance, ops.broadcast_to(math.prod(shape), mean.shape)
+        weights = ops.ones_like(x)
+    else:
+        weights = ops.cast(ops.expand_dims(mask, -1), "bool")
+        weights = ops.cast(ops.broadcast_to(weights, ops.shape(x)), x.dtype)
+        # What is masked may be anything, which times 0 is not always 0.
+        x = ops.where(weights > 0, x, 0)
+    if not synchronized:
+        total = _same
+    count = total(ops.sum(weights, axes, keepdims=True))
+    mean = ops.divide_no_nan(total(ops.sum(x * weights, axes, keepdims=True)), count)
+    squares = ops.square(x - mean) * weights
+    variance = ops.divide_no_nan(total(ops.sum(squares, axes, keepdims=True)), count)
+    return tuple(ops.squeeze(each, axes) for each in (mean, variance, count))
+
+
+def _over_replicas(mean, variance, count, total):
+    """The pooled statistics of all replicas."""
+    everywhere = total(count)
+    if everywhere is count:
+        return mean, variance, count
+    pooled = ops.divide_no_nan(total(count * mean), everywhere)
+    squares = count * (variance + ops.square(mean - pooled))
+    return pooled, ops.divide_no_nan(total(squares), everywhere), everywhere
+
+
+def _same(tensor):
+    return tensor
+
+
+def _check_mask(inputs, mask):
+    if mask is not None and len(mask.shape) != len(inputs.shape) - 1:
+        raise ValueError(
+            "Argument `mask` must have a rank of one less than the inputs. Received: "
+            f"mask of shape {mask.shape}, inputs of shape {inputs.shape}"
+        )
+
+
+def _check_range(name: str, value: Any, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(
+            f"Argument `{name}` must be a number from {low} to {high}. "
+            f"Received: {name}={value}"
+        )

@@ -1,0 +1,155 @@
+"""Batch normalization of a whole model, made to accumulate and made plain again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from gradient_accumulator.backend import trainer
+from gradient_accumulator.layers import AccumBatchNormalization
+from gradient_accumulator.model import accumulate_as, accumulation_of
+from gradient_accumulator.pieces import check_positive_int
+
+
+def replace_batchnorm_layers(model: keras.Model, accum_steps: int = 1) -> keras.Model:
+    """A copy of a model with `AccumBatchNormalization` for `BatchNormalization`.
+
+    At any depth: in nested models, in wrappers such as `TimeDistributed`, in layers of
+    your own. The copy computes what the model computes; weights, moving statistics,
+    names, settings and trainable flags are kept, and so is how the model accumulates.
+    The model itself stays as it is. The copy has a compile state where
+    `keras.models.clone_model` gives it one; compile it before you train it.
+
+    Args:
+        model: A functional or Sequential model, or a subclassed one that Keras can make
+            again from its `get_config`.
+        accum_steps: Positive int, of the layers: the number of pieces in an update
+            where no train step of this library tells.
+
+    Returns:
+        The new model.
+
+    Raises:
+        TypeError: If `model` is no Keras 3 model, or `accum_steps` no int.
+        ValueError: If a layer cannot be made again, or is a subclass of
+            `BatchNormalization`, whose arithmetic is its own.
+
+    Example:
+
+    ```python
+    model = keras.applications.MobileNetV2(weights=None)
+    model = replace_batchnorm_layers(model)
+    model = accumulate(model, microbatch_size=8)
+    ```
+    """
+    check_positive_int("accum_steps", accum_steps)
+
+    def replace(layer):
+        if isinstance(layer, AccumBatchNormalization):
+            layer.accum_steps = accum_steps
+        elif type(layer) is keras.layers.BatchNormalization:
+            _check_renorm(layer)
+            AccumBatchNormalization.take_over(layer, accum_steps)
+        elif isinstance(layer, keras.layers.BatchNormalization):
+            raise ValueError(
+                "A subclass of `BatchNormalization` cannot be replaced: what it does "
+                f"is its own. Received: layer={layer} (of type {type(layer)})"
+            )
+
+    return _copied(model, replace)
+
+
+def restore_batchnorm_layers(model: keras.Model) -> keras.Model:
+    """A copy of a model with Keras's `BatchNormalization` again, for deployment.
+
+    What `replace_batchnorm_layers` did, undone: the copy computes the same in
+    inference, and is saved to a file that loads without this package.
+
+    Args:
+        model: As for `replace_batchnorm_layers`.
+
+    Returns:
+        The new model.
+
+    Raises:
+        TypeError, ValueError: As `replace_batchnorm_layers`.
+
+    Example:
+
+    ```python
+    restore_batchnorm_layers(model).save("model.keras")
+    ```
+    """
+
+    def restore(layer):
+        if isinstance(layer, AccumBatchNormalization):
+            layer.hand_over()
+
+    return _copied(model, restore)
+
+
+def _copied(model, change: Callable[[Any], None]) -> keras.Model:
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "Argument `model` must be a Keras 3 model, a `keras.Model`. "
+            f"Received: model={model} (of type {type(model)})"
+        )
+    copy = _clone(model)
+    originals, layers = trainer.layers_of(model), trainer.layers_of(copy)
+    if [type(x) for x in originals] != [type(x) for x in layers] or [
+        tuple(w.shape) for w in model.weights
+    ] != [tuple(w.shape) for w in copy.weights]:
+        raise _not_rebuilt(model)
+    for original, layer in zip(originals, layers):
+        # The outer ones come first, and set all that are inside of them.
+        layer.trainable = original.trainable
+    for layer in layers:
+        change(layer)
+    copy.set_weights(model.get_weights())
+    accumulation = accumulation_of(model)
+    return copy if accumulation is None else accumulate_as(copy, accumulation)
+
+
+def _clone(model):
+    if isinstance(model, (trainer.Functional, keras.Sequential)):
+        return keras.models.clone_model(model, clone_function=_made_again)
+    copy = _made_again(model)
+    if model.built:
+        try:
+            copy.build_from_config(model.get_build_config())
+        except Exception as error:
+            raise _not_rebuilt(model) from error
+    return copy
+
+
+def _made_again(layer):
+    try:
+        return type(layer).from_config(layer.get_config())
+    except Exception as error:  # whatever a user's constructor does
+        raise _not_rebuilt(layer) from error
+
+
+def _not_rebuilt(layer):
+    inside = [
+        each.name
+        for each in trainer.layers_of(layer)
+        if isinstance(each, keras.layers.BatchNormalization)
+    ]
+    return ValueError(
+        f"The layer {layer.name!r} cannot be made again from its `get_config` with the "
+        "same layers and weights, and its batch normalization not be replaced. "
+        "Implement `get_config` (and `build` for a subclassed model), or use "
+        "`AccumBatchNormalization` in it. Received: "
+        f"{layer} (of type {type(layer)}), with batch normalization {inside}"
+    )
+
+
+def _check_renorm(layer):
+    if getattr(layer, "renorm", False):
+        raise ValueError(
+            "A `BatchNormalization` with `renorm=True` has moving statistics of "
+            "another kind: use `AccumBatchNormalization(renorm=True)`. "
+            f"Received: layer={layer}"
+        )
