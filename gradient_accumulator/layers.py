@@ -137,13 +137,20 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         self._told = 0  # by how many train steps it is told where an update ends
 
     @classmethod
-    def take_over(cls, layer: Any, accum_steps: int) -> None:
-        """Make one of these of a Keras layer, in place: its weights are the same."""
+    def take_over(cls, layer: Any, *settings: Any) -> None:
+        """Make one of these of a built layer of Keras's, in place.
+
+        Its weights are the same. `settings` are those of `_set_up`.
+        """
         layer.__class__ = cls
-        layer._set_up(accum_steps)
-        if layer.built:
-            with keras.name_scope(layer.name):
-                layer._build_pool()
+        layer._set_up(*settings)
+        with keras.name_scope(layer.name):
+            layer._build_pool()
+
+    @property
+    def settings(self) -> tuple:
+        """What Keras's layer does not have."""
+        return self.accum_steps, self.renorm, self.rmax, self.dmax
 
     def hand_over(self) -> None:
         """Make a Keras layer of this one, in place."""

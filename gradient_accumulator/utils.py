@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+from keras import ops
 
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.layers import AccumBatchNormalization
@@ -96,31 +97,50 @@ def _copied(model, change: Callable[[Any], None]) -> keras.Model:
             "Argument `model` must be a Keras 3 model, a `keras.Model`. "
             f"Received: model={model} (of type {type(model)})"
         )
+    if not model.built:
+        raise ValueError(
+            "Argument `model` must be a model that is built: call it on data, or begin "
+            f"it with an `Input`. Received: model={model}"
+        )
     copy = _clone(model)
     originals, layers = trainer.layers_of(model), trainer.layers_of(copy)
-    if [type(x) for x in originals] != [type(x) for x in layers] or [
+    if [_kind(x) for x in originals] != [_kind(x) for x in layers] or [
         tuple(w.shape) for w in model.weights
     ] != [tuple(w.shape) for w in copy.weights]:
         raise _not_rebuilt(model)
     for original, layer in zip(originals, layers):
+        # A layer that makes others in its constructor makes them anew.
+        layer.name = original.name
         # The outer ones come first, and set all that are inside of them.
         layer.trainable = original.trainable
+        if type(original) is AccumBatchNormalization is not type(layer):
+            AccumBatchNormalization.take_over(layer, *original.settings)
+    for variable, value in zip(copy.variables, model.variables):
+        # Seeds too; a copy, for JAX gives the memory of variables away.
+        variable.assign(ops.copy(value.value))
     for layer in layers:
         change(layer)
-    copy.set_weights(model.get_weights())
     accumulation = accumulation_of(model)
     return copy if accumulation is None else accumulate_as(copy, accumulation)
 
 
+def _kind(layer):
+    is_own = type(layer) is AccumBatchNormalization
+    return keras.layers.BatchNormalization if is_own else type(layer)
+
+
 def _clone(model):
-    if isinstance(model, (trainer.Functional, keras.Sequential)):
+    if isinstance(model, keras.Sequential):
         return keras.models.clone_model(model, clone_function=_made_again)
+    if isinstance(model, trainer.Functional):
+        return keras.models.clone_model(
+            model, trainer.same_inputs(model), clone_function=_made_again
+        )
     copy = _made_again(model)
-    if model.built:
-        try:
-            copy.build_from_config(model.get_build_config())
-        except Exception as error:
-            raise _not_rebuilt(model) from error
+    try:
+        copy.build_from_config(model.get_build_config())
+    except Exception as error:  # whatever a user's model does
+        raise _not_rebuilt(model) from error
     return copy
 
 

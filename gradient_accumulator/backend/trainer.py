@@ -29,6 +29,18 @@ def layers_of(model: keras.Model) -> list:
     return list(model._flatten_layers())
 
 
+def same_inputs(model: keras.Model) -> Any:
+    """New inputs for a functional model, with the names of its own."""
+
+    def same(tensor):
+        layer = tensor._keras_history.operation
+        return keras.Input(
+            batch_shape=tensor.shape, dtype=tensor.dtype, name=layer.name
+        )
+
+    return keras.tree.map_structure(same, model.input)
+
+
 def has_static_inputs(model: keras.Model) -> bool:
     """Whether the model takes one shape only, but for the number of examples."""
     return type(model).call is Functional.call and all(

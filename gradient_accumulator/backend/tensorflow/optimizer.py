@@ -185,12 +185,11 @@ def same(
         return nullcontext()
     key = tf.constant(1 + zlib.crc32(repr(list(given)).encode()), tf.int64)
     before = tf.convert_to_tensor(guard)
+    problem = "The variables changed while pieces wait for their update. Received: "
     # The operation itself: `tf.debugging.Assert` puts a conditional around it.
     check = tf.raw_ops.Assert(
         condition=(tf.convert_to_tensor(count) == 0) | (before == 0) | (before == key),
-        data=[
-            f"The variables changed while pieces wait for their update. Received: {given}"
-        ],
+        data=[f"{problem}{given}"],
     )
     with tf.control_dependencies([check]):
         remembered = guard.assign(key)

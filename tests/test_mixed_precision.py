@@ -1,0 +1,193 @@
+"""Half precision in pieces: no further off than half precision on the full batch."""
+
+import contextlib
+
+import keras
+import numpy as np
+import pytest
+from helpers import Batches, array
+from keras import layers
+
+from gradient_accumulator import (
+    AccumBatchNormalization,
+    GradientAccumulateOptimizer,
+    accumulate,
+)
+
+WAYS = ("microbatch_size", "accum_steps")
+
+
+@contextlib.contextmanager
+def global_policy(name):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def data(examples=64):
+    r = np.random.default_rng(0)
+    x = r.normal(size=(examples, 16)).astype("float32")
+    return x, np.tanh(x @ r.normal(size=(16, 4)) / 2).astype("float32")
+
+
+def model_of(*, dtype=None, normalization=None):
+    keras.utils.set_random_seed(0)
+    body = [layers.Dense(32, activation="tanh", dtype=dtype)]
+    if normalization is not None:
+        body.append(normalization())
+    body.append(layers.Dense(32, activation="gelu", dtype=dtype))
+    return keras.Sequential(
+        [layers.Input((16,)), *body, layers.Dense(4, dtype="float32")]
+    )
+
+
+def flat(model):
+    return np.concatenate([array(w).ravel() for w in model.weights])
+
+
+def trained(policy, per_layer=False, prepare=lambda model: model, pieces=None):
+    """50 updates, of the full batch or of its `pieces`."""
+    with global_policy("float32" if per_layer else policy):
+        model = prepare(model_of(dtype=policy if per_layer else None))
+        # Keras puts a `LossScaleOptimizer` around it under a global mixed_float16.
+        model.compile(keras.optimizers.Adam(1e-2, epsilon=1e-3), "mse")
+    batches = [data()] if pieces is None else pieces
+    model.fit(Batches(batches), epochs=50, verbose=0, shuffle=False)
+    return flat(model)
+
+
+def in_pieces(way, size):
+    if way == "microbatch_size":
+        return {"prepare": lambda model: accumulate(model, microbatch_size=size)}
+    x, y = data()
+    return {
+        "prepare": lambda model: accumulate(model, accum_steps=64 // size),
+        "pieces": [(x[i : i + size], y[i : i + size]) for i in range(0, 64, size)],
+    }
+
+
+@pytest.mark.parametrize(
+    "per_layer, way",
+    [(False, "microbatch_size"), (False, "accum_steps"), (True, "microbatch_size")],
+)
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_no_further_off_than_the_full_batch(policy, per_layer, way):
+    reference = trained("float32")
+    full = np.linalg.norm(trained(policy, per_layer) - reference)
+    assert full > 1e-4
+    pieces = trained(policy, per_layer, **in_pieces(way, 8))
+    # Half precision rounds other numbers to other sides: to 5 % as far.
+    assert np.linalg.norm(pieces - reference) < 1.05 * full
+
+
+def bfloat16_update(spread, size=None, **settings):
+    """What one update of a pure bfloat16 model adds to weights of 0."""
+    keras.utils.set_random_seed(0)
+    dense = layers.Dense(8, kernel_initializer="zeros", dtype="bfloat16")
+    model = keras.Sequential([layers.Input((16,), dtype="bfloat16"), dense])
+    if size is not None:
+        accumulate(model, microbatch_size=size, **settings)
+    model.compile(keras.optimizers.SGD(1.0), "mse")
+    r = np.random.default_rng(0)
+    x = 1 + spread * r.normal(size=(256, 16))
+    y = 1.75 + spread * r.normal(size=(256, 8))
+    model.fit(x, y, batch_size=256, verbose=0, shuffle=False)
+    return array(dense.kernel)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0])
+def test_sixty_four_pieces_in_bfloat16(spread):
+    full = bfloat16_update(spread)
+
+    def off(**settings):
+        update = bfloat16_update(spread, size=4, **settings)
+        return np.linalg.norm(update - full) / np.linalg.norm(full)
+
+    assert off() < 0.01
+    if spread == 0:
+        # Sums in bfloat16 lose what is small beside them, all to the same side.
+        assert off(accum_dtype="bfloat16") > 0.05
+
+
+def values(model, optimizer):
+    variables = [*model.variables, *optimizer.inner_optimizer.variables]
+    return {v.path: array(v) for v in variables if "loss" not in v.path}
+
+
+def overflowing():
+    """Of the second of four pieces one example's scaled gradient overflows float16."""
+    x, y = data(16)
+    y[5] = 1e5
+    return x, y
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("own_scaler", [False, True])
+@pytest.mark.parametrize(
+    "normalization", [None, AccumBatchNormalization, layers.BatchNormalization]
+)
+def test_one_overflow_skips_the_update(normalization, own_scaler, way):
+    with global_policy("mixed_float16"):
+        model = model_of(normalization=normalization)
+        accumulate(model, **{way: 4})
+        optimizer = keras.optimizers.Adam(1e-2)
+        if own_scaler:
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        model.compile(optimizer, "mse")
+    scaler = model.optimizer
+    assert isinstance(scaler, keras.optimizers.LossScaleOptimizer)
+
+    def fit(batch):
+        pieces = [batch]
+        if way == "accum_steps":
+            pieces = [tuple(a[i : i + 4] for a in batch) for i in range(0, 16, 4)]
+        model.fit(Batches(pieces), verbose=0, shuffle=False)
+
+    fit(data(16))
+    before = values(model, scaler)
+    scale = float(array(scaler.dynamic_scale))
+    fit(overflowing())
+    for path, value in values(model, scaler).items():
+        np.testing.assert_array_equal(value, before[path], err_msg=path)
+    assert float(array(scaler.dynamic_scale)) == scale / 2
+    # Nothing of the skipped update is left in the next one.
+    fit(data(16))
+    after = values(model, scaler)
+    assert all(np.isfinite(v).all() for v in after.values())
+    moving = [path for path in after if "moving" in path]
+    assert all((after[path] != before[path]).any() for path in moving)
+    assert float(array(scaler.inner_optimizer.iterations)) == 2
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_one_overflow_with_the_optimizer_wrapper(around):
+    adam = keras.optimizers.Adam(1e-2)
+    if around:
+        optimizer = keras.optimizers.LossScaleOptimizer(
+            GradientAccumulateOptimizer(adam, 4)
+        )
+    else:
+        scaler = keras.optimizers.LossScaleOptimizer(adam)
+        optimizer = GradientAccumulateOptimizer(scaler, 4)
+    with global_policy("mixed_float16"):
+        model = model_of()
+        model.compile(optimizer, "mse", auto_scale_loss=False)
+
+    def fit(batch):
+        pieces = [tuple(a[i : i + 4] for a in batch) for i in range(0, 16, 4)]
+        model.fit(Batches(pieces), verbose=0, shuffle=False)
+
+    fit(data(16))
+    before = flat(model), int(array(adam.iterations))
+    assert before[1] == 1
+    x, y = data(16)
+    y[5] = np.inf
+    fit((x, y))
+    np.testing.assert_array_equal(flat(model), before[0])
+    assert int(array(adam.iterations)) == 1
+    fit(data(16))
+    assert int(array(adam.iterations)) == 2
+    assert np.isfinite(flat(model)).all()
