@@ -66,6 +66,7 @@ benchmark: $(TEST_READY)
 	$(BIN)/python -m benchmarks memory
 	$(BIN)/python -m benchmarks exactness
 	$(BIN)/python -m benchmarks loops
+	$(BIN)/python -m benchmarks normalization
 	$(BIN)/python -m benchmarks summary
 
 clean:

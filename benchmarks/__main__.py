@@ -6,11 +6,11 @@ import argparse
 import importlib.util
 from types import ModuleType
 
-from . import exactness, loops, memory, report, speed
+from . import exactness, loops, memory, normalization, report, speed
 from .models import MODELS
 
 BACKENDS = ("tensorflow", "jax", "torch")
-MODULES = (speed, memory, exactness, loops)
+MODULES = (speed, memory, exactness, loops, normalization)
 
 
 def _name(module: ModuleType) -> str:

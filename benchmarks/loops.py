@@ -7,6 +7,7 @@ import math
 import sys
 
 from . import report, speed
+from .models import FIVE
 from .variants import VARIANTS, Spec
 
 PAIRS = (("optimizer", "keras"), ("function", "peer"), ("host", "peer"))
@@ -14,6 +15,7 @@ PEERS = {"jax": "optax.microbatching", "torch": "Accelerate"}
 # XLA runs convolutions inside a loop about 40 times slower on processors: an update
 # of theirs takes most of a minute, ours and the peer's.
 SLOW_IN_A_LOOP = ("convolutions",)
+DEFAULT = FIVE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,9 +1,10 @@
-"""The five models that are timed, with made-up data of the right shape."""
+"""The models that are timed, with made-up data of the right shape."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -37,12 +38,14 @@ def _features(width: int):
     return data
 
 
-def _convolutions():
+def _convolutions(normalized: bool = False):
     """Residual blocks at 48, 24 and 12 pixels."""
     import keras
     from keras import layers
 
     def convolve(x, filters, strides=1):
+        if normalized:
+            x = layers.BatchNormalization()(x)
         return layers.Conv2D(
             filters,
             3,
@@ -102,4 +105,9 @@ MODELS = {
     ),
     "60-layer MLP": Problem(_perceptron(64, *[64] * 60), _features(64), updates=16),
     "tiny MLP": Problem(_perceptron(16, 32), _features(16), updates=128),
+    "normalized convolutions": Problem(
+        partial(_convolutions, normalized=True), _images, updates=8
+    ),
 }
+# What ways to train are compared on.
+FIVE = [*MODELS][:5]

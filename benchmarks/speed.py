@@ -8,11 +8,13 @@ import statistics
 import sys
 
 from . import report
+from .models import FIVE
 from .processes import HONEST_MALLOC, started
 from .variants import VARIANTS, Spec
 
 OURS = ("split", "steps")
 DEFAULT_VARIANTS = ("full", "pieces", "keras", *OURS, "floor")
+DEFAULT = FIVE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,12 +25,16 @@ VARIANTS = {
     "keras": "Keras's own accumulation",
     "split": "ours, `microbatch_size`",
     "steps": "ours, `accum_steps`",
+    "accumulating": "ours, `AccumBatchNormalization`",
+    "clipped": "ours, `use_agc=True`",
     "optimizer": "ours, `GradientAccumulateOptimizer`",
     "floor": "floor",
     "function": "ours, `accumulated_value_and_grad`",
     "host": "ours, the same outside of `jax.jit`",
     "peer": "peer",
 }
+# Given full batches, to be cut.
+SPLIT = ("split", "accumulating", "clipped")
 # Written by hand, without `fit`.
 BY_HAND = {
     "floor": floor.update_function,
@@ -91,14 +95,15 @@ def trainer(spec: Spec, model, x, y) -> Callable[[int], list[float]]:
 
         return train
 
-    if spec.variant in ("split", "steps"):
+    if spec.variant in SPLIT or spec.variant == "steps":
         from gradient_accumulator import accumulate
 
-        if spec.variant == "split":
-            accumulate(model, microbatch_size=spec.size)
-        else:
+        if spec.variant == "steps":
             accumulate(model, accum_steps=spec.pieces)
-    handed = batch if spec.variant in ("full", "split") else spec.size
+        else:
+            clip = spec.variant == "clipped"
+            accumulate(model, microbatch_size=spec.size, use_agc=clip)
+    handed = batch if spec.variant in ("full", *SPLIT) else spec.size
 
     class Clock(keras.callbacks.Callback):
         def __init__(self):
@@ -128,6 +133,10 @@ def run(spec: Spec, commands, answer: Callable[[dict], None]) -> None:
     updates = spec.updates or problem.updates
     x, y = problem.data(updates * spec.size * spec.pieces)
     model = problem.build()
+    if spec.variant == "accumulating":
+        from gradient_accumulator import replace_batchnorm_layers
+
+        model = replace_batchnorm_layers(model)
     weights = sum(math.prod(v.shape) for v in model.trainable_variables)
     built = meters.resident()
     train = trainer(spec, model, x, y)

@@ -8,7 +8,12 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 
-from gradient_accumulator import FlushGradients, GradientAccumulateOptimizer
+from gradient_accumulator import (
+    AccumBatchNormalization,
+    FlushGradients,
+    GradientAccumulateOptimizer,
+    accumulate,
+)
 
 (cpu,) = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(
@@ -91,3 +96,72 @@ saved = [
 ]
 for a, b in zip(saved, sums, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+# Clipped is the sum over replicas, once.
+clip = {"use_agc": True, "clip_factor": 0.02, "eps": 1e-2}
+
+
+def in_pieces(way, size, strategy, **settings):
+    with strategy.scope():
+        model = accumulate(build(), **{way: size}, **settings)
+        model.compile(adam(), "mse")
+    batch = 16 if way == "microbatch_size" else 8
+    model.fit(x, y, batch_size=batch, epochs=2, shuffle=False, verbose=0)
+    return np.concatenate([w.ravel() for w in model.get_weights()])
+
+
+unclipped = in_pieces("microbatch_size", 4, one)
+clipped = in_pieces("microbatch_size", 4, one, **clip)
+assert np.abs(clipped - unclipped).max() > 0.1 * np.abs(unclipped - before).max()
+for way, size in (("microbatch_size", 4), ("accum_steps", 2)):
+    check(f"clipped, {way}", in_pieces(way, size, STRATEGY, **clip), clipped, before)
+_, ours, _, _ = trained(
+    lambda: GradientAccumulateOptimizer(adam(), 4, **clip),
+    4,
+    STRATEGY,
+    callbacks=[FlushGradients()],
+)
+check("clipped by the optimizer", ours, clipped, before)
+
+
+def normalized(normalization, way, size, strategy):
+    with strategy.scope():
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([layers.Input((6,)), normalization, layers.Dense(3)])
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+    if way is not None:
+        accumulate(model, **{way: size})
+    batch = 8 if way == "accum_steps" else 16
+    model.fit(x + 1, y, batch_size=batch, epochs=2, shuffle=False, verbose=0)
+    return model
+
+
+def compare(name, model, reference, count):
+    pairs = list(zip(model.weights, reference.weights, strict=True))[:count]
+    for a, b in pairs:
+        off = np.abs(np.asarray(a) - np.asarray(b)).max()
+        assert off < 1e-6, f"{name}, {a.path}: off by {off}"
+
+
+def statistics_first(model):
+    (layer,) = (x for x in model.layers if isinstance(x, layers.BatchNormalization))
+    return layer.moving_mean, layer.moving_variance
+
+
+reference = normalized(layers.BatchNormalization(momentum=0.5), None, None, one)
+for synchronized in (False, True):
+    for way, size in (("microbatch_size", 4), ("accum_steps", 2)):
+        layer = AccumBatchNormalization(momentum=0.5, synchronized=synchronized)
+        model = normalized(layer, way, size, STRATEGY)
+        for a, b in zip(statistics_first(model), statistics_first(reference)):
+            # Pooled over pieces and replicas, and the same on every replica.
+            values = STRATEGY.experimental_local_results(a.value)
+            assert len(values) == 2
+            for value in values:
+                off = np.abs(value.numpy() - np.asarray(b)).max()
+                assert off < 1e-6, f"synchronized={synchronized}, {way}: off by {off}"
+# With a piece for each replica, all that is normalized together is the full batch.
+for normalization in (layers.BatchNormalization, AccumBatchNormalization):
+    layer = normalization(momentum=0.5, synchronized=True)
+    model = normalized(layer, "microbatch_size", 8, STRATEGY)
+    compare(f"{normalization.__name__}, synchronized", model, reference, None)

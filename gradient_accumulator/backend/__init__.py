@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 
 import keras
 
 
+@functools.cache  # it is asked for where TensorFlow would convert what it runs
 def active() -> ModuleType:
     """The module of the backend that Keras runs on.
 

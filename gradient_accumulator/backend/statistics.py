@@ -13,6 +13,33 @@ from gradient_accumulator.backend import trainer
 from gradient_accumulator.layers import AccumBatchNormalization
 
 
+def normalizations(model: keras.Model) -> list:
+    """The batch normalization layers of a model, at any depth."""
+    return [
+        layer
+        for layer in trainer.layers_of(model)
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
+
+
+def synchronizes(model: keras.Model) -> bool:
+    """Whether a forward pass waits for those of other replicas."""
+    return any(layer.synchronized for layer in normalizations(model))
+
+
+@contextmanager
+def apart(model: keras.Model) -> Iterator[None]:
+    """Around forward passes of which only shapes are wanted: nobody waits."""
+    waiting = [layer for layer in normalizations(model) if layer.synchronized]
+    for layer in waiting:
+        layer.synchronized = False
+    try:
+        yield
+    finally:
+        for layer in waiting:
+            layer.synchronized = True
+
+
 class Statistics:
     """What a train step does about a model's batch normalization.
 
@@ -21,11 +48,7 @@ class Statistics:
     """
 
     def __init__(self, model: keras.Model):
-        layers = [
-            layer
-            for layer in trainer.layers_of(model)
-            if isinstance(layer, keras.layers.BatchNormalization)
-        ]
+        layers = normalizations(model)
         self.scale: Any = _dynamic_scale(model.optimizer)
         self.pools = [x for x in layers if isinstance(x, AccumBatchNormalization)]
         # What an update that is skipped must leave as it was. Without a scale none is.

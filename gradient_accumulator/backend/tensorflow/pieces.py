@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
@@ -28,11 +29,14 @@ class Pieces:
     more: Callable[[tf.Tensor, Any], tf.Tensor]  # whether there is a piece k
     read: Callable[[tf.Tensor, Any], Any]  # piece k
     sizes: tf.Tensor | None = None  # the number of examples of each, if all are known
+    count: int | None = None  # how many there are, if the graph is for so many
     state: Any = ()
     following: Callable[[tf.Tensor, Any], Any] = lambda k, state: state  # for piece k
 
 
-def _known(sizes: tf.Tensor, read: Callable, example: Any, even: bool) -> Pieces:
+def _known(
+    sizes: tf.Tensor, read: Callable, example: Any, even: bool, count: int | None
+) -> Pieces:
     return Pieces(
         example,
         even,
@@ -40,6 +44,7 @@ def _known(sizes: tf.Tensor, read: Callable, example: Any, even: bool) -> Pieces
         more=lambda k, state: k < tf.size(sizes),
         read=lambda k, state: read(k),
         sizes=sizes,
+        count=count,
     )
 
 
@@ -52,10 +57,12 @@ def cut(data: Any, microbatch_size: int) -> Pieces:
         start, stop = starts[k], starts[k] + sizes[k]
         return map_leaves(lambda array: array[start:stop], data)
 
-    return _known(sizes, read, map_leaves(symbolic, data), even=True)
+    count = leaves(data)[0].shape[0]
+    count = None if count is None else math.ceil(count / microbatch_size)
+    return _known(sizes, read, map_leaves(symbolic, data), True, count)
 
 
-def hold(pieces: tuple, count: tf.Tensor) -> Pieces:
+def hold(pieces: tuple, count: tf.Tensor | int) -> Pieces:
     """Pieces that may differ in shape; those after `count` fill up, and are not read.
 
     Their arrays are held in lists, which a loop can index.
@@ -77,7 +84,8 @@ def hold(pieces: tuple, count: tf.Tensor) -> Pieces:
         return tf.nest.pack_sequence_as(pieces[0], arrays, expand_composites=True)
 
     sizes = tf.stack([size_of(piece) for piece in pieces])[:count]
-    return _known(sizes, read, map_leaves(symbolic, pieces[0]), even)
+    known = count if isinstance(count, int) else None
+    return _known(sizes, read, map_leaves(symbolic, pieces[0]), even, known)
 
 
 def stream(

@@ -14,6 +14,7 @@ from keras.src.backend.tensorflow.trainer import reduce_per_replica
 
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.statistics import apart
 from gradient_accumulator.backend.tensorflow.pieces import (
     cut,
     hold,
@@ -23,7 +24,7 @@ from gradient_accumulator.backend.tensorflow.pieces import (
     trace_piece,
     without_optional,
 )
-from gradient_accumulator.backend.tensorflow.update import run_update
+from gradient_accumulator.backend.tensorflow.update import run_update, waits
 from gradient_accumulator.pieces import (
     Accumulation,
     Epoch,
@@ -90,6 +91,7 @@ class _Updates:
         self.spec: Any = None  # what its batches are, or None
         self.key = ""  # of the graphs for such batches
         self.streams = False  # whether a graph draws its pieces, one by one
+        self.unrolled = waits(model)
 
     def draw(self, iterator: Iterator) -> Callable[[], dict]:
         """What makes the next update.
@@ -136,7 +138,8 @@ class _Updates:
     def _of_pieces(self, pieces):
         pieces = [_tensors(piece) for piece in pieces]
         self._build(pieces[0])
-        count = tf.constant(len(pieces))
+        # A graph for each number of pieces, where it cannot be a loop.
+        count = len(pieces) if self.unrolled else tf.constant(len(pieces))
         pieces += pieces[-1:] * (self.accum_steps - len(pieces))
         signature = ((self.spec,) * self.accum_steps, tf.TensorSpec((), tf.int32))
         return lambda: self._run(hold, signature, tuple(pieces), count)[0]
@@ -190,13 +193,14 @@ class _Updates:
     def _losses(self, example, trace=trainer.compute_output_spec):
         structure = str(map_leaves(lambda array: (array.shape, array.dtype), example))
         if structure not in self.inspected:
-            self.inspected[structure] = normalizers.inspect(
-                self.model,
-                example,
-                trace=trace,
-                # Run eagerly, a model may do things that it is not to do twice.
-                training=not self.model.run_eagerly,
-            )
+            with apart(self.model):
+                self.inspected[structure] = normalizers.inspect(
+                    self.model,
+                    example,
+                    trace=trace,
+                    # Run eagerly, a model may do things that it is not to do twice.
+                    training=not self.model.run_eagerly,
+                )
         return self.inspected[structure]
 
     def _run(self, pieces_of: Callable, signature: tuple, *data):
@@ -219,7 +223,7 @@ class _Updates:
             self.graphs[key] = tf.function(
                 run,
                 input_signature=None if self.spec is None else signature,
-                reduce_retracing=True,
+                reduce_retracing=not self.unrolled,
                 autograph=False,
             )
         return self.graphs[key](*data)

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import trainer
-from gradient_accumulator.backend.statistics import Statistics
+from gradient_accumulator.backend.statistics import Statistics, apart, synchronizes
 from gradient_accumulator.backend.tensorflow.optimizer import clip
 from gradient_accumulator.backend.tensorflow.pieces import size_of, trace_piece
 
@@ -32,7 +32,8 @@ def run_update(model, accumulation, pieces, losses):
     sums = _Sums(model, variables, accumulation.accum_dtype, pieces)
     add_piece = partial(_add_piece, model, variables, statistics, sums, kinds)
     apply = partial(_apply, model, accumulation.clipping, variables)
-    if model.jit_compile and not model.run_eagerly:
+    unrolled = waits(model)
+    if model.jit_compile and not model.run_eagerly and not unrolled:
         add_piece, apply = [
             tf.function(function, jit_compile=True, autograph=False)
             for function in (add_piece, apply)
@@ -52,8 +53,9 @@ def run_update(model, accumulation, pieces, losses):
         return k + 1, state, examples + size, loss + part, dense, slices, own_logs
 
     with tf.name_scope("accumulate_gradients"):
-        count, _, examples, loss, dense, slices, own_logs = tf.while_loop(
-            lambda k, state, *_: pieces.more(k, state),
+        loop = _unrolled if unrolled else _loop
+        count, _, examples, loss, dense, slices, own_logs = loop(
+            pieces,
             body,
             (
                 tf.constant(0),
@@ -64,8 +66,6 @@ def run_update(model, accumulation, pieces, losses):
                 sums.slices(),
                 _zero_logs(model, pieces),
             ),
-            # Pieces side by side would hold their activations side by side.
-            parallel_iterations=1,
         )
     # Nothing of the optimizer runs before all pieces are done: one may yet fail.
     done = tf.group(*dense, *(held.flow for pair in slices for held in pair))
@@ -77,6 +77,33 @@ def run_update(model, accumulation, pieces, losses):
         apply(sums.gradients(dense, slices, correction))
         statistics.finish(before)
     return trainer.logs(model, own_logs, loss, examples), count
+
+
+def waits(model):
+    """Whether replicas wait for each other in a piece.
+
+    TensorFlow does not let them within a loop or a function of its own.
+    """
+    return model.distribute_strategy.num_replicas_in_sync > 1 and synchronizes(model)
+
+
+def _loop(pieces, body, state):
+    return tf.while_loop(
+        lambda k, state, *_: pieces.more(k, state),
+        body,
+        state,
+        # Pieces side by side would hold their activations side by side.
+        parallel_iterations=1,
+    )
+
+
+def _unrolled(pieces, body, state):
+    """The same for a number of pieces that the graph is for, one after the other."""
+    for k in range(pieces.count):
+        done = [t for t in tf.nest.flatten(state) if isinstance(t, tf.Tensor)]
+        with tf.control_dependencies(done):
+            state = body(tf.constant(k), *state[1:])
+    return tf.constant(pieces.count), *state[1:]
 
 
 class _Sums:
@@ -186,7 +213,7 @@ def _sparse_variables(model, variables, pieces) -> dict[int, tf.DType]:
         return sparse
 
     def run(data):
-        with trainer.StatelessScope(collect_losses=True):
+        with trainer.StatelessScope(collect_losses=True), apart(model):
             share = tf.constant(1.0)
             _, _, gradients = _gradients(model, variables, data, share)
         for i, gradient in enumerate(gradients):
