@@ -23,7 +23,7 @@ TEST_READY := $(VENV)/.ready-test
 OLDEST_READY := $(VENV)/keras-$(OLDEST_KERAS)/.ready
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest lint format types benchmark clean
+.PHONY: help demo test test-full test-oldest lint format types benchmark clean
 .PHONY: $(BACKENDS:%=test-%) $(BACKENDS:%=test-oldest-%)
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo "make demo BACKEND=jax    the same on JAX (or torch)"
 	@echo "make test            the tests on TensorFlow, JAX and PyTorch"
 	@echo "make test-jax        the tests on JAX (or -tensorflow, -torch)"
+	@echo "make test-full       the same with the slowest ones"
 	@echo "make test-oldest     the tests with Keras $(OLDEST_KERAS)"
 	@echo "make lint types      ruff and mypy;  make format  rewrites the files"
 	@echo "make benchmark       the tables of benchmarks/results"
@@ -40,6 +41,9 @@ demo: $(DEMO_READY)
 	$(BIN)/gradient-accumulator demo --backend $(BACKEND) $(DEMO_ARGS)
 
 test: $(BACKENDS:%=test-%)
+
+test-full:
+	$(MAKE) test PYTEST_ARGS="-m 'full or not full'"
 
 $(BACKENDS:%=test-%): test-%: $(TEST_READY)
 	KERAS_BACKEND=$* $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)

@@ -33,6 +33,7 @@ def compute_norm(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
         Tensor, of `x`'s dtype if that is float32 or float64, and else of float32, in
         which squares of half-precision values do not overflow.
     """
+    x = ops.convert_to_tensor(x)
     dtype = keras.backend.standardize_dtype(x.dtype)
     if dtype in ("float16", "bfloat16"):
         x = ops.cast(x, "float32")
@@ -57,6 +58,7 @@ def unitwise_norm(x: Any) -> Any:
     Returns:
         Tensor of `x`'s rank, whose axes that were summed over have length 1.
     """
+    x = ops.convert_to_tensor(x)
     shape = tuple(x.shape)
     axis: Any
     if sum(length != 1 for length in shape) <= 1:
@@ -165,13 +167,12 @@ class AdaptiveClipping:
             gradients: A tensor for each, or None.
             scale: What the loss was multiplied by, if it was.
         """
+        excluded = self._excluded(parameters)
         return [
             gradient
-            if gradient is None
-            or trainer.overwrites(parameter)
-            or self.excludes(parameter)
+            if gradient is None or trainer.overwrites(parameter) or i in excluded
             else self._clip(parameter, gradient, scale)
-            for parameter, gradient in zip(parameters, gradients)
+            for i, (parameter, gradient) in enumerate(zip(parameters, gradients))
         ]
 
     def clip_update(self, optimizer: Any, variables: list, gradients: list) -> list:
@@ -185,7 +186,7 @@ class AdaptiveClipping:
     def _clip(self, parameter, gradient, scale):
         gradient = backend.active().optimizer.dense(gradient)
         norm = unitwise_norm(gradient)
-        largest = unitwise_norm(ops.convert_to_tensor(parameter))
+        largest = ops.stop_gradient(unitwise_norm(ops.convert_to_tensor(parameter)))
         largest = self.clip_factor * ops.maximum(
             ops.cast(largest, norm.dtype), self.eps
         )
@@ -196,16 +197,15 @@ class AdaptiveClipping:
         clipped = ops.cast(gradient, norm.dtype) * factor
         return ops.cast(clipped, gradient.dtype)
 
-    def excludes(self, parameter: Any) -> bool:
-        """Whether a parameter's gradient stays as it is."""
-        return any(_means(entry, parameter) for entry in self.agc_exclude)
+    def _excluded(self, parameters: list) -> set[int]:
+        """The places of the parameters whose gradients stay as they are."""
+        return {i for entry in self.agc_exclude for i in _places(entry, parameters)}
 
     def check_excluded(self, parameters: list) -> None:
         """Raise if an entry names nothing among all parameters, frozen ones too."""
         for entry in self.agc_exclude:
-            if isinstance(entry, (str, keras.layers.Layer)) and not any(
-                _means(entry, parameter) for parameter in parameters
-            ):
+            named = isinstance(entry, (str, keras.layers.Layer))
+            if named and not _places(entry, parameters):
                 names = [
                     getattr(p, "path", "a tensor without name") for p in parameters
                 ]
@@ -224,16 +224,17 @@ class AdaptiveClipping:
         for entry in self.agc_exclude:
             if isinstance(entry, str):
                 names.append(entry)
+            elif parameters is not None:
+                places = _places(entry, parameters)
+                names.extend(parameters[i].path for i in places)
             elif isinstance(entry, keras.layers.Layer):
                 names.append(entry.name)
-            elif parameters is None:
+            else:
                 raise ValueError(
                     "A function as `agc_exclude` is saved as the names of what it "
                     "excludes, which are not known before the optimizer is built. "
                     f"Received: agc_exclude={entry!r}"
                 )
-            else:
-                names.extend(p.path for p in parameters if entry(p))
         return {
             "clip_factor": self.clip_factor,
             "eps": self.eps,
@@ -241,16 +242,21 @@ class AdaptiveClipping:
         }
 
 
-def _means(entry: Excluded, parameter: Any) -> bool:
-    """Whether an entry of `agc_exclude` means a parameter."""
+def _places(entry: Excluded, parameters: list) -> list[int]:
+    """Where the parameters are that an entry of `agc_exclude` means."""
     if isinstance(entry, keras.layers.Layer):
-        if any(parameter is weight for weight in entry.weights):
-            return True
-        entry = entry.name  # the layer of this name in a clone
+        own = {id(weight) for weight in entry.weights}
+        places = [i for i, p in enumerate(parameters) if id(p) in own]
+        # In a clone of the model, its layer of the same name.
+        return places or _places(entry.name, parameters)
     if isinstance(entry, str):
-        path = getattr(parameter, "path", "")
-        return entry == path or entry in path.split("/")
-    return bool(entry(parameter))
+        paths = [getattr(p, "path", "") for p in parameters]
+        return [
+            i
+            for i, path in enumerate(paths)
+            if entry == path or entry in path.split("/")
+        ]
+    return [i for i, p in enumerate(parameters) if entry(p)]
 
 
 def _check_positive(name: str, value: Any) -> None:

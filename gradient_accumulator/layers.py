@@ -38,9 +38,15 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
     step says where an update ends, and `accum_steps` need not be given; an update that
     fails, or that a `LossScaleOptimizer` skips, leaves the statistics as they were.
     With `GradientAccumulateOptimizer` or in a loop of your own, the layer counts its
-    calls in training, `accum_steps` for an update, and does not learn what became of
-    the gradients; `finish_update` ends an update that has fewer. With `accum_steps=1`
-    there, it is Keras's layer.
+    calls in training, `accum_steps` for an update; `finish_update` ends an update that
+    has fewer. With `accum_steps=1` there, it is Keras's layer. It does not learn what
+    became of the gradients: an update that a `LossScaleOptimizer` skips there moves the
+    statistics, unless they are not finite themselves. A model that is saved in the
+    middle of an update loses what the layer has pooled of it.
+
+    A layer that is called several times in a forward pass (shared, or in a
+    `TimeDistributed`) pools all of these calls, where Keras's moves at each of them;
+    where it counts, `accum_steps` is the number of pieces times that of calls.
 
     Pieces of 1 to 4 examples have statistics too noisy to normalize by. With
     `renorm=True` the layer corrects them to the moving ones, within bounds ("batch
@@ -78,7 +84,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         mask: Bool tensor of a rank less, of the examples' steps that count.
 
     Raises:
-        TypeError: If `accum_steps` is no int.
+        TypeError: If an argument has a wrong type.
         ValueError: If a number is out of its range.
 
     Example:
@@ -113,6 +119,11 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
     ):
         check_positive_int("accum_steps", accum_steps)
         _check_range("momentum", momentum, 0, 1)
+        if not isinstance(renorm, bool):
+            raise TypeError(
+                "Argument `renorm` must be a bool. "
+                f"Received: renorm={renorm!r} (of type {type(renorm).__name__})"
+            )
         _check_range("rmax", rmax, 1, math.inf)
         _check_range("dmax", dmax, 0, math.inf)
         super().__init__(
@@ -241,6 +252,8 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         self._pool.keep(ops.logical_not(done))
 
     def _move(self, mean, variance, count):
+        # One value that is not finite would stay in the moving statistics for good.
+        moves = (count > 0) & ops.isfinite(mean) & ops.isfinite(variance)
         for moving, new in (
             (self.moving_mean, mean),
             (self.moving_variance, variance),
@@ -248,7 +261,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
             # In the new value's dtype, for that of half-precision weights rounds.
             old = ops.cast(moving, new.dtype)
             moved = old * self.momentum + new * (1 - self.momentum)
-            moving.assign(ops.where(count > 0, moved, old))
+            moving.assign(ops.where(moves, moved, old))
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -377,6 +390,11 @@ def _check_mask(inputs, mask):
 
 
 def _check_range(name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(
+            f"Argument `{name}` must be a number. "
+            f"Received: {name}={value!r} (of type {type(value).__name__})"
+        )
     if not low <= value <= high:
         raise ValueError(
             f"Argument `{name}` must be a number from {low} to {high}. "

@@ -15,6 +15,7 @@ import keras
 from gradient_accumulator import backend
 from gradient_accumulator.agc import AdaptiveClipping
 from gradient_accumulator.backend import trainer
+from gradient_accumulator.layers import AccumBatchNormalization
 from gradient_accumulator.normalizers import symbolic
 from gradient_accumulator.optimizer import check_not_accumulating
 from gradient_accumulator.pieces import Accumulation, Epoch, example_count, map_leaves
@@ -129,6 +130,7 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
         _check_backend()
         _check_layers(model)
         _check_optimizer(model)
+        _reset_statistics(model)
         arguments = inspect.signature(type(model).fit).bind(model, *args, **kwargs)
         epoch.restart(arguments.arguments.get("steps_per_epoch"))
         if engine.KERAS_DRAWS_TO_BUILD:
@@ -172,6 +174,7 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
                 f"or call `fit`. Received: accum_steps={accum_steps}"
             )
         _check_optimizer(model)
+        _reset_statistics(model)
         return type(model).train_on_batch(model, *args, **kwargs)
 
     for name, method in zip(_METHODS, (fit, make_train_function, train_on_batch)):
@@ -321,6 +324,13 @@ def _check_optimizer(model: keras.Model) -> None:
         getattr(model, "optimizer", None),
         "The model accumulates, and so does its optimizer.",
     )
+
+
+def _reset_statistics(model: keras.Model) -> None:
+    """Forget what calls in training outside of an update have pooled."""
+    for layer in trainer.layers_of(model):
+        if isinstance(layer, AccumBatchNormalization):
+            layer.reset()
 
 
 _register = keras.saving.register_keras_serializable(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from gradient_accumulator.backend import trainer
@@ -115,9 +117,14 @@ def _copied(model, change: Callable[[Any], None]) -> keras.Model:
         layer.trainable = original.trainable
         if type(original) is AccumBatchNormalization is not type(layer):
             AccumBatchNormalization.take_over(layer, *original.settings)
-    for variable, value in zip(copy.variables, model.variables):
+    for variable, original in zip(copy.variables, model.variables):
         # Seeds too; a copy, for JAX gives the memory of variables away.
-        variable.assign(ops.copy(value.value))
+        variable.assign(ops.copy(original.value))
+        if variable.trainable != original.trainable:
+            variable.trainable = original.trainable
+    for original, layer in zip(originals, layers):
+        if hasattr(layer, "finalize_state"):
+            _copy_adapted(original, layer)
     for layer in layers:
         change(layer)
     accumulation = accumulation_of(model)
@@ -129,14 +136,30 @@ def _kind(layer):
     return keras.layers.BatchNormalization if is_own else type(layer)
 
 
+def _copy_adapted(original, layer):
+    """What a preprocessing layer has learned of data, beside its variables."""
+    stored: dict[str, Any] = {}
+    original.save_own_variables(stored)
+    values = {
+        key: np.array(ops.convert_to_numpy(value)) for key, value in stored.items()
+    }
+    layer.load_own_variables(values)
+    if hasattr(layer, "load_assets"):
+        with tempfile.TemporaryDirectory() as folder:
+            original.save_assets(folder)
+            layer.load_assets(folder)
+
+
 def _clone(model):
-    if isinstance(model, keras.Sequential):
+    if trainer.is_keras_own(type(model)) and isinstance(model, keras.Sequential):
         return keras.models.clone_model(model, clone_function=_made_again)
-    if isinstance(model, trainer.Functional):
+    if trainer.is_keras_own(type(model)) and isinstance(model, trainer.Functional):
         return keras.models.clone_model(
             model, trainer.same_inputs(model), clone_function=_made_again
         )
-    copy = _made_again(model)
+    copy = _from_config(model)
+    if copy.built:
+        return copy
     try:
         copy.build_from_config(model.get_build_config())
     except Exception as error:  # whatever a user's model does
@@ -145,13 +168,29 @@ def _clone(model):
 
 
 def _made_again(layer):
+    if type(layer) is keras.layers.Lambda:
+        # Keras makes it again from source code only if that is declared safe.
+        return keras.layers.Lambda(
+            layer.function,
+            layer._output_shape,
+            layer.mask,
+            layer.arguments,
+            name=layer.name,
+            dtype=layer.dtype_policy,
+        )
+    if isinstance(layer, (trainer.Functional, keras.Sequential)) and layer.built:
+        return _clone(layer)
+    return _from_config(layer)
+
+
+def _from_config(layer):
     try:
         return type(layer).from_config(layer.get_config())
     except Exception as error:  # whatever a user's constructor does
-        raise _not_rebuilt(layer) from error
+        raise _not_rebuilt(layer, error) from error
 
 
-def _not_rebuilt(layer):
+def _not_rebuilt(layer, cause=""):
     inside = [
         each.name
         for each in trainer.layers_of(layer)
@@ -160,8 +199,9 @@ def _not_rebuilt(layer):
     return ValueError(
         f"The layer {layer.name!r} cannot be made again from its `get_config` with the "
         "same layers and weights, and its batch normalization not be replaced. "
-        "Implement `get_config` (and `build` for a subclassed model), or use "
-        "`AccumBatchNormalization` in it. Received: "
+        "Implement `get_config` (and `build` for a subclassed model), register the "
+        "classes that it names, or use `AccumBatchNormalization` in it. "
+        f"{cause} Received: "
         f"{layer} (of type {type(layer)}), with batch normalization {inside}"
     )
 

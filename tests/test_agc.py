@@ -254,6 +254,17 @@ def test_what_is_excluded_is_not_clipped(kind):
     assert_same(trained, reference)
 
 
+def test_a_layer_excludes_itself_only():
+    heads = [layers.Dense(2, name="head") for _ in range(2)]
+    for head in heads:
+        head.build((None, 3))
+    variables = [w for head in heads for w in head.weights]
+    gradients = [ops.full(v.shape, 100.0) for v in variables]
+    clipped_too = adaptive_clip_grad(variables, gradients, agc_exclude=heads[1])
+    sizes = [float(ops.max(g)) for g in clipped_too]
+    assert [size == 100 for size in sizes] == [False, False, True, True]
+
+
 def functional(**settings):
     keras.utils.set_random_seed(1)
     x = layers.Input((6,))

@@ -234,6 +234,21 @@ def test_in_a_loop_of_ones_own():
     np.testing.assert_allclose(array(layer.moving_mean), x.mean(0), rtol=1e-6)
 
 
+def test_calls_before_training_do_not_count():
+    model = model_of(AccumBatchNormalization(accum_steps=4), (6,))
+    reference = fit(model_of(layers.BatchNormalization(), (6,)), data((6,)))
+    model(np.full((4, 6), 100.0, "float32"), training=True)
+    assert_same(in_pieces(model, data((6,)), "microbatch_size"), reference)
+
+
+def test_what_is_not_finite_does_not_stay():
+    layer = AccumBatchNormalization(accum_steps=1)
+    x = np.ones((4, 6), "float32")
+    x[0, 0] = np.inf
+    layer(x, training=True)
+    np.testing.assert_allclose(array(layer.moving_mean), [0, *[0.01] * 5], rtol=1e-5)
+
+
 def test_a_failed_update_leaves_the_statistics():
     model = model_of(AccumBatchNormalization(), (6,))
     accumulate(model, accum_steps=3)
@@ -382,6 +397,9 @@ def test_it_is_saved_as_itself(tmp_path):
         ({"momentum": 1.5}, ValueError),
         ({"rmax": 0.5}, ValueError),
         ({"dmax": -1.0}, ValueError),
+        ({"rmax": None}, TypeError),
+        ({"momentum": "0.9"}, TypeError),
+        ({"renorm": "yes"}, TypeError),
     ],
 )
 def test_bad_arguments(settings, error):

@@ -71,7 +71,11 @@ def in_pieces(way, size):
 
 @pytest.mark.parametrize(
     "per_layer, way",
-    [(False, "microbatch_size"), (False, "accum_steps"), (True, "microbatch_size")],
+    [
+        (False, "microbatch_size"),
+        pytest.param(False, "accum_steps", marks=pytest.mark.full),
+        pytest.param(True, "microbatch_size", marks=pytest.mark.full),
+    ],
 )
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_no_further_off_than_the_full_batch(policy, per_layer, way):

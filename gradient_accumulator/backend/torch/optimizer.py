@@ -66,6 +66,7 @@ def total(variable: keras.Variable, weighed: bool) -> Any:
 
 def dense(gradient: torch.Tensor) -> torch.Tensor:
     """A gradient whose rows that occur several times are summed."""
+    gradient = keras.ops.convert_to_tensor(gradient)
     return gradient.to_dense() if gradient.is_sparse else gradient
 
 
