@@ -1,5 +1,9 @@
 """`AccumBatchNormalization`: the full batch's moving statistics, once an update."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -301,6 +305,22 @@ def test_a_skipped_update_leaves_the_statistics(cls, way):
 
 def statistics_path(model):
     return next(v.path for v in model.variables if "moving_mean" in v.path)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="processes of torch.distributed"
+)
+def test_synchronized_over_two_processes(tmp_path):
+    """On TensorFlow, `mirrored.py` has the same for two replicas."""
+    script = Path(__file__).with_name("two_processes.py")
+    ended = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "store")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
 
 
 # ------------------------------------------------------------------ renormalization
