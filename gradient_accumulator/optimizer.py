@@ -177,6 +177,9 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
     ):
         """As `apply`, without effects: for `jax.jit`.
 
+        The update is in a loop that runs once or not at all, through which JAX
+        differentiates forwards but not in reverse.
+
         Args:
             optimizer_variables: List of the values of `variables`.
             grads: As for `apply`.
@@ -225,7 +228,11 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
 
     @property
     def pending(self) -> int:
-        """How many pieces wait for their update."""
+        """How many pieces wait for their update.
+
+        During `fit` on JAX the state is not in the variables: in a callback, call the
+        model's `jax_state_sync` before.
+        """
         return self._engine.read(self._count) if self._accumulators else 0
 
     def build(self, variables) -> None:
