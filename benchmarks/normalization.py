@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 
-from . import report, speed
+from . import loops, report, speed
 from .digits import BATCH, EPOCHS, PIECE, WAYS
 from .processes import ROOT, environment
 from .variants import VARIANTS, Spec
@@ -43,7 +43,7 @@ def run(backend: str, arguments: argparse.Namespace) -> None:
     }
     rows = [
         [model, *[report.number(times.get(v, math.nan) * 1e6) for v in TIMED]]
-        + [report.ratio(_ratio(times, v)) for v in TIMED[1:]]
+        + [report.ratio(loops.ratio(times, v, "split")) for v in TIMED[1:]]
         for model, times in measured.items()
     ]
     names = [VARIANTS[v] for v in TIMED]
@@ -104,15 +104,9 @@ def _accuracy(backend: str, way: str, seed: int) -> float:
     return float(done.stdout.split()[-1])
 
 
-def _ratio(times: dict, variant: str) -> float:
-    if {variant, "split"} <= times.keys():
-        return times[variant] / times["split"]
-    return math.nan
-
-
 def summary(backend: str, saved: dict) -> str:
     ratios = ", ".join(
-        f"{VARIANTS[v]} {report.ratio(_ratio(times, v))}"
+        f"{VARIANTS[v]} {report.ratio(loops.ratio(times, v, 'split'))}"
         for times in saved["times"].values()
         for v in TIMED[1:]
     )

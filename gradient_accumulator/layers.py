@@ -227,6 +227,13 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         if not self._told:
             self._finish_if(self._pool.calls.value >= self.accum_steps)
 
+    @property
+    def pending(self) -> int:
+        """How many calls were pooled since the moving statistics last moved."""
+        if self._pool is None:
+            return 0
+        return int(ops.convert_to_numpy(self._pool.calls.value))
+
     def finish_update(self) -> None:
         """Move the moving statistics by what was pooled since they last moved.
 

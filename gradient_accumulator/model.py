@@ -15,7 +15,7 @@ import keras
 from gradient_accumulator import backend
 from gradient_accumulator.agc import AdaptiveClipping
 from gradient_accumulator.backend import trainer
-from gradient_accumulator.layers import AccumBatchNormalization
+from gradient_accumulator.backend.statistics import pooling_layers
 from gradient_accumulator.normalizers import symbolic
 from gradient_accumulator.optimizer import check_not_accumulating
 from gradient_accumulator.pieces import Accumulation, Epoch, example_count, map_leaves
@@ -276,7 +276,8 @@ def _check_backend() -> None:
         )
 
 
-def _check_model(model: Any) -> None:
+def check_is_model(model: Any) -> None:
+    """Raise if it is no model of Keras 3's."""
     if not isinstance(model, keras.Model):
         modules = [cls.__module__ for cls in type(model).__mro__]
         if any(
@@ -292,6 +293,10 @@ def _check_model(model: Any) -> None:
             "Argument `model` must be a Keras 3 model, a `keras.Model`. "
             f"Received: model={model} (of type {type(model)})"
         )
+
+
+def _check_model(model: Any) -> None:
+    check_is_model(model)
     for name in ("train_step", "make_train_function"):
         own = getattr(type(model), name)
         if not trainer.is_keras_own(own) or (
@@ -328,8 +333,8 @@ def _check_optimizer(model: keras.Model) -> None:
 
 def _reset_statistics(model: keras.Model) -> None:
     """Forget what calls in training outside of an update have pooled."""
-    for layer in trainer.layers_of(model):
-        if isinstance(layer, AccumBatchNormalization):
+    for layer in pooling_layers(model):
+        if layer.pending:  # to look costs less than to assign
             layer.reset()
 
 

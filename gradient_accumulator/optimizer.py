@@ -15,7 +15,7 @@ from keras import ops
 from gradient_accumulator import backend
 from gradient_accumulator.agc import AdaptiveClipping
 from gradient_accumulator.backend import trainer
-from gradient_accumulator.layers import AccumBatchNormalization
+from gradient_accumulator.backend.statistics import pooling_layers
 from gradient_accumulator.pieces import check_float_dtype, check_positive_int
 
 REDUCTIONS = ("MEAN", "SUM")
@@ -630,9 +630,8 @@ class FlushGradients(keras.callbacks.Callback):
         if self._optimizer is None:  # outside of `fit` nothing has begun
             return
         self._optimizer.flush()
-        for layer in trainer.layers_of(self.model):
-            if isinstance(layer, AccumBatchNormalization):
-                layer.finish_update()
+        for layer in pooling_layers(self.model):
+            layer.finish_update()
 
 
 def chain(optimizer: Any) -> Iterable:

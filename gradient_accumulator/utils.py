@@ -11,8 +11,9 @@ import numpy as np
 from keras import ops
 
 from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.statistics import normalizations
 from gradient_accumulator.layers import AccumBatchNormalization
-from gradient_accumulator.model import accumulate_as, accumulation_of
+from gradient_accumulator.model import accumulate_as, accumulation_of, check_is_model
 from gradient_accumulator.pieces import check_positive_int
 
 
@@ -94,11 +95,7 @@ def restore_batchnorm_layers(model: keras.Model) -> keras.Model:
 
 
 def _copied(model, change: Callable[[Any], None]) -> keras.Model:
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            "Argument `model` must be a Keras 3 model, a `keras.Model`. "
-            f"Received: model={model} (of type {type(model)})"
-        )
+    check_is_model(model)
     if not model.built:
         raise ValueError(
             "Argument `model` must be a model that is built: call it on data, or begin "
@@ -191,11 +188,7 @@ def _from_config(layer):
 
 
 def _not_rebuilt(layer, cause=""):
-    inside = [
-        each.name
-        for each in trainer.layers_of(layer)
-        if isinstance(each, keras.layers.BatchNormalization)
-    ]
+    inside = [each.name for each in normalizations(layer)]
     return ValueError(
         f"The layer {layer.name!r} cannot be made again from its `get_config` with the "
         "same layers and weights, and its batch normalization not be replaced. "

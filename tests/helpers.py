@@ -68,18 +68,24 @@ def optimizer_variables(optimizer):
 
 
 @contextlib.contextmanager
-def floatx(name):
-    before = keras.config.floatx()
-    keras.config.set_floatx(name)
+def configured(name, value):
+    """Keras with one setting changed, such as "floatx" or "dtype_policy"."""
+    change = getattr(keras.config, f"set_{name}")
+    before = getattr(keras.config, name)()
+    change(value)
     try:
         yield
     finally:
-        keras.config.set_floatx(before)
+        change(before)
+
+
+def named(name):
+    return next(p for p in problems.PROBLEMS if p.name == name)
 
 
 def train(problem, data, prepare=lambda model: model, **overrides):
     """Trains on `data` (one epoch's batches) after `prepare(model)`."""
-    with floatx(problem.floatx):
+    with configured("floatx", problem.floatx):
         model = problem.build()
         before = arrays(model.weights)
         history = []
@@ -108,7 +114,7 @@ def train(problem, data, prepare=lambda model: model, **overrides):
 @functools.cache
 def plain(name):
     """Plain Keras on the full batches of the problem of this name."""
-    problem = next(p for p in problems.PROBLEMS if p.name == name)
+    problem = named(name)
     return train(problem, problem.batches())
 
 
@@ -130,7 +136,7 @@ def even(problem):
     return batch, problems.cut(batch, size)
 
 
-def in_pieces(problem, way, piece=problems.PIECE):
+def in_pieces(problem, way, piece=problems.PIECE, **settings):
     """Ours; `way` is "microbatch_size", with pieces of that size, or "accum_steps"."""
     if way == "microbatch_size":
         data, size = problem.batches(), piece
@@ -139,7 +145,7 @@ def in_pieces(problem, way, piece=problems.PIECE):
     return train(
         problem,
         data,
-        lambda model: accumulate(model, **{way: size}),
+        lambda model: accumulate(model, **{way: size}, **settings),
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import problems
 import pytest
-from helpers import array, assert_same, even, in_pieces, moved, train
+from helpers import array, assert_same, even, in_pieces, moved, named, pieces, train
 from keras import layers, ops
 
 from gradient_accumulator import (
@@ -23,10 +23,6 @@ from gradient_accumulator import (
 BACKEND = keras.backend.backend()
 CLIP, EPS = 0.05, 1e-2
 WAYS = ("microbatch_size", "accum_steps")
-
-
-def named(name):
-    return next(p for p in problems.PROBLEMS if p.name == name)
 
 
 def kernels(layer, *shapes):
@@ -145,7 +141,7 @@ def clipped(*excluded, **settings):
 
 
 def with_optimizer(problem, make):
-    return dataclasses.replace(problem, optimizer=lambda **overrides: make(**overrides))
+    return dataclasses.replace(problem, optimizer=make)
 
 
 def plain_sgd(**settings):
@@ -190,26 +186,16 @@ def test_clipping_sees_the_unscaled_gradient(scaling, way):
     assert_same(agc(wrapped, way), train(reference, problem.batches()))
 
 
-def agc(problem, way, **settings):
-    settings = {"clip_factor": CLIP, "eps": EPS, **settings}
-    size = problems.PIECE if way == "microbatch_size" else problem.accum_steps
-    data = problem.batches()
-    if way == "accum_steps":
-        data = [piece for batch in data for piece in problem.cut(batch)]
-    return train(
-        problem,
-        data,
-        lambda model: accumulate(model, **{way: size}, use_agc=True, **settings),
-    )
+def agc(problem, way):
+    return in_pieces(problem, way, use_agc=True, clip_factor=CLIP, eps=EPS)
 
 
 def test_clipped_pieces_add_up_to_something_else():
     problem = with_optimizer(named("weights_int"), clipped)
     whole = train(problem, problem.batches())
     # What an optimizer that clips every piece does, as the re-created system did.
-    pieces = [p for batch in problem.batches() for p in problem.cut(batch)]
     with pytest.raises(AssertionError):
-        assert_same(train(problem, pieces), whole)
+        assert_same(train(problem, pieces(problem)), whole)
 
 
 def test_one_piece_an_update():
@@ -307,34 +293,34 @@ def test_a_saved_model_clips_as_before(kind, tmp_path):
 @pytest.mark.parametrize("scaling", PAIRS)
 def test_the_optimizer_wrapper_clips_the_finished_gradient(scaling):
     problem = named("weights_int")
-    batch, pieces = even(problem)
+    batch, given = even(problem)
     reference, inner = PAIRS[scaling]
 
     def wrapped():
         return GradientAccumulateOptimizer(
-            inner(), len(pieces), use_agc=True, clip_factor=CLIP, eps=EPS
+            inner(), len(given), use_agc=True, clip_factor=CLIP, eps=EPS
         )
 
     assert_same(
-        train(with_optimizer(problem, wrapped), pieces),
+        train(with_optimizer(problem, wrapped), given),
         train(with_optimizer(problem, reference), [batch]),
     )
 
 
 def test_a_scaler_around_the_optimizer_wrapper():
     problem = named("weights_int")
-    batch, pieces = even(problem)
+    batch, given = even(problem)
 
     def wrapped():
         return scaled(
             GradientAccumulateOptimizer(
-                plain_sgd(), len(pieces), use_agc=True, clip_factor=CLIP, eps=EPS
+                plain_sgd(), len(given), use_agc=True, clip_factor=CLIP, eps=EPS
             )
         )
 
     reference = with_optimizer(problem, lambda: scaled(clipped()))
     assert_same(
-        train(with_optimizer(problem, wrapped), pieces), train(reference, [batch])
+        train(with_optimizer(problem, wrapped), given), train(reference, [batch])
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import problems
 import pytest
 from helpers import Batches, array
 from keras import layers, ops
@@ -49,11 +50,7 @@ def fit(model, batches, **arguments):
 
 
 def cut(batches, size=PIECE):
-    return [
-        tuple(a[i : i + size] for a in batch)
-        for batch in batches
-        for i in range(0, len(batch[0]), size)
-    ]
+    return [piece for batch in batches for piece in problems.cut(batch, size)]
 
 
 def in_pieces(model, batches, way):

@@ -1,12 +1,11 @@
 """Half precision in pieces: no further off than half precision on the full batch."""
 
-import contextlib
-
 import keras
 import numpy as np
 import pytest
-from helpers import Batches, array
+from helpers import Batches, array, configured
 from keras import layers
+from problems import cut
 
 from gradient_accumulator import (
     AccumBatchNormalization,
@@ -17,14 +16,8 @@ from gradient_accumulator import (
 WAYS = ("microbatch_size", "accum_steps")
 
 
-@contextlib.contextmanager
 def global_policy(name):
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(name)
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(before)
+    return configured("dtype_policy", name)
 
 
 def data(examples=64):
@@ -62,10 +55,9 @@ def trained(policy, per_layer=False, prepare=lambda model: model, pieces=None):
 def in_pieces(way, size):
     if way == "microbatch_size":
         return {"prepare": lambda model: accumulate(model, microbatch_size=size)}
-    x, y = data()
     return {
         "prepare": lambda model: accumulate(model, accum_steps=64 // size),
-        "pieces": [(x[i : i + size], y[i : i + size]) for i in range(0, 64, size)],
+        "pieces": cut(data(), size),
     }
 
 
@@ -147,7 +139,7 @@ def test_one_overflow_skips_the_update(normalization, own_scaler, way):
     def fit(batch):
         pieces = [batch]
         if way == "accum_steps":
-            pieces = [tuple(a[i : i + 4] for a in batch) for i in range(0, 16, 4)]
+            pieces = cut(batch, 4)
         model.fit(Batches(pieces), verbose=0, shuffle=False)
 
     fit(data(16))
@@ -181,8 +173,7 @@ def test_one_overflow_with_the_optimizer_wrapper(around):
         model.compile(optimizer, "mse", auto_scale_loss=False)
 
     def fit(batch):
-        pieces = [tuple(a[i : i + 4] for a in batch) for i in range(0, 16, 4)]
-        model.fit(Batches(pieces), verbose=0, shuffle=False)
+        model.fit(Batches(cut(batch, 4)), verbose=0, shuffle=False)
 
     fit(data(16))
     before = flat(model), int(array(adam.iterations))

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import problems
 import pytest
-from helpers import array, arrays, assert_close, assert_same, even, moved, train
+from helpers import array, arrays, assert_close, assert_same, even, moved, named, train
 from keras import ops
 from versions import unless_plain_fails
 
@@ -100,10 +100,6 @@ def merging(optimizer):
 
     optimizer.apply = merged
     return optimizer
-
-
-def named(name):
-    return next(p for p in problems.PROBLEMS if p.name == name)
 
 
 @pytest.mark.parametrize(

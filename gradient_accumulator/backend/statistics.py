@@ -22,6 +22,12 @@ def normalizations(model: keras.Model) -> list:
     ]
 
 
+def pooling_layers(model: keras.Model) -> list:
+    """Those of them that pool the statistics of an update's pieces."""
+    layers = normalizations(model)
+    return [x for x in layers if isinstance(x, AccumBatchNormalization)]
+
+
 def synchronizes(model: keras.Model) -> bool:
     """Whether a forward pass waits for those of other replicas."""
     return any(layer.synchronized for layer in normalizations(model))
@@ -48,13 +54,12 @@ class Statistics:
     """
 
     def __init__(self, model: keras.Model):
-        layers = normalizations(model)
         self.scale: Any = _dynamic_scale(model.optimizer)
-        self.pools = [x for x in layers if isinstance(x, AccumBatchNormalization)]
+        self.pools = pooling_layers(model)
         # What an update that is skipped must leave as it was. Without a scale none is.
         self.variables = [
             variable
-            for layer in (self.pools if self.scale is None else layers)
+            for layer in (self.pools if self.scale is None else normalizations(model))
             for variable in layer.variables
             if not variable.trainable
         ]

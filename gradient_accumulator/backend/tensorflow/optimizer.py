@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator.backend.common import new_accumulator
+from gradient_accumulator.backend.tensorflow.replicas import total as total_of
 
 
 def _of_each_replica(next_creator, **kwargs):
@@ -93,12 +94,10 @@ def dense(gradient: Any) -> tf.Tensor:
 
 def clip(clipping: Any, optimizer: Any, variables: list, gradients: list) -> list:
     """Clip the finished gradients of an update, which on replicas is their sum."""
-    replica = tf.distribute.get_replica_context()
-    count = 1 if replica is None else replica.num_replicas_in_sync
+    count = tf.distribute.get_strategy().num_replicas_in_sync
     if count == 1:
         return clipping.clip_update(optimizer, variables, gradients)
-    given = [tf.convert_to_tensor(g) for g in gradients if g is not None]
-    summed = iter(replica.all_reduce(tf.distribute.ReduceOp.SUM, given))
+    summed = iter(total_of([dense(g) for g in gradients if g is not None]))
     gradients = [None if g is None else next(summed) for g in gradients]
     clipped = clipping.clip_update(optimizer, variables, gradients)
     # The optimizer will sum them.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import tensorflow as tf
 
 
-def total(tensor: tf.Tensor) -> tf.Tensor:
-    """A tensor's sum over all replicas; the tensor itself where there is one."""
+def total(tensor: Any) -> Any:
+    """A tensor's sum over all replicas, or a list's; itself where there is one."""
     replica = tf.distribute.get_replica_context()
     if replica is None or replica.num_replicas_in_sync == 1:
         return tensor
