@@ -21,12 +21,14 @@ class LossFunction:
         microbatch_size: Number of examples in a piece.
         has_aux: Whether the function returns more than the loss.
         accum_dtype: Dtype in which gradients are summed.
+        module: What reduces the gradients over processes, or None.
     """
 
     function: Callable
     microbatch_size: int
     has_aux: bool
     accum_dtype: str
+    module: Any = None
 
     def __call__(self, *args, **kwargs) -> tuple[Any, Any, Any]:
         """The numerator, its denominator or None if it is a mean, and what is more."""
@@ -62,6 +64,7 @@ def accumulated_value_and_grad(
     microbatch_size: int,
     has_aux: bool = False,
     accum_dtype: str = "float32",
+    module: Any = None,
 ) -> Callable:
     """A function that computes a full batch's loss and gradients piece by piece.
 
@@ -87,6 +90,11 @@ def accumulated_value_and_grad(
             nested structure of tensors.
         accum_dtype: Name of the float dtype that gradients are summed in (float64
             variables always sum in float64).
+        module: On PyTorch, the `DistributedDataParallel` or the FSDP2 module (what
+            `fully_shard` returns) that `loss_fn` calls. Its processes reduce their
+            gradients once, with the last piece's, and each gets the loss and the
+            gradients of all their examples: each is given its share of the full
+            batch, of any number of pieces. It does the summing, in its own dtype.
 
     Returns:
         A function `(variables, batch, *args, **kwargs)`. `variables` are those to
@@ -130,6 +138,11 @@ def accumulated_value_and_grad(
         )
     check_positive_int("microbatch_size", microbatch_size)
     check_float_dtype(accum_dtype)
+    if module is not None and keras.backend.backend() != "torch":
+        raise ValueError(
+            "Argument `module` is for PyTorch's `torch.distributed`. Received: "
+            f"module={module!r} on {keras.backend.backend()}"
+        )
     return backend.active().value_and_grad(
-        LossFunction(loss_fn, microbatch_size, has_aux, accum_dtype)
+        LossFunction(loss_fn, microbatch_size, has_aux, accum_dtype, module)
     )

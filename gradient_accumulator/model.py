@@ -144,7 +144,7 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
         try:
             with (
                 _added(callback, arguments.arguments, model),
-                engine.drawing(epoch, accum_steps or 1),
+                engine.fitting(model, epoch, accum_steps or 1),
             ):
                 return type(model).fit(*arguments.args, **arguments.kwargs)
         except StopIteration:  # Keras found nothing to build the model from

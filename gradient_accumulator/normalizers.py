@@ -148,7 +148,7 @@ def dtype() -> str:
     return "float64" if keras.config.floatx() == "float64" else "float32"
 
 
-def factors(denominators, shares, kinds: Sequence[str]):
+def factors(denominators, shares, kinds: Sequence[str], totals=None):
     """The factors above, from every piece's denominators.
 
     Args:
@@ -156,6 +156,8 @@ def factors(denominators, shares, kinds: Sequence[str]):
             not `NORMALIZED` its values do not matter. None if no loss is.
         shares: Float tensor of shape `(pieces,)`.
         kinds: The `kind` of each loss.
+        totals: Float tensor of shape `(losses,)`, what the pieces' denominators add up
+            to together with those of other processes. None if there are no others.
 
     Returns:
         Float tensor of shape `(pieces, losses)`. A loss whose denominator is 0 on
@@ -165,7 +167,8 @@ def factors(denominators, shares, kinds: Sequence[str]):
     additive = 1 / shares
     normalized = additive
     if denominators is not None:
-        totals = ops.sum(denominators, axis=0, keepdims=True)
+        if totals is None:
+            totals = ops.sum(denominators, axis=0)
         normalized = ops.divide_no_nan(1.0, totals * shares)
     by_examples = ops.convert_to_tensor([[k == BY_EXAMPLES for k in kinds]])
     additives = ops.convert_to_tensor([[k == ADDITIVE for k in kinds]])
@@ -287,26 +290,32 @@ class Weighed:
         expected: The number of examples that the shares are of.
         kinds: The compiled losses' kinds.
         factors: A row for each piece, or None.
+        totals: As for `HostWeights`.
     """
 
-    def __init__(self, pieces, expected, kinds=(), factors=None):
+    def __init__(self, pieces, expected, kinds=(), factors=None, totals=None):
         self.pieces = pieces
         self.expected = expected
         self.kinds = kinds
         self.factors = factors
+        self.totals = totals
         self.examples = 0
 
     def __iter__(self):
         for k, piece in enumerate(self.pieces):
             size = examples(piece)
+            if size == 0:  # the share of a process that others give all to do
+                continue
             self.examples += size
             row = None if self.factors is None else self.factors[k]
             yield piece, size / self.expected, self.kinds, row
 
-    @property
     def correction(self) -> float:
-        """What sums over the pieces are to be multiplied by."""
-        return self.expected / self.examples
+        """What sums over the pieces are to be multiplied by, when all are done."""
+        examples = self.examples
+        if self.totals is not None:
+            (examples,) = self.totals([examples])
+        return self.expected / examples
 
 
 class HostWeights:
@@ -316,12 +325,15 @@ class HostWeights:
         model: A compiled and built model.
         measure: A function of the model's state and a piece that returns `values`.
         scope: As for `inspect`, but a function of the model's state first.
+        totals: Sums a list of numbers over the processes that train together, each on
+            pieces of its own. None if there is one.
     """
 
-    def __init__(self, model, measure, scope=StatelessScope):
+    def __init__(self, model, measure, scope=StatelessScope, totals=None):
         self.model = model
         self.measure = measure
         self.scope = scope
+        self.totals = totals
         self.even = has_static_inputs(model)
         self.inspected: dict[str, Losses] = {}
 
@@ -337,23 +349,37 @@ class HostWeights:
         drawn = chain([first], pieces.iterator)
         if pieces.examples is None:
             if losses.by_examples(self.even):
-                return Weighed(drawn, examples(first) * pieces.count)
-        elif losses.by_examples(even=True):
-            return Weighed(drawn, pieces.examples)
+                expected = max(examples(first), 1) * pieces.count
+                return Weighed(drawn, expected, totals=self.totals)
+        elif losses.by_examples(even=self.even or self.totals is None):
+            return Weighed(drawn, max(pieces.examples, 1), totals=self.totals)
         return self._all(list(drawn), losses, state)
 
     def _all(self, pieces: list, losses: Losses, state: tuple) -> Weighed:
         sizes = [examples(piece) for piece in pieces]
-        even = len({str(map_leaves(_inner_shape, piece)) for piece in pieces}) == 1
+        shapes = {str(map_leaves(_inner_shape, piece)) for piece in pieces}
+        # Another process's pieces may have another shape.
+        even = self.even if self.totals else len(shapes) == 1
         kinds = losses.kinds(even)
-        if set(kinds) <= {BY_EXAMPLES}:
-            return Weighed(pieces, sum(sizes))
-        denominators = None
+        denominators, totals = None, None
         if NORMALIZED in kinds:
-            denominators = ops.stack([self.measure(*state, piece) for piece in pieces])
-        shares = ops.convert_to_tensor(sizes, dtype=dtype()) / sum(sizes)
-        rows = list(factors(denominators, shares, kinds))
-        return Weighed(pieces, sum(sizes), kinds, rows)
+            denominators = ops.stack(
+                [
+                    self.measure(*state, piece) if size else ops.zeros(len(kinds))
+                    for piece, size in zip(pieces, sizes)
+                ]
+            )
+        expected = sum(sizes)
+        if self.totals is not None:
+            own = [] if denominators is None else ops.sum(denominators, axis=0)
+            expected, *sums = self.totals([expected, *map(float, own)])
+            totals = ops.convert_to_tensor(sums, dtype=dtype())
+        weighed = partial(Weighed, pieces, expected, totals=self.totals)
+        if set(kinds) <= {BY_EXAMPLES}:
+            return weighed()
+        # Of what is empty the factors are not used.
+        shares = ops.convert_to_tensor([max(s, 1) for s in sizes], dtype()) / expected
+        return weighed(kinds, list(factors(denominators, shares, kinds, totals)))
 
     def _inspect(self, piece, state):
         # What a loss divides by depends on what there is, not on how much.

@@ -179,6 +179,7 @@ class Epoch:
     def restart(self, steps: int | None = None) -> None:
         """Begin a call of `fit`."""
         self.steps = steps
+        self.number = -1
         self.updates = 0
         self.begin()
 
@@ -189,6 +190,7 @@ class Epoch:
             length: The number of batches in an epoch, as far as Keras knows it.
         """
         self.length = self.steps if length is None else length
+        self.number += 1
         self.seen = 0
 
     def left(self, count: int) -> int:

@@ -45,3 +45,5 @@ def same_seeds():
     keras.utils.set_random_seed(0)
     yield
     keras.backend.clear_session()
+    # TensorFlow keeps what it has traced, and every collection would look through it.
+    gc.freeze()

@@ -29,7 +29,7 @@ class Batches(keras.utils.PyDataset):
 
 
 def array(variable):
-    return np.asarray(keras.ops.convert_to_numpy(variable.value), "float64")
+    return np.asarray(keras.ops.convert_to_numpy(variable), "float64")
 
 
 def is_seed(variable):

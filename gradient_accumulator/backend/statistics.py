@@ -56,6 +56,13 @@ class Statistics:
     def __init__(self, model: keras.Model):
         self.scale: Any = _dynamic_scale(model.optimizer)
         self.pools = pooling_layers(model)
+        # What no pool of an update's pieces moves, but every piece.
+        self.moving = [
+            variable
+            for layer in normalizations(model)
+            if layer not in self.pools
+            for variable in (layer.moving_mean, layer.moving_variance)
+        ]
         # What an update that is skipped must leave as it was. Without a scale none is.
         self.variables = [
             variable

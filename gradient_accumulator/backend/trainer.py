@@ -10,6 +10,7 @@ import keras
 from keras.src import backend
 from keras.src.losses import loss as losses
 from keras.src.models.functional import Functional as Functional
+from keras.src.trainers.trainer import Trainer
 
 StatelessScope = backend.StatelessScope
 compute_output_spec = backend.compute_output_spec
@@ -145,6 +146,14 @@ def update_metrics(model: keras.Model, piece: tuple, loss: Any, examples: Any) -
     if model._compile_metrics is not None:
         model._compile_metrics.update_state(y, y_pred, sample_weight)
     return {}
+
+
+def metrics_result(model: keras.Model) -> dict:
+    """The values of the model's metrics, of this process's data only."""
+    # Newer Keras on PyTorch sums over processes, a variable at a time.
+    if is_keras_own(type(model).get_metrics_result):
+        return Trainer.get_metrics_result(model)
+    return type(model).get_metrics_result(model)
 
 
 def logs(model: keras.Model, own: dict, loss: Any, examples: Any) -> dict:

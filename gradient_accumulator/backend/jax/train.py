@@ -72,6 +72,6 @@ def _take(array, start, stop):
 
 
 @contextmanager
-def drawing(epoch: Epoch, group: int) -> Iterator[None]:
+def fitting(model: keras.Model, epoch: Epoch, group: int) -> Iterator[None]:
     """Around `fit`: here the train function draws its pieces itself."""
     yield

@@ -62,7 +62,7 @@ def make_update(model, accumulation):
             )
         trainable, optimizer, metrics, logs, after = apply(
             sums,
-            number(pieces.correction),
+            number(pieces.correction()),
             trainable,
             optimizer,
             metrics,

@@ -62,10 +62,13 @@ def cut(data: Any, microbatch_size: int) -> Pieces:
     return _known(sizes, read, map_leaves(symbolic, data), True, count)
 
 
-def hold(pieces: tuple, count: tf.Tensor | int) -> Pieces:
-    """Pieces that may differ in shape; those after `count` fill up, and are not read.
+def hold(pieces: tuple, count: tf.Tensor | int, skip_empty: bool) -> Pieces:
+    """Pieces that may differ in shape, in lists that a loop can index.
 
-    Their arrays are held in lists, which a loop can index.
+    Args:
+        pieces: Nested tensors.
+        count: How many there are; what comes after fills up.
+        skip_empty: Whether there may be some without examples.
     """
     columns = list(
         zip(*(tf.nest.flatten(piece, expand_composites=True) for piece in pieces))
@@ -76,14 +79,20 @@ def hold(pieces: tuple, count: tf.Tensor | int) -> Pieces:
     lists = [None if column[0] is None else _list(column) for column in columns]
     even = all(shape is None or None not in shape[1:] for shape in shapes)
 
+    sizes = tf.stack([size_of(piece) for piece in pieces])[:count]
+    filled = None
+    if skip_empty:
+        filled = tf.squeeze(tf.where(sizes > 0), 1)
+        sizes = tf.gather(sizes, filled)
+
     def read(k):
+        k = k if filled is None else tf.cast(filled[k], tf.int32)
         arrays = [
             None if held is None else tf.ensure_shape(held.read(k), shape)
             for held, shape in zip(lists, shapes)
         ]
         return tf.nest.pack_sequence_as(pieces[0], arrays, expand_composites=True)
 
-    sizes = tf.stack([size_of(piece) for piece in pieces])[:count]
     known = count if isinstance(count, int) else None
     return _known(sizes, read, map_leaves(symbolic, pieces[0]), even, known)
 

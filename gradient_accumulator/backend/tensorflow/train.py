@@ -19,6 +19,7 @@ from gradient_accumulator.backend.tensorflow.pieces import (
     cut,
     hold,
     is_even,
+    size_of,
     stream,
     symbolic,
     trace_piece,
@@ -127,7 +128,9 @@ class _Updates:
     def _of_batch(self, batch, microbatch_size):
         batch = _tensors(batch)
         for local in self._locals(batch):
-            example_count(local)
+            # A replica may have nothing of an epoch's last batch.
+            if self.replicas == 1 or size_of(local):
+                example_count(local)
         self._build(batch)
 
         def pieces_of(batch):
@@ -142,7 +145,12 @@ class _Updates:
         count = len(pieces) if self.unrolled else tf.constant(len(pieces))
         pieces += pieces[-1:] * (self.accum_steps - len(pieces))
         signature = ((self.spec,) * self.accum_steps, tf.TensorSpec((), tf.int32))
-        return lambda: self._run(hold, signature, tuple(pieces), count)[0]
+
+        def hold_all(pieces, count):
+            several = self.replicas > 1 and not self.unrolled
+            return hold(pieces, count, skip_empty=several)
+
+        return lambda: self._run(hold_all, signature, tuple(pieces), count)[0]
 
     def _of_iterator(self, iterator):
         pieces = self.epoch.draw(_optionals(iterator), self.accum_steps)
@@ -245,6 +253,6 @@ def _tensors(batch):
 
 
 @contextmanager
-def drawing(epoch: Epoch, group: int) -> Iterator[None]:
+def fitting(model: keras.Model, epoch: Epoch, group: int) -> Iterator[None]:
     """Around `fit`: here the train function draws its pieces itself."""
     yield

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import torch
 
+from gradient_accumulator.backend.torch.modules import reducing
 from gradient_accumulator.backend.torch.sums import Sum
 from gradient_accumulator.gradients import LossFunction
 from gradient_accumulator.pieces import cut, example_count
@@ -15,14 +16,19 @@ from gradient_accumulator.pieces import cut, example_count
 
 def value_and_grad(loss: LossFunction) -> Callable:
     """The function that `accumulated_value_and_grad` returns."""
+    processes = reducing(loss.module)
 
     def function(variables, batch, *args, **kwargs):
         variables = list(variables)
         parameters = [
             v.value if isinstance(v, keras.Variable) else v for v in variables
         ]
-        size = example_count(batch)
-        dtypes = [getattr(torch, loss.accumulator_dtype(p.dtype)) for p in parameters]
+        # A mean over processes: each adds its sum, times their number.
+        (size,) = processes.totals([example_count(batch) / processes.count])
+        dtypes = [
+            processes.dtype(p) or getattr(torch, loss.accumulator_dtype(p.dtype))
+            for p in parameters
+        ]
         double = torch.float64 in dtypes
         weight = torch.zeros((), dtype=torch.float64 if double else torch.float32)
         wanted = [p for p in parameters if p.requires_grad]
@@ -32,21 +38,30 @@ def value_and_grad(loss: LossFunction) -> Callable:
             for parameter in parameters:
                 parameter.grad = None
             sums = [Sum(p, dtype) for p, dtype in zip(parameters, dtypes)]
-            for piece in cut(batch, loss.microbatch_size).iterator:
-                numerator, denominator, aux = loss(piece, *args, **kwargs)
-                examples = example_count(piece)
-                share = (examples if denominator is None else 1) / size
-                worth = numerator * share
-                # What else the loss depends on keeps its own `grad`.
-                worth.backward(inputs=wanted)
+            pieces = cut(batch, loss.microbatch_size)
+            processes.check(pieces.count)
+            for k, piece in enumerate(pieces.iterator, start=1):
+                with processes.piece(last=k == pieces.count):
+                    numerator, denominator, aux = loss(piece, *args, **kwargs)
+                    examples = example_count(piece)
+                    share = (examples if denominator is None else 1) / size
+                    worth = numerator * share
+                    processes.backward(worth, wanted)
                 for sum_ in sums:
                     sum_.add()
                 total += worth.detach().to(weight.dtype)
                 if denominator is not None:
                     weight = weight + torch.as_tensor(denominator).detach()
                 auxes.append(aux)
+            total, weight = _over(processes, total, weight)
             correction = None if denominator is None else _inverse(weight, size)
+            if correction is not None and processes.count > 1:
+                correction = float(correction)  # a part of a parameter takes no tensor
             gradients = [sum_.finish(correction) for sum_ in sums]
+            gradients = [
+                None if g is None else g.to(p.dtype)
+                for g, p in zip(gradients, parameters)
+            ]
         finally:
             for parameter, gradient in zip(parameters, before):
                 parameter.grad = gradient
@@ -56,6 +71,17 @@ def value_and_grad(loss: LossFunction) -> Callable:
         return value, gradients
 
     return function
+
+
+def _over(processes, total, weight):
+    """The means over processes."""
+    if processes.count == 1:
+        return total, weight
+    sums = processes.totals([float(total), float(weight)])
+    return tuple(
+        own.new_tensor(sum_ / processes.count)
+        for own, sum_ in zip((total, weight), sums)
+    )
 
 
 def _inverse(weight, size):

@@ -1,17 +1,154 @@
-"""Sums over the processes of `torch.distributed`."""
+"""What the processes of `torch.distributed` do together."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import keras
 import torch
 import torch.distributed as dist
+
+# Whether processes can wait for each other where they are in an update.
+_together: ContextVar[bool | None] = ContextVar("together", default=None)
+
+
+def count(group: Any = None) -> int:
+    """The number of processes that train together."""
+    if not dist.is_available() or not dist.is_initialized():
+        return 1
+    return dist.get_world_size(group)
 
 
 def total(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's sum over all processes; the tensor itself where there is one."""
-    if not dist.is_available() or not dist.is_initialized():
-        return tensor
-    if dist.get_world_size() == 1:
+    if count() == 1:
         return tensor
     from torch.distributed.nn.functional import all_reduce  # the one with a gradient
 
     return all_reduce(tensor)
+
+
+def totals(numbers: Sequence[float], group: Any = None) -> list[float]:
+    """The sum over all processes of each number."""
+    if count(group) == 1:
+        return list(numbers)
+    summed = torch.tensor(numbers, dtype=torch.float64, device=_device(group))
+    with _exchange():
+        dist.all_reduce(summed, group=group)
+    return summed.tolist()
+
+
+@torch.no_grad()
+def reduce(tensors: Iterable[torch.Tensor], largest: bool = False) -> None:
+    """Sum tensors over all processes in place, all of one dtype at once.
+
+    Args:
+        tensors: As many, of the same shapes, in every process.
+        largest: Whether the largest is wanted in the place of the sum.
+    """
+    kinds: dict[tuple, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for together in kinds.values():
+        # Of one tensor no copy is made.
+        flat = (
+            torch.cat([tensor.reshape(-1) for tensor in together])
+            if len(together) > 1
+            else together[0].contiguous()
+        )
+        with _exchange():
+            dist.all_reduce(flat, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+        parts = flat.split([tensor.numel() for tensor in together])
+        for tensor, part in zip(together, parts if len(together) > 1 else [flat]):
+            tensor.copy_(part.view(tensor.shape))
+
+
+@torch.no_grad()
+def broadcast(variables: Iterable[keras.Variable]) -> None:
+    """Give variables the values that they have in the first process."""
+    if count() == 1:
+        return
+    for variable in variables:
+        value = variable.value.detach().to(_device()).contiguous()
+        with _exchange():
+            dist.broadcast(value, src=0)
+        variable.value.copy_(value)
+
+
+@contextmanager
+def together(yes: bool = True) -> Iterator[None]:
+    """Around what of an update all processes do as often, or do not."""
+    token = _together.set(yes)
+    try:
+        yield
+    finally:
+        _together.reset(token)
+
+
+def are_together() -> bool | None:
+    """Whether that is so where this is called, None outside of updates."""
+    return _together.get()
+
+
+@contextmanager
+def summed(variables: Sequence[keras.Variable]) -> Iterator[None]:
+    """A scope in which variables have the sum over all processes of their values."""
+    values = [variable.value.detach().clone() for variable in variables]
+    reduce(values)
+    with keras.StatelessScope(state_mapping=list(zip(variables, values))):
+        yield
+
+
+def check_in_step(epoch: int, update: int, at_end: bool) -> None:
+    """Raise in all processes if they are not at the same position of their training.
+
+    A process alone in an update would wait for the others for good.
+
+    Args:
+        epoch: The number of the epoch.
+        update: The number of the update.
+        at_end: Whether no other update will come, in this epoch.
+    """
+    if count() == 1:
+        return
+    mine = torch.tensor([epoch, update, at_end], device=_device())
+    everyone = [torch.empty_like(mine) for _ in range(count())]
+    with _exchange():
+        dist.all_gather(everyone, mine)
+    positions = [tuple(each.tolist()) for each in everyone]
+    if len(set(positions)) == 1:
+        return
+    states = [
+        f"at {'the end' if at_end else 'an update'} of epoch {epoch}, its update "
+        f"{update} of this `fit`"
+        for epoch, update, at_end in positions
+    ]
+    raise ValueError(
+        "The processes of `torch.distributed` must make the same updates: give each "
+        "its share of every batch, the same number of batches, and callbacks that stop "
+        "training in all of them or in none. Received: "
+        + ", ".join(f"process {rank} {state}" for rank, state in enumerate(states))
+    )
+
+
+@contextmanager
+def _exchange() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            "A process of `torch.distributed` did not answer: it has failed, or was "
+            "ended, and its own output says why. The update at hand was not applied. "
+            "Start all processes again; with the callback `BackupAndRestore` they go "
+            f"on from the last backup. Received: {error}"
+        ) from error
+
+
+def _device(group: Any = None) -> torch.device:
+    """Where tensors have to be for the processes to exchange them."""
+    if dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

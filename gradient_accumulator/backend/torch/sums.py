@@ -39,7 +39,7 @@ class Sum:
             self.sum += gradient
 
     def finish(self, correction: Any) -> torch.Tensor | None:
-        """The finished gradient, in the parameter's dtype.
+        """The finished gradient, in the dtype that it was summed in.
 
         Args:
             correction: What the sum is to be multiplied by.
@@ -51,4 +51,8 @@ class Sum:
             return None
         if correction is not None and not self.largest:
             gradient *= correction
-        return gradient.to(self.parameter.dtype)
+        return gradient
+
+    def zeros(self) -> torch.Tensor:
+        """A gradient of zeros, as `finish` would return it."""
+        return torch.zeros_like(self.parameter, dtype=self.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,9 @@ import keras
 import keras.src.backend.torch.trainer as keras_trainer
 import torch
 
+from gradient_accumulator import normalizers
+from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.torch import replicas
 from gradient_accumulator.backend.torch.update import clear_gradients, make_update
 from gradient_accumulator.pieces import Accumulation, Epoch, Pieces, cut
 
@@ -26,11 +30,17 @@ def make_train_function(
             f"Received: steps_per_execution={model.steps_per_execution}"
         )
     update = make_update(model, accumulation)
+    alike = False  # whether the processes began with the same weights
 
     def train_function(data):
+        nonlocal alike
+        if not alike or epoch.updates == 1:
+            replicas.broadcast([*model.weights, *model.optimizer.variables])
+            alike = True
+        replicas.check_in_step(epoch.number, epoch.updates, False)
         first, *others = data
         if accumulation.microbatch_size is not None:
-            pieces = cut(first, accumulation.microbatch_size)
+            pieces = _cut(first, accumulation.microbatch_size)
         elif not others:
             pieces = Pieces(iter(data), 1)
         else:
@@ -39,7 +49,8 @@ def make_train_function(
         state = model.non_trainable_variables
         before = [variable.value.detach().clone() for variable in state]
         try:
-            return update(pieces)
+            with replicas.together(False):
+                return update(pieces)
         except BaseException:
             # The pieces before the failing one moved seeds and statistics.
             with torch.no_grad():
@@ -52,16 +63,67 @@ def make_train_function(
     return train_function
 
 
+def _cut(batch, microbatch_size):
+    if replicas.count() > 1 and normalizers.examples(batch) == 0:
+        # Other processes have the last batch's examples.
+        return Pieces(iter([batch]), 1, examples=0)
+    return cut(batch, microbatch_size)
+
+
 @contextmanager
-def drawing(epoch: Epoch, group: int) -> Iterator[None]:
-    """Around `fit`: its iterator draws one piece at a time, no more than an epoch has.
+def fitting(model: keras.Model, epoch: Epoch, group: int) -> Iterator[None]:
+    """Around `fit`.
+
+    Args:
+        model: A compiled model.
+        epoch: Where `fit` stands.
+        group: Number of batches in an update.
+    """
+    with _drawing(epoch, group), _logging(model, epoch):
+        yield
+    replicas.check_in_step(epoch.number, epoch.updates, True)
+
+
+@contextmanager
+def _logging(model: keras.Model, epoch: Epoch) -> Iterator[None]:
+    """The logs of `fit` are of all processes; of `evaluate`, as ever, each its own."""
+    if replicas.count() == 1:
+        yield
+        return
+    evaluating = False
+
+    def get_metrics_result():
+        together = replicas.are_together()
+        if evaluating or together is False:
+            return trainer.metrics_result(model)
+        if together is None:  # at the end of an epoch
+            replicas.check_in_step(epoch.number, epoch.updates, True)
+        with replicas.summed(model.metrics_variables):
+            return trainer.metrics_result(model)
+
+    @functools.wraps(type(model).evaluate)
+    def evaluate(*args, **kwargs):
+        nonlocal evaluating
+        evaluating = True
+        try:
+            return type(model).evaluate(model, *args, **kwargs)
+        finally:
+            evaluating = False
+
+    model.get_metrics_result = get_metrics_result
+    model.evaluate = evaluate
+    try:
+        yield
+    finally:
+        del model.get_metrics_result, model.evaluate
+
+
+@contextmanager
+def _drawing(epoch: Epoch, group: int) -> Iterator[None]:
+    """Keras's iterator draws one piece at a time, no more than an epoch has.
 
     Keras draws in groups of `steps_per_execution`, and warns where the data ends within
     a group: what draws an update's other pieces, and fillers, take the others' places.
-
-    Args:
-        epoch: Where `fit` stands.
-        group: Number of batches in an update.
     """
     original = keras_trainer.TorchEpochIterator
 

@@ -11,6 +11,7 @@ import torch
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import masks, trainer
 from gradient_accumulator.backend.statistics import Statistics
+from gradient_accumulator.backend.torch import replicas
 from gradient_accumulator.backend.torch.sums import Sum
 
 
@@ -23,12 +24,15 @@ def make_update(model, accumulation):
     if clipping is not None:
         clipping.check_excluded(model.weights)
     statistics = Statistics(model)
-    weighed = normalizers.HostWeights(model, partial(_measure, model))
+    totals = replicas.totals if replicas.count() > 1 else None
+    # These ask for the logs at every piece, of which processes differ in number.
+    own_metrics = totals is not None and trainer.has_own_metrics(model)
+    weighed = normalizers.HostWeights(model, partial(_measure, model), totals=totals)
 
     def update(pieces):
         variables = model.trainable_variables
         clear_gradients(variables)
-        gradients = [
+        sums = [
             Sum(
                 v.value,
                 getattr(torch, trainer.accumulator_dtype(v, accumulation.accum_dtype)),
@@ -37,24 +41,31 @@ def make_update(model, accumulation):
             for v in variables
         ]
         before = statistics.before()
-        loss = 0.0
+        loss, own_logs = keras.ops.zeros((), normalizers.dtype()), {}
         pieces = weighed(pieces)
-        for piece, share, kinds, factors in pieces:
+        drawn = list(pieces) if own_metrics else pieces
+        for k, (piece, share, kinds, factors) in enumerate(drawn, start=1):
+            last = own_metrics and k == len(drawn)
             weigh = None if factors is None else normalizers.weighing(kinds, factors)
-            with statistics.pooling():
+            with statistics.pooling(), replicas.together(last):
                 worth, own_logs = _add_piece(
                     model, variables, forward, piece, share, weigh
                 )
             loss = loss + worth
-            for gradient in gradients:
-                gradient.add()
-        correction = pieces.correction
-        finished = [
-            g.finish(None if correction == 1 else correction) for g in gradients
-        ]
-        _apply(model, clipping, variables, finished)
+            for sum_ in sums:
+                sum_.add()
+        if own_metrics and not drawn:
+            with replicas.together():
+                own_logs = model.get_metrics_result()  # the others wait for it
+        correction = pieces.correction()
+        gradients = [s.finish(None if correction == 1 else correction) for s in sums]
+        loss = loss * correction
+        if replicas.count() > 1:
+            gradients = _reduced(sums, gradients, loss, statistics.moving)
+        _apply(model, clipping, variables, gradients)
         statistics.finish(before)
-        return trainer.logs(model, own_logs, loss * correction, pieces.examples)
+        with replicas.together():
+            return trainer.logs(model, own_logs, loss, pieces.examples)
 
     return update
 
@@ -86,12 +97,38 @@ def _add_piece(model, variables, forward, data, share, weigh):
     return worth.detach(), own_logs
 
 
+@torch.no_grad()
+def _reduced(sums, gradients, loss, moving):
+    """The gradients of all processes, from one reduction.
+
+    Args:
+        sums: What the gradients were summed by.
+        gradients: Those of this process, None where there is none.
+        loss: This process's part of the loss, which becomes the loss.
+        moving: Variables that become their mean over the processes.
+    """
+    connected = torch.tensor([g is not None for g in gradients], dtype=torch.float32)
+    connected = connected.to(loss.device)
+    gradients = [s.zeros() if g is None else g for s, g in zip(sums, gradients)]
+    added = [g for s, g in zip(sums, gradients) if not s.largest]
+    moving = [variable.value for variable in moving]
+    replicas.reduce([*added, loss, connected, *moving])
+    replicas.reduce([g for s, g in zip(sums, gradients) if s.largest], largest=True)
+    for value in moving:
+        value /= replicas.count()
+    return [g if some else None for g, some in zip(gradients, connected.tolist())]
+
+
 def _apply(model, clipping, variables, gradients):
     """The finished gradient to the optimizer, once."""
     if not variables:
         warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         return
     with torch.no_grad():
+        gradients = [
+            None if g is None else g.to(v.value.dtype)
+            for g, v in zip(gradients, variables)
+        ]
         if clipping is not None:
             gradients = clipping.clip_update(model.optimizer, variables, gradients)
         model.optimizer.apply(gradients, variables)

@@ -1,0 +1,105 @@
+"""Modules of `torch.distributed`, which reduce gradients over processes by themselves.
+
+They are asked to once an update, in the backward pass of its last piece.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from gradient_accumulator.backend.torch import replicas
+
+
+class Alone:
+    """What a loop over pieces does where there is no such module."""
+
+    count = 1  # how many processes the gradients are a mean over
+
+    def dtype(self, parameter: torch.Tensor) -> torch.dtype | None:
+        """What it sums a parameter's gradients in, None if that is not its affair."""
+        return None
+
+    def totals(self, numbers: list[float]) -> list[float]:
+        """The sum over the processes of each number."""
+        return numbers
+
+    def check(self, pieces: int) -> None:
+        """Raise if the processes cannot work on so many pieces each."""
+
+    def piece(self, last: bool) -> AbstractContextManager:
+        """Around the forward and the backward pass of a piece."""
+        return nullcontext()
+
+    def backward(self, worth: torch.Tensor, parameters: list) -> None:
+        # What else the loss depends on keeps its own `grad`.
+        worth.backward(inputs=parameters)
+
+
+class Replicated(Alone):
+    """`DistributedDataParallel`: each process has the whole module."""
+
+    def __init__(self, module: Any):
+        self.module = module
+        self.count = replicas.count(module.process_group)
+
+    def dtype(self, parameter):
+        return parameter.dtype
+
+    def totals(self, numbers):
+        return replicas.totals(numbers, self.module.process_group)
+
+    def piece(self, last):
+        return nullcontext() if last else self.module.no_sync()
+
+
+class Sharded(Alone):
+    """FSDP2: each process has a part of each parameter."""
+
+    def __init__(self, module: Any):
+        self.module = module
+        self.count = replicas.count()
+
+    def dtype(self, parameter):
+        return parameter.dtype
+
+    def totals(self, numbers):
+        return replicas.totals(numbers)
+
+    def check(self, pieces):
+        (everyone,) = replicas.totals([pieces])
+        (squares,) = replicas.totals([pieces**2])
+        if everyone**2 != squares * self.count:
+            raise ValueError(
+                "The processes of a sharded module gather its parameters for every "
+                "piece: give each as many pieces, examples for example. Received: "
+                f"{pieces} pieces of {int(everyone)} in all {self.count} processes"
+            )
+
+    def piece(self, last):
+        self.module.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def backward(self, worth, parameters):
+        # Its parameters are not those that the forward pass gathered.
+        worth.backward()
+
+
+def reducing(module: Any) -> Alone:
+    """How the loop is to treat what the user gave as `module`.
+
+    Raises:
+        TypeError: If it is no module that reduces gradients.
+    """
+    if module is None:
+        return Alone()
+    if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+        return Replicated(module)
+    if hasattr(module, "set_requires_gradient_sync"):
+        return Sharded(module)
+    raise TypeError(
+        "Argument `module` must be a `DistributedDataParallel`, or a module that "
+        f"`fully_shard` returned. Received: module={module} (of type {type(module)})"
+    )

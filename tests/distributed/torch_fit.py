@@ -1,0 +1,65 @@
+"""A process of `torchrun`: trains problems on its share, for all give the full batch.
+
+Arguments: how data is handed in, then the names of problems.
+"""
+
+import datetime
+import sys
+
+import keras
+import problems
+import torch.distributed as dist
+from helpers import differences, named, train
+
+from gradient_accumulator import accumulate
+
+WAYS = {
+    # Uneven shares: process 0 has 7 of 12 examples, in two pieces, process 1 has 5.
+    "microbatch_size": lambda batch, rank: share(batch, 7, rank),
+    # Uneven pieces: every other example of each.
+    "accum_steps": lambda batch, rank: each_other(batch, rank),
+}
+
+
+def examples(batch):
+    return len(keras.tree.flatten(batch)[0])
+
+
+def share(batch, of_12, rank):
+    first = -(-examples(batch) * of_12 // 12)
+    own = slice(0, first) if rank == 0 else slice(first, None)
+    return keras.tree.map_structure(lambda array: array[own], batch)
+
+
+def each_other(batch, rank):
+    return keras.tree.map_structure(lambda array: array[rank::2], batch)
+
+
+def own_data(problem, way, rank):
+    if way == "microbatch_size":
+        return [WAYS[way](batch, rank) for batch in problem.batches()], problems.PIECE
+    pieces = [piece for batch in problem.batches() for piece in problem.cut(batch)]
+    return [WAYS[way](piece, rank) for piece in pieces], problem.accum_steps
+
+
+def main(way, *names):
+    # Before processes know of each other, plain Keras trains as in one.
+    references = {name: train(named(name), named(name).batches()) for name in names}
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
+    found = []
+    for name, reference in references.items():
+        print(name, flush=True)  # the last one, if a process hangs
+        problem = named(name)
+        data, size = own_data(problem, way, dist.get_rank())
+        trained = train(
+            problem, data, lambda m, size=size: accumulate(m, **{way: size})
+        )
+        found += [f"{name}: {d}" for d in differences(trained, reference)]
+    dist.barrier()
+    dist.destroy_process_group()
+    if found:
+        sys.exit("\n".join(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
