@@ -49,6 +49,16 @@ def has_static_inputs(model: keras.Model) -> bool:
     )
 
 
+@contextmanager
+def with_attribute(instance: Any, name: str, value: Any) -> Iterator[None]:
+    """The instance with an attribute of its own in the place of its class's."""
+    setattr(instance, name, value)
+    try:
+        yield
+    finally:
+        delattr(instance, name)
+
+
 def has_own_scale_loss(optimizer: keras.optimizers.Optimizer) -> bool:
     """Whether scaling the loss may read the optimizer's variables."""
     return type(optimizer).scale_loss is not keras.optimizers.Optimizer.scale_loss
@@ -245,20 +255,10 @@ def _weighed(model: keras.Model, share: Any, weigh: Callable | None) -> Iterator
     with ExitStack() as stack:
         for metric in model._compile_loss.metrics:
             update = counting_once(metric.update_state)
-            stack.enter_context(_set(metric, "update_state", update))
+            stack.enter_context(with_attribute(metric, "update_state", update))
         if weigh is not None:
             stack.enter_context(replaced_losses(model, weigh))
         yield
-
-
-@contextmanager
-def _set(instance: Any, name: str, value: Any) -> Iterator[None]:
-    """The instance with an attribute of its own in the place of its class's."""
-    setattr(instance, name, value)
-    try:
-        yield
-    finally:
-        delattr(instance, name)
 
 
 @contextmanager
@@ -288,7 +288,9 @@ def standing_in(model: keras.Model, stand_in: Callable, y, y_pred, sample_weight
 
     with ExitStack() as stack:
         for metric in model._compile_loss.metrics:
-            stack.enter_context(_set(metric, "update_state", lambda *_, **__: None))
+            stack.enter_context(
+                with_attribute(metric, "update_state", lambda *_, **__: None)
+            )
         stack.enter_context(replaced_losses(model, replace))
         model._compile_loss(y, y_pred, sample_weight)
     return made

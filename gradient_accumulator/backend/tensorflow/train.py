@@ -10,7 +10,6 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from keras.src.backend.tensorflow.trainer import reduce_per_replica
 
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import trainer
@@ -25,6 +24,7 @@ from gradient_accumulator.backend.tensorflow.pieces import (
     trace_piece,
     without_optional,
 )
+from gradient_accumulator.backend.tensorflow.replicas import mean
 from gradient_accumulator.backend.tensorflow.update import run_update, waits
 from gradient_accumulator.pieces import (
     Accumulation,
@@ -180,9 +180,10 @@ class _Updates:
     def _locals(self, data):
         """What each replica gets of distributed data."""
         results = self.strategy.experimental_local_results
+        count = len(results(leaves(data)[0]))  # other workers have the other replicas
         return [
             map_leaves(lambda leaf, k=replica: results(leaf)[k], data)
-            for replica in range(self.replicas)
+            for replica in range(count)
         ]
 
     def _build(self, data):
@@ -220,8 +221,8 @@ class _Updates:
             return run_update(self.model, self.accumulation, pieces, losses)
 
         def run(*data):
-            outputs = self.strategy.run(on_replica, args=data)
-            return reduce_per_replica(outputs, self.strategy, reduction="auto")
+            logs, count = self.strategy.run(on_replica, args=data)
+            return mean(self.strategy, logs), count
 
         if self.model.run_eagerly:
             return run(*data)
@@ -254,5 +255,10 @@ def _tensors(batch):
 
 @contextmanager
 def fitting(model: keras.Model, epoch: Epoch, group: int) -> Iterator[None]:
-    """Around `fit`: here the train function draws its pieces itself."""
-    yield
+    """Around `fit`: here the train function draws its pieces itself.
+
+    And builds the model: Keras does it from the mean of the replicas' first batches,
+    which does not exist if one is larger, nor for several workers.
+    """
+    with trainer.with_attribute(model, "_maybe_symbolic_build", lambda **_: None):
+        yield
