@@ -342,6 +342,12 @@ class Pool:
             variable.assign(ops.where(kept, value, ops.zeros_like(value)))
 
 
+def synchronized_moments(layer: Any, inputs: Any, mask: Any) -> tuple:
+    """The mean and variance of each feature, over all replicas."""
+    total = backend.active().replicas.total
+    return _statistics(inputs, layer.axis, mask, total, True)[:2]
+
+
 def _statistics(x, axis, mask, total, synchronized):
     """Mean, variance and number of values of each feature.
 

@@ -60,6 +60,12 @@ def accumulate(
     axes that is given to `add_loss` is summed by Keras, and its pieces add up; a scalar
     is taken for a mean over examples.
 
+    Under `tf.distribute`, `keras.distribution` (JAX) or in processes of
+    `torch.distributed` that each have their share of every batch, gradients are exchanged
+    once an update. On JAX they are exchanged with every piece in three cases: a model with
+    a `compute_metrics` of its own, layers that keep a state of their own of what they see,
+    and layouts of what layers return.
+
     The model keeps its type, weights, compile state and optimizer state. Nothing of
     accumulation is saved with it.
 
@@ -70,7 +76,8 @@ def accumulate(
             differ in size and shape. `steps_per_epoch` counts pieces, and
             batch-level callbacks run once an update. 1 gives plain training back.
         microbatch_size: Positive int. `fit` is given full batches, and each is cut in
-            pieces of this many examples; the last one may be smaller.
+            pieces of this many examples; the last one may be smaller. Where a batch is
+            distributed over devices, each cuts its share.
         accum_dtype: Name of the float dtype that gradients are summed in (float64
             variables always sum in float64).
         use_agc: Whether to clip the gradient of each update adaptively, before the
@@ -135,7 +142,7 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
         epoch.restart(arguments.arguments.get("steps_per_epoch"))
         if engine.KERAS_DRAWS_TO_BUILD:
             _build_from_first(model, accumulation, arguments.arguments)
-        callback = _EpochCallback(epoch, arguments.arguments)
+        callback = _EpochCallback(epoch, arguments.arguments, engine.epoch_ended)
         steps = model.steps_per_execution
         if accum_steps is not None:
             # Keras then counts an update as so many steps, as it does for itself.
@@ -187,16 +194,21 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
 class _EpochCallback(keras.callbacks.Callback):
     """Tells the engine where an epoch begins, and checks what it was given."""
 
-    def __init__(self, epoch: Epoch, arguments: dict):
+    def __init__(self, epoch: Epoch, arguments: dict, ended: Callable):
         super().__init__()
         self.epoch = epoch
+        self.ended = ended
         self.endless = isinstance(arguments.get("x"), Iterator)
 
     def on_epoch_begin(self, epoch, logs=None):
         # Not all data ends with the epoch: several workers read ahead.
         self.epoch.begin((self.params or {}).get("steps"))
 
+    def on_test_begin(self, logs=None):
+        self.ended(self.epoch)
+
     def on_epoch_end(self, epoch, logs=None):
+        self.ended(self.epoch)
         self.epoch.check_not_empty()
         # Of other data Keras knows the length, and warns.
         if self.endless and not self.model.stop_training:

@@ -299,6 +299,7 @@ class Weighed:
         self.kinds = kinds
         self.factors = factors
         self.totals = totals
+        self.count = 0
         self.examples = 0
 
     def __iter__(self):
@@ -306,6 +307,7 @@ class Weighed:
             size = examples(piece)
             if size == 0:  # the share of a process that others give all to do
                 continue
+            self.count += 1
             self.examples += size
             row = None if self.factors is None else self.factors[k]
             yield piece, size / self.expected, self.kinds, row
@@ -327,10 +329,24 @@ class HostWeights:
         scope: As for `inspect`, but a function of the model's state first.
         totals: Sums a list of numbers over the processes that train together, each on
             pieces of its own. None if there is one.
+        devices: The number of devices that each have an equal part of every piece. If
+            there are several, `measure` returns a row for each, and so do the factors.
+        check: Function of the number of pieces, called where it must be the same in
+            all processes.
     """
 
-    def __init__(self, model, measure, scope=StatelessScope, totals=None):
+    def __init__(
+        self,
+        model,
+        measure,
+        scope=StatelessScope,
+        totals=None,
+        devices=1,
+        check=lambda pieces: None,
+    ):
+        self.check = check
         self.model = model
+        self.devices = devices
         self.measure = measure
         self.scope = scope
         self.totals = totals
@@ -356,6 +372,7 @@ class HostWeights:
         return self._all(list(drawn), losses, state)
 
     def _all(self, pieces: list, losses: Losses, state: tuple) -> Weighed:
+        self.check(len(pieces))
         sizes = [examples(piece) for piece in pieces]
         shapes = {str(map_leaves(_inner_shape, piece)) for piece in pieces}
         # Another process's pieces may have another shape.
@@ -379,7 +396,13 @@ class HostWeights:
             return weighed()
         # Of what is empty the factors are not used.
         shares = ops.convert_to_tensor([max(s, 1) for s in sizes], dtype()) / expected
-        return weighed(kinds, list(factors(denominators, shares, kinds, totals)))
+        if self.devices == 1:
+            return weighed(kinds, list(factors(denominators, shares, kinds, totals)))
+        if denominators is not None:
+            denominators = ops.reshape(denominators, (-1, len(kinds)))
+        shares = ops.repeat(shares / self.devices, self.devices)
+        rows = factors(denominators, shares, kinds)
+        return weighed(kinds, list(ops.reshape(rows, (-1, self.devices, len(kinds)))))
 
     def _inspect(self, piece, state):
         # What a loss divides by depends on what there is, not on how much.

@@ -148,6 +148,7 @@ def cut(
     data: Any,
     microbatch_size: int,
     take: Callable = lambda array, start, stop: array[start:stop],
+    devices: int = 1,
 ) -> Pieces:
     """The pieces of a full batch; the last may be smaller.
 
@@ -155,15 +156,18 @@ def cut(
         data: Nested arrays.
         microbatch_size: Number of examples in a piece.
         take: Function of an array and the first and last (exclusive) example.
+        devices: The number of devices that each have an equal part of the batch, in
+            which `take` counts, and that each take a piece of that size.
     """
 
     def piece(start, stop):
         return map_leaves(lambda array: take(array, start, stop), data)
 
-    size = example_count(data)
+    examples = example_count(data)
+    size = examples // devices
     starts = range(0, size, microbatch_size)
     pieces = (piece(start, min(start + microbatch_size, size)) for start in starts)
-    return Pieces(pieces, len(starts), examples=size)
+    return Pieces(pieces, len(starts), examples)
 
 
 class Epoch:

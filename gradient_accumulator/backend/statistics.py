@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import keras
 from keras import ops
 
 from gradient_accumulator.backend import trainer
-from gradient_accumulator.layers import AccumBatchNormalization
+from gradient_accumulator.layers import (
+    AccumBatchNormalization,
+    synchronized_moments,
+)
 
 
 def normalizations(model: keras.Model) -> list:
@@ -36,14 +40,25 @@ def synchronizes(model: keras.Model) -> bool:
 @contextmanager
 def apart(model: keras.Model) -> Iterator[None]:
     """Around forward passes of which only shapes are wanted: nobody waits."""
-    waiting = [layer for layer in normalizations(model) if layer.synchronized]
-    for layer in waiting:
-        layer.synchronized = False
-    try:
+    with ExitStack() as stack:
+        for layer in normalizations(model):
+            alone = trainer.with_attribute(layer, "synchronized", False)
+            stack.enter_context(alone)
         yield
-    finally:
-        for layer in waiting:
-            layer.synchronized = True
+
+
+@contextmanager
+def together(model: keras.Model) -> Iterator[None]:
+    """Around forward passes of devices that normalize by the examples of all."""
+    with ExitStack() as stack:
+        for layer in normalizations(model):
+            synchronized = trainer.with_attribute(layer, "synchronized", True)
+            if not isinstance(layer, AccumBatchNormalization):
+                # Keras's does not know of devices that each have their part.
+                moments = partial(synchronized_moments, layer)
+                synchronized = trainer.with_attribute(layer, "_moments", moments)
+            stack.enter_context(synchronized)
+        yield
 
 
 class Statistics:

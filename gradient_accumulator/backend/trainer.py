@@ -51,17 +51,27 @@ def has_static_inputs(model: keras.Model) -> bool:
 
 @contextmanager
 def with_attribute(instance: Any, name: str, value: Any) -> Iterator[None]:
-    """The instance with an attribute of its own in the place of its class's."""
+    """The instance with another attribute, of its own."""
+    own = name in instance.__dict__
+    before = instance.__dict__.get(name)
     setattr(instance, name, value)
     try:
         yield
     finally:
-        delattr(instance, name)
+        if own:
+            setattr(instance, name, before)
+        else:
+            delattr(instance, name)
 
 
 def has_own_scale_loss(optimizer: keras.optimizers.Optimizer) -> bool:
     """Whether scaling the loss may read the optimizer's variables."""
     return type(optimizer).scale_loss is not keras.optimizers.Optimizer.scale_loss
+
+
+def is_seed(variable: keras.Variable) -> bool:
+    """Whether a variable is the state of a random seed."""
+    return variable.name == "seed_generator_state"
 
 
 def overwrites(variable: keras.Variable) -> bool:

@@ -1,10 +1,179 @@
-"""Sums over the devices that an array is sharded over."""
+"""The devices that a batch is sharded over: each computes on its part of every piece.
+
+With `jax.shard_map`, for XLA itself would gather a batch to cut it in pieces, and
+reduce the gradients of every piece.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
 import jax
+import keras
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# The mesh axis of the devices that what is traced runs on, each on its part.
+_axis: ContextVar[str | None] = ContextVar("axis", default=None)
 
 
 def total(tensor: jax.Array) -> jax.Array:
-    """The tensor itself: a sharded array is one array, and its sum that of all."""
-    return tensor
+    """A tensor's sum over the devices; outside of what runs on each, the tensor itself:
+    a sharded array is one array."""
+    axis = _axis.get()
+    return tensor if axis is None else jax.lax.psum(tensor, axis)
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """The devices along the axis of a mesh that batches are sharded over."""
+
+    mesh: Mesh
+    axis: str
+
+    @property
+    def count(self) -> int:
+        return self.mesh.shape[self.axis]
+
+    def stacked(self, sharding: Any = None) -> NamedSharding:
+        """The sharding of a stack of arrays, one for each device.
+
+        Args:
+            sharding: Of one of them, along the mesh's other axes.
+        """
+        spec = getattr(sharding, "spec", PartitionSpec())
+        return NamedSharding(self.mesh, PartitionSpec(self.axis, *spec))
+
+    def on_each(self, function: Callable, sharded: tuple, sharded_out: Any) -> Callable:
+        """The function, run on each device on its part of the arguments.
+
+        Args:
+            function: Its arguments and results are nested arrays.
+            sharded: For each argument whether it is sharded along its first axis.
+            sharded_out: The same of the results, nested as they are.
+        """
+
+        def run(*args):
+            token = _axis.set(self.axis)
+            try:
+                return function(*args)
+            finally:
+                _axis.reset(token)
+
+        def spec(is_sharded):
+            return PartitionSpec(self.axis) if is_sharded else PartitionSpec()
+
+        return _shard_map(
+            run,
+            self.mesh,
+            self.axis,
+            tuple(map(spec, sharded)),
+            jax.tree.map(spec, sharded_out),
+        )
+
+    def take(self, array: jax.Array, start: int, stop: int) -> jax.Array:
+        """Those examples, from `start` to `stop`, that each device has."""
+        return _taking(self, stop - start)(array, start)
+
+
+@lru_cache
+def _taking(replicas, length):
+    def take(array, start):
+        return jax.lax.dynamic_slice_in_dim(array, start, length)
+
+    # With the start an operand, one program serves all pieces.
+    return jax.jit(replicas.on_each(take, (True, False), True))
+
+
+def waited_for(function: Callable) -> Callable:
+    """The same, ended when all processes have: one that fails fails in it.
+
+    JAX would go on, and callbacks would save what never comes.
+    """
+
+    def run(*args):
+        try:
+            return jax.block_until_ready(function(*args))
+        except (RuntimeError, ValueError) as error:
+            raise RuntimeError(
+                "A process of `jax.distributed` did not answer: it has failed, or was "
+                "ended, and its own output says why. The update at hand was not "
+                "applied. Start all processes again; with the callback "
+                "`BackupAndRestore` they go on from the last backup. "
+                f"Received: {error}"
+            ) from error
+
+    return run
+
+
+def check_in_step(epoch: int, update: int, pieces: int) -> None:
+    """Raise in all processes if they are not at the same place in their training.
+
+    A process alone in an update would wait for the others for good.
+
+    Args:
+        epoch: The number of the epoch.
+        update: The number of the update.
+        pieces: How many pieces it has; none at the end of an epoch.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = np.array([epoch, update, pieces])
+    everyone = waited_for(multihost_utils.process_allgather)(mine)
+    if (everyone == mine).all():
+        return
+    states = [
+        f"at update {update} of this `fit`, in epoch {epoch}, of {pieces} pieces"
+        if pieces
+        else f"at the end of epoch {epoch}, after update {update}"
+        for epoch, update, pieces in everyone.tolist()
+    ]
+    raise ValueError(
+        "The processes of `jax.distributed` must make the same updates, each of as "
+        "many pieces: give each its share of every batch, the same number of batches. "
+        "Received: "
+        + ", ".join(f"process {rank} {state}" for rank, state in enumerate(states))
+    )
+
+
+def has_layout(path: str) -> bool:
+    """Whether Keras's distribution says how the tensor of this path is sharded."""
+    return keras.distribution.distribution().get_tensor_layout(path) is not None
+
+
+def state_shardings(model: keras.Model) -> tuple | None:
+    """The shardings of the four lists of values that `fit` keeps, if any has one."""
+    if keras.distribution.distribution() is None:
+        return None
+    return model._get_state_sharding_spec()
+
+
+def active_replicas() -> Replicas | None:
+    """Those of Keras's distribution; None where a batch is on one device."""
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return None
+    found = Replicas(distribution.device_mesh.backend_mesh, distribution.batch_dim_name)
+    return found if found.count > 1 else None
+
+
+def _shard_map(function, mesh, axis, in_specs, out_specs):
+    # Other axes of the mesh, which variables may be sharded over, are left to XLA.
+    if hasattr(jax, "shard_map"):
+        return jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names={axis},
+            check_vma=False,
+        )
+    from jax.experimental.shard_map import shard_map
+
+    others = frozenset(mesh.axis_names) - {axis}
+    return shard_map(function, mesh, in_specs, out_specs, check_rep=False, auto=others)

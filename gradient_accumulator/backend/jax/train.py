@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import jax
 import keras
 
+from gradient_accumulator.backend.jax.replicas import active_replicas, check_in_step
 from gradient_accumulator.backend.jax.update import make_update
 from gradient_accumulator.pieces import Accumulation, Epoch, cut
 
@@ -23,7 +24,7 @@ def make_train_function(
             "JAX has float64 only where its flag `jax_enable_x64` is set. Set it, or "
             "sum in float32. Received: accum_dtype='float64'"
         )
-    update = make_update(model, accumulation)
+    update = make_update(model, accumulation, epoch)
     steps_per_execution = model.steps_per_execution
 
     def train_function(state, iterator):
@@ -38,7 +39,7 @@ def make_train_function(
                     break
                 if accumulation.microbatch_size is not None:
                     (batch,) = pieces.iterator
-                    pieces = cut(batch, accumulation.microbatch_size, _take)
+                    pieces = _cut(batch, accumulation.microbatch_size)
                 logs, state = update(state, pieces)
         return logs, state
 
@@ -64,6 +65,13 @@ def _kept_on_failure(model: keras.Model, state: tuple) -> Iterator[None]:
         raise
 
 
+def _cut(batch, microbatch_size):
+    replicas = active_replicas()
+    if replicas is None:
+        return cut(batch, microbatch_size, _take)
+    return cut(batch, microbatch_size, replicas.take, replicas.count)
+
+
 def _take(array, start, stop):
     if isinstance(array, jax.Array):
         # With the start an operand, one program serves all pieces.
@@ -75,3 +83,8 @@ def _take(array, start, stop):
 def fitting(model: keras.Model, epoch: Epoch, group: int) -> Iterator[None]:
     """Around `fit`: here the train function draws its pieces itself."""
     yield
+
+
+def epoch_ended(epoch: Epoch) -> None:
+    """Called after the last update of an epoch, before Keras goes on."""
+    check_in_step(epoch.number, epoch.updates, 0)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import chain
 
 import jax
 import jax.numpy as jnp
@@ -16,40 +18,56 @@ import keras
 
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import trainer
-from gradient_accumulator.backend.statistics import Statistics
+from gradient_accumulator.backend.jax import each_device
+from gradient_accumulator.backend.jax.replicas import (
+    active_replicas,
+    check_in_step,
+    has_layout,
+    state_shardings,
+    waited_for,
+)
+from gradient_accumulator.backend.statistics import Statistics, normalizations
 
 
-def make_update(model, accumulation):
-    """A function of the state and one update's pieces, with its compiled programs."""
-    zeros = partial(_zeros, model, accumulation)
-    statistics = Statistics(model)
-    add_piece = partial(_add_piece, model, statistics)
-    apply = partial(_apply, model, accumulation.clipping, statistics)
+def make_update(model, accumulation, epoch):
+    """A function of the state and one update's pieces."""
+
+    def check(pieces):
+        check_in_step(epoch.number, epoch.updates, pieces)
+
     if accumulation.clipping is not None:
         accumulation.clipping.check_excluded(model.weights)
-    measure = partial(_measure, model)
-    if model.jit_compile and not model.run_eagerly:
-        zeros, measure = jax.jit(zeros), jax.jit(measure)
-        add_piece = jax.jit(add_piece, static_argnums=0, donate_argnums=1)
-        apply = jax.jit(apply, donate_argnums=(2, 3))
-    weighed = normalizers.HostWeights(model, measure, partial(_variables, model))
+    statistics = Statistics(model)
+    positions = _positions(model, statistics)
     # Scaling the loss may need the optimizer's variables; else they stay out of it.
     scales = trainer.has_own_scale_loss(model.optimizer)
+    shardings = state_shardings(model)  # while `fit` has the values in the variables
+    programs: _Programs | None = None
 
     @lru_cache(maxsize=2)
     def number(value):
         # A dispatch takes an array of JAX's faster than one of NumPy's.
         return jnp.asarray(value, normalizers.dtype())
 
-    positions = _positions(model, statistics)
-
     def update(state, pieces):
+        nonlocal programs
         trainable, non_trainable, optimizer, metrics = state
+        if programs is None:
+            first = next(pieces.iterator)
+            pieces = replace(pieces, iterator=chain([first], pieces.iterator))
+            programs = _Programs(
+                model,
+                accumulation,
+                statistics,
+                shardings,
+                check,
+                _sharded(model, trainable, non_trainable, first),
+            )
         before = [non_trainable[i] for i in positions]
-        pieces = weighed(pieces, trainable, non_trainable)
-        sums = zeros()
+        pieces = programs.weighed(pieces, trainable, non_trainable)
+        sums = programs.zeros()
         for piece, share, kinds, factors in pieces:
-            sums, non_trainable, metrics, own_logs = add_piece(
+            sums, non_trainable, metrics, own_logs = programs.add_piece(
                 kinds,
                 sums,
                 trainable,
@@ -57,10 +75,12 @@ def make_update(model, accumulation):
                 metrics,
                 optimizer if scales else None,
                 piece,
-                number(share),
+                number(share / programs.devices),
                 factors,
             )
-        trainable, optimizer, metrics, logs, after = apply(
+        check(pieces.count)
+        sums, metrics = programs.reduce(sums, metrics)
+        trainable, optimizer, metrics, logs, after = programs.apply(
             sums,
             number(pieces.correction()),
             trainable,
@@ -76,6 +96,111 @@ def make_update(model, accumulation):
         return logs, (trainable, non_trainable, optimizer, metrics)
 
     return update
+
+
+class _Programs:
+    """What an update consists of, compiled.
+
+    Args:
+        model: A compiled and built model.
+        accumulation: How it accumulates.
+        statistics: Of its normalization layers.
+        state: The shardings of the four lists of values that `fit` keeps, or None.
+        check: Function of the number of an update's pieces, which must be the same in
+            all processes.
+        replicas: The devices that each work on their part of a piece, or None.
+    """
+
+    def __init__(self, model, accumulation, statistics, state, check, replicas):
+        zeros = partial(_zeros, model, accumulation)
+        add_piece = partial(_add_piece, model, statistics)
+        measure = partial(_measure, model)
+        apply = partial(_apply, model, accumulation.clipping, statistics)
+        reduce = _reduced
+        self.devices = 1
+        if replicas is not None:
+            self.devices = replicas.count
+            zeros = partial(each_device.zeros, zeros, model, replicas)
+            add_piece = partial(each_device.add_piece, model, add_piece, replicas)
+            measure = each_device.measure(measure, replicas)
+            reduce = partial(each_device.reduce, model)
+        if model.jit_compile and not model.run_eagerly:
+            measure = jax.jit(measure)
+            sums, after_piece, reduced, after_update = _shardings(state, replicas)
+            zeros = jax.jit(zeros, out_shardings=sums)
+            add_piece = jax.jit(
+                add_piece,
+                static_argnums=0,
+                donate_argnums=1,
+                out_shardings=after_piece,
+            )
+            if replicas is not None:
+                reduce = jax.jit(reduce, donate_argnums=0, out_shardings=reduced)
+            apply = jax.jit(apply, donate_argnums=(2, 3), out_shardings=after_update)
+        self.zeros, self.add_piece, self.apply = zeros, add_piece, apply
+        self.reduce = reduce if jax.process_count() == 1 else waited_for(reduce)
+        self.weighed = normalizers.HostWeights(
+            model,
+            measure,
+            partial(_variables, model),
+            devices=self.devices,
+            check=check,
+        )
+
+
+def _sharded(model, trainable, non_trainable, piece):
+    """The devices that can work on their part of a piece, each for itself."""
+    replicas = active_replicas()
+    if replicas is None or model.run_eagerly or not model.jit_compile:
+        return None
+    if trainer.has_own_metrics(model):  # its logs are of what it sees
+        return None
+    if any(has_layout(f"{layer.path}/output") for layer in trainer.layers_of(model)):
+        return None  # what a layer returns is to be sharded over all devices
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(piece)
+    known = {id(v) for layer in normalizations(model) for v in layer.variables}
+    unknown: list[keras.Variable] = []
+
+    def run(trainable, non_trainable, x):
+        kwargs = {"training": True} if model._call_has_training_arg else {}
+        _, after = model.stateless_call(trainable, non_trainable, x, **kwargs)
+        unknown.extend(
+            variable
+            for variable, old, new in zip(
+                model.non_trainable_variables, non_trainable, after
+            )
+            if new is not old
+            and id(variable) not in known
+            and not trainer.is_seed(variable)
+        )
+        return ()
+
+    jax.eval_shape(run, trainable, non_trainable, x)
+    # What a layer keeps of a piece may depend on all of its examples: XLA then sees to
+    # it, and reduces the gradients of every piece.
+    return None if unknown else replicas
+
+
+def _reduced(sums, metrics):
+    """Sums of all devices and the metrics: nothing is left to be reduced."""
+    return sums, metrics
+
+
+def _shardings(state, replicas):
+    """Those of what the programs return: sums are sharded as their variables."""
+    if state is None:
+        return None, None, None, None
+    trainable, non_trainable, optimizer, metrics = state
+    reduced = (trainable, None), metrics
+    sums: tuple = (trainable, None)
+    if replicas is not None:
+        sums = (
+            [replicas.stacked(sharding) for sharding in trainable],
+            replicas.stacked(),
+            [replicas.stacked() for _ in metrics],
+        )
+    after_piece = sums, non_trainable, metrics, None
+    return sums, after_piece, reduced, (trainable, optimizer, metrics, None, None)
 
 
 def _zeros(model, accumulation):

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator.backend.common import new_accumulator
+from gradient_accumulator.backend.tensorflow.replicas import finite_together
 from gradient_accumulator.backend.tensorflow.replicas import total as total_of
 
 
@@ -106,6 +107,7 @@ def clip(clipping: Any, optimizer: Any, variables: list, gradients: list) -> lis
 
 def apply(optimizer: Any, gradients: list, variables: list, trainable: list) -> None:
     """Hand the gradients of some of the trainable variables to an optimizer, once."""
+    gradients = finite_together(optimizer, gradients)
     # By its class's method, for the object may have the accumulating one.
     type(optimizer).apply(optimizer, gradients, variables)
 

@@ -1,17 +1,22 @@
-"""Sums over the replicas of a `tf.distribute` strategy."""
+"""What the replicas and workers of a `tf.distribute` strategy do together."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 
 def total(tensor: Any) -> Any:
     """A tensor's sum over all replicas, or a list's; itself where there is one."""
-    replica = tf.distribute.get_replica_context()
-    if replica is None or replica.num_replicas_in_sync == 1:
+    if not in_replica():
         return tensor
+    replica = tf.distribute.get_replica_context()
+    # With several workers it reduces no tensor without a device, such as a variable's.
+    tensor = tf.nest.map_structure(tf.identity, tensor)
     return replica.all_reduce(tf.distribute.ReduceOp.SUM, tensor)
 
 
@@ -23,3 +28,89 @@ def mean(strategy: tf.distribute.Strategy, logs: Any) -> Any:
         lambda value: strategy.reduce(tf.distribute.ReduceOp.MEAN, value, axis=None),
         logs,
     )
+
+
+def in_replica() -> bool:
+    """Whether this is called in what each of several replicas runs."""
+    replica = tf.distribute.get_replica_context()
+    return replica is not None and replica.num_replicas_in_sync > 1
+
+
+def several_workers(strategy: tf.distribute.Strategy) -> bool:
+    """Whether other processes have some of the replicas."""
+    return strategy.extended._in_multi_worker_mode()
+
+
+def ready(tensors: list) -> AbstractContextManager:
+    """Around what no worker does before all have computed these.
+
+    Keras decays weights and counts updates while it waits for gradients of other
+    workers, which may have ended.
+    """
+    if not several_workers(tf.distribute.get_strategy()):
+        return nullcontext()
+    with tf.control_dependencies(tf.nest.flatten(tensors, expand_composites=True)):
+        everyone = total(tf.ones(()))
+    return tf.control_dependencies([everyone])
+
+
+def finite_together(optimizer: Any, gradients: list) -> list:
+    """Gradients that no replica finds finite if one does not.
+
+    A `LossScaleOptimizer` takes one replica's word, and each worker its own.
+    """
+    several = tf.distribute.get_strategy().num_replicas_in_sync > 1
+    if not several or not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return gradients
+    bad = total(tf.cast(~optimizer.check_finite(gradients), "float32"))
+    # In a gradient that is not sparse: those slices may be none.
+    present = [i for i, gradient in enumerate(gradients) if gradient is not None]
+    i = min(present, key=lambda i: isinstance(gradients[i], tf.IndexedSlices))
+    told = tf.convert_to_tensor(gradients[i])
+    told = tf.where(bad > 0, tf.constant(float("nan"), told.dtype), told)
+    return [*gradients[:i], told, *gradients[i + 1 :]]
+
+
+def check_in_step(
+    strategy: tf.distribute.Strategy, epoch: int, update: int, at_end: bool
+) -> None:
+    """Raise in all workers if they are not at the same position of their training.
+
+    Args:
+        strategy: Theirs.
+        epoch: The number of the epoch.
+        update: The number of the update.
+        at_end: Whether no other update will come.
+    """
+    if not several_workers(strategy):
+        return
+    own = tf.constant([1, epoch, update, at_end], tf.int64)
+    with answering():
+        sums, squares = strategy.reduce(
+            tf.distribute.ReduceOp.SUM, tf.stack([own, own * own]), axis=None
+        ).numpy()
+    # As numbers do that are all equal, and no others.
+    if (sums[0] * squares == sums * sums).all():
+        return
+    raise ValueError(
+        "The workers of the strategy must make the same updates: give each the same "
+        "number of batches and of epochs, or a data set that does not know its length, "
+        "of which a worker that has no more batches takes part with none. Received: "
+        f"this worker at {'the end' if at_end else 'an update'} of epoch {epoch}, its "
+        f"update {update} of this `fit`"
+    )
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Around what workers do together: says what it means if one does not."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        if "Collective ops is aborted" not in str(error):
+            raise
+        raise RuntimeError(
+            "A worker of the strategy did not answer: it has failed, or was ended, and "
+            "its own output says why. Start all workers again; with the callback "
+            f"`BackupAndRestore` they go on from the last backup. Received: {error}"
+        ) from error

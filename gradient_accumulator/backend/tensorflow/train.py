@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,12 @@ from gradient_accumulator.backend.tensorflow.pieces import (
     trace_piece,
     without_optional,
 )
-from gradient_accumulator.backend.tensorflow.replicas import mean
+from gradient_accumulator.backend.tensorflow.replicas import (
+    answering,
+    check_in_step,
+    in_replica,
+    mean,
+)
 from gradient_accumulator.backend.tensorflow.update import run_update, waits
 from gradient_accumulator.pieces import (
     Accumulation,
@@ -47,8 +53,10 @@ def make_train_function(
     def train_function(iterator):
         logs = None
         for _ in range(steps_per_execution):
+            check_in_step(updates.strategy, epoch.number, epoch.updates, False)
             try:
-                update = updates.draw(iterator)
+                with answering():
+                    update = updates.draw(iterator)
             except StopIteration:
                 if logs is None:
                     raise
@@ -56,7 +64,8 @@ def make_train_function(
             state = model.non_trainable_variables
             before = [variable.value.read_value() for variable in state]
             try:
-                logs = update()
+                with answering():
+                    logs = update()
             except BaseException:
                 # The pieces before the failing one moved seeds and statistics.
                 for variable, value in zip(state, before):
@@ -260,5 +269,31 @@ def fitting(model: keras.Model, epoch: Epoch, group: int) -> Iterator[None]:
     And builds the model: Keras does it from the mean of the replicas' first batches,
     which does not exist if one is larger, nor for several workers.
     """
-    with trainer.with_attribute(model, "_maybe_symbolic_build", lambda **_: None):
+    with ExitStack() as stack:
+
+        def replace(name, function):
+            stack.enter_context(trainer.with_attribute(model, name, function))
+
+        replace("_maybe_symbolic_build", lambda **_: None)
+        # Before an epoch and after it workers sum their metrics, which none can alone.
+        replace("reset_metrics", _in_step(model, epoch, "reset_metrics", False))
+        replace("get_metrics_result", _in_step(model, epoch, "get_metrics_result"))
         yield
+    check_in_step(model.distribute_strategy, epoch.number, epoch.updates, True)
+
+
+def _in_step(model, epoch, name, at_end=True):
+    """A method of the model's, where all workers are at the same position."""
+
+    @functools.wraps(getattr(type(model), name))
+    def method():
+        if tf.executing_eagerly() and not in_replica():
+            strategy = model.distribute_strategy
+            check_in_step(strategy, epoch.number, epoch.updates, at_end)
+        return getattr(type(model), name)(model)
+
+    return method
+
+
+def epoch_ended(epoch: Epoch) -> None:
+    """Called after the last update of an epoch, before Keras goes on."""

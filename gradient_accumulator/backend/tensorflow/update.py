@@ -17,6 +17,7 @@ from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.statistics import Statistics, apart, synchronizes
 from gradient_accumulator.backend.tensorflow.optimizer import clip
 from gradient_accumulator.backend.tensorflow.pieces import size_of, trace_piece
+from gradient_accumulator.backend.tensorflow.replicas import finite_together, ready
 
 
 def run_update(model, accumulation, pieces, losses):
@@ -34,10 +35,11 @@ def run_update(model, accumulation, pieces, losses):
     apply = partial(_apply, model, accumulation.clipping, variables)
     unrolled = waits(model)
     if model.jit_compile and not model.run_eagerly and not unrolled:
-        add_piece, apply = [
-            tf.function(function, jit_compile=True, autograph=False)
-            for function in (add_piece, apply)
-        ]
+        compiled = partial(tf.function, jit_compile=True, autograph=False)
+        add_piece = compiled(add_piece)
+        # Replicas wait for each other in the optimizer, which is no part of XLA's.
+        if model.distribute_strategy.num_replicas_in_sync == 1:
+            apply = compiled(apply)
 
     def body(k, state, examples, loss, dense, slices, own_logs):
         data = pieces.read(k, state)
@@ -301,7 +303,9 @@ def _apply(model, clipping, variables, gradients):
         return
     if clipping is not None:
         gradients = clip(clipping, model.optimizer, variables, gradients)
-    model.optimizer.apply_gradients(zip(gradients, variables))
+    gradients = finite_together(model.optimizer, gradients)
+    with ready(gradients):
+        model.optimizer.apply_gradients(zip(gradients, variables))
 
 
 def _zero_logs(model, pieces):

@@ -155,3 +155,7 @@ def _groups(batches: Iterable, epoch: Epoch, group: int) -> Iterator:
         if group > 1:
             yield pieces
             yield from [None] * (group - 2)
+
+
+def epoch_ended(epoch: Epoch) -> None:
+    """Called after the last update of an epoch, before Keras goes on."""

@@ -1,0 +1,70 @@
+"""`fit` in a `tf.distribute` strategy. See README.md for how to start it."""
+
+import argparse
+import json
+import os
+
+os.environ["KERAS_BACKEND"] = "tensorflow"
+
+
+def strategy(arguments):
+    import tensorflow as tf
+
+    if arguments.workers:
+        workers = arguments.workers.split(",")
+        os.environ["TF_CONFIG"] = json.dumps(
+            {
+                "cluster": {"worker": workers},
+                "task": {"type": "worker", "index": arguments.index},
+            }
+        )
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    if arguments.devices is None:
+        return tf.distribute.MirroredStrategy()
+    (processor,) = tf.config.list_physical_devices("CPU")
+    tf.config.set_logical_device_configuration(
+        processor, [tf.config.LogicalDeviceConfiguration()] * arguments.devices
+    )
+    return tf.distribute.MirroredStrategy(
+        [f"CPU:{i}" for i in range(arguments.devices)]
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--devices", type=int, help="logical processors to use")
+    parser.add_argument("--workers", default="", help="host:port of each worker")
+    parser.add_argument("--index", type=int, default=0, help="which of them this is")
+    parser.add_argument("--epochs", type=int, default=5)
+    arguments = parser.parse_args()
+    distribution = strategy(arguments)  # before Keras uses a device
+
+    import digits
+    import keras
+    import tensorflow as tf
+
+    from gradient_accumulator import accumulate
+
+    keras.utils.set_random_seed(0)
+    training, validation = digits.data()
+    with distribution.scope():
+        # Each replica cuts its share of a batch in pieces of 4.
+        model = accumulate(digits.classifier(), microbatch_size=4)
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = (
+        tf.data.experimental.AutoShardPolicy.DATA
+    )
+    batches = tf.data.Dataset.from_tensor_slices(training).batch(digits.BATCH)
+    model.fit(
+        batches.with_options(options),
+        epochs=arguments.epochs,
+        verbose=2 if arguments.index == 0 else 0,
+    )
+    # Its weights, for Keras does not evaluate over several workers.
+    alone = digits.classifier()
+    alone.set_weights(model.get_weights())
+    digits.report(alone, validation)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Devices of one process: trains problems in pieces and as plain Keras does there.
+
+Arguments: how data is handed in, the number of devices, then the names of problems.
+"""
+
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={sys.argv[2]}"
+
+import keras
+from helpers import differences, named, train
+from problems import cut
+
+from gradient_accumulator import accumulate
+
+PIECE = 4  # examples, of which each device has as many
+
+
+def divisible(batches):
+    """Keras shards a batch over devices in equal parts only."""
+    return [
+        keras.tree.map_structure(lambda array: array[: len(array) // 4 * 4], batch)
+        for batch in batches
+    ]
+
+
+def main(way, count, *names):
+    keras.distribution.set_distribution(keras.distribution.DataParallel())
+    found = []
+    for name in names:
+        print(name, flush=True)
+        problem = named(name)
+        batches = divisible(problem.batches())
+        pieces = [piece for batch in batches for piece in cut(batch, PIECE)]
+        reference = train(problem, batches)
+        if way == "microbatch_size":
+            # Of each device's examples: the last piece of 6 of them is smaller.
+            size, data = PIECE, batches
+        else:
+            size, data = max(len(cut(batch, PIECE)) for batch in batches), pieces
+        trained = train(
+            problem, data, lambda model, size=size: accumulate(model, **{way: size})
+        )
+        found += [f"{name}: {d}" for d in differences(trained, reference)]
+        keras.backend.clear_session()
+    if found:
+        sys.exit("\n".join(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

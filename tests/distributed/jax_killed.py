@@ -1,0 +1,70 @@
+"""A process of `jax.distributed` whose second one is killed in the middle of an update.
+
+Arguments: this one's number, their address, a folder for backups, whether to kill, and
+a file for the final weights.
+"""
+
+import os
+import sys
+
+import jax
+import keras
+import numpy as np
+
+RANK = int(sys.argv[1])
+# As `keras.distribution.initialize`, but for how soon a process counts as dead.
+jax.distributed.initialize(
+    sys.argv[2], 2, RANK, heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10
+)
+keras.distribution.set_distribution(
+    keras.distribution.DataParallel(auto_shard_dataset=False)
+)
+
+from helpers import Batches
+from keras import layers
+
+from gradient_accumulator import accumulate
+
+r = np.random.default_rng(RANK)
+X = r.normal(size=(24, 6)).astype("float32")
+Y = np.tanh(X[:, :3]).astype("float32")
+PIECES = [(X[i : i + 4], Y[i : i + 4]) for i in range(0, 24, 4)]  # two updates of 3
+
+
+class Killed(Batches):
+    """Ends the process where the second update of the second epoch is half done."""
+
+    drawn = 0
+
+    def __getitem__(self, index):
+        self.drawn += 1
+        if RANK == 1 and self.drawn == 6 + 1 + 5:  # one was drawn to build the model
+            os._exit(9)
+        return super().__getitem__(index)
+
+
+class Remember(keras.callbacks.Callback):
+    """Of JAX's processes, one that waits for another is ended where it is."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.file = file
+
+    def on_epoch_end(self, epoch, logs=None):
+        updates = int(self.model.optimizer.iterations)
+        np.savez(f"{self.file}-{RANK}.npz", *self.model.get_weights(), updates=updates)
+
+
+def main(folder, kill, file):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([layers.Input((6,)), layers.Dense(8), layers.Dense(3)])
+    model.compile(keras.optimizers.Adam(0.05), "mse")
+    accumulate(model, accum_steps=3)
+    backup = keras.callbacks.BackupAndRestore(f"{folder}/{RANK}", save_freq="epoch")
+    data = Killed(PIECES) if kill == "kill" else Batches(PIECES)
+    callbacks = [backup, Remember(file)]
+    model.fit(data, epochs=3, shuffle=False, verbose=0, callbacks=callbacks)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[3:])

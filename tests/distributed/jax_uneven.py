@@ -1,0 +1,43 @@
+"""A process of `jax.distributed` that has more batches, or pieces, than the other.
+
+Arguments: this one's number, their address, what there is more of, and a loss.
+"""
+
+import sys
+
+import jax
+import keras
+import numpy as np
+
+RANK = int(sys.argv[1])
+jax.distributed.initialize(
+    sys.argv[2], 2, RANK, heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10
+)
+keras.distribution.set_distribution(
+    keras.distribution.DataParallel(auto_shard_dataset=False)
+)
+
+from helpers import Batches
+from keras import layers
+
+from gradient_accumulator import accumulate
+
+
+def main(more, reduction):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([layers.Input((6,)), layers.Dense(3)])
+    model.compile("sgd", keras.losses.MeanSquaredError(reduction))
+    accumulate(model, accum_steps=3)
+    piece = np.ones((4, 6), "float32"), np.ones((4, 3), "float32")
+    count = (6 if RANK == 0 else 3) if more == "batches" else (6 if RANK == 0 else 5)
+    try:
+        model.fit(Batches([piece] * count), epochs=2, verbose=0)
+    except ValueError as error:
+        assert "must make the same updates" in str(error), error
+        assert "process 0" in str(error) and "process 1" in str(error), error
+        return
+    raise AssertionError("did not raise")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[3:])
