@@ -56,6 +56,56 @@ def add(pairs: list, factor: Any) -> None:
             value.assign_add(rows)
 
 
+def add_and_update(
+    pairs: list, factor: Any, predicate: Callable, update: Callable, changing: Callable
+) -> None:
+    """Add a piece, and call `update`, which assigns `changing()`, if it is the last.
+
+    The last piece is added on its way into the optimizer, which saves a walk through
+    memory: on one replica, for gradients that are not sparse.
+    """
+    dense = [pair for pair in pairs if not isinstance(pair[1], tf.IndexedSlices)]
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    if replicas > 1 or tf.executing_eagerly() or len(dense) < len(pairs):
+        add(pairs, factor)
+        try:
+            when(predicate, update, changing)
+        except BaseException:
+            if tf.executing_eagerly():
+                add(pairs, -factor)
+            raise
+        return
+
+    def last():
+        update(
+            {
+                id(held): held.value
+                + tf.cast(gradient, held.dtype) * tf.cast(factor, held.dtype)
+                for held, gradient in pairs
+            }
+        )
+
+    _branch(predicate, last, lambda: add(pairs, factor))
+
+
+def divided(accumulators: list, sums: dict, total: tf.Tensor) -> dict:
+    """Sums, or what the accumulators hold where there is none, divided as `divide` does.
+
+    Args:
+        accumulators: Variables.
+        sums: Tensors by the `id` of a variable.
+        total: The sum of the factors.
+    """
+    total = tf.convert_to_tensor(total)
+    total = tf.where(_is_one(total), tf.ones_like(total), total)
+    return {
+        id(held): tf.math.divide_no_nan(
+            sums.get(id(held), held.value), tf.cast(total, held.dtype)
+        )
+        for held in accumulators
+    }
+
+
 def divide(accumulators: list, total: tf.Tensor) -> None:
     """Divide sums by the sum of the factors, which is 0 only if they are."""
     total = tf.convert_to_tensor(total)
@@ -66,9 +116,11 @@ def divide(accumulators: list, total: tf.Tensor) -> None:
             value.assign(tf.math.divide_no_nan(value, tf.cast(total, value.dtype)))
         return tf.constant(0)
 
-    off = tf.abs(total - 1)
-    is_one = off <= 4 * np.finfo(total.dtype.as_numpy_dtype).eps
-    tf.cond(is_one, lambda: tf.constant(0), division)
+    tf.cond(_is_one(total), lambda: tf.constant(0), division)
+
+
+def _is_one(total):
+    return tf.abs(total - 1) <= 4 * np.finfo(total.dtype.as_numpy_dtype).eps
 
 
 def clear(accumulators: list) -> None:
@@ -131,12 +183,15 @@ def when(predicate: Callable, function: Callable, variables: Callable) -> None:
     tf.distribute.get_replica_context().merge_call(across)
 
 
-def _branch(predicate, function):
-    def call():
-        function()
-        return tf.constant(0)
+def _branch(predicate, function, otherwise=lambda: None):
+    def calling(function):
+        def call():
+            function()
+            return tf.constant(0)
 
-    tf.cond(predicate(), call, lambda: tf.constant(0))
+        return call
+
+    tf.cond(predicate(), calling(function), calling(otherwise))
 
 
 def flush(predicate: Callable, function: Callable, variables: Callable) -> None:
