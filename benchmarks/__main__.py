@@ -6,11 +6,11 @@ import argparse
 import importlib.util
 from types import ModuleType
 
-from . import exactness, loops, memory, normalization, report, speed
+from . import distributed, exactness, loops, memory, normalization, report, speed
 from .models import MODELS
 
 BACKENDS = ("tensorflow", "jax", "torch")
-MODULES = (speed, memory, exactness, loops, normalization)
+MODULES = (speed, memory, exactness, loops, normalization, distributed)
 
 
 def _name(module: ModuleType) -> str:

@@ -171,3 +171,27 @@ def _torch_peer(model, size: int) -> Callable:
                 optimizer.zero_grad()
 
     return update
+
+
+def replicated(model, size: int) -> Callable:
+    """PyTorch's processes: `DistributedDataParallel` and an update after each piece.
+
+    With Keras's optimizer, for it stands beside `fit`.
+    """
+    import torch
+    from keras import ops
+    from torch.nn.parallel import DistributedDataParallel
+
+    together = DistributedDataParallel(model)
+    variables = model.trainable_variables
+
+    def update(x, y):
+        for i in range(0, len(x), size):
+            piece = ops.convert_to_tensor(x[i : i + size])
+            outputs = together(piece, training=True)
+            model.loss(ops.convert_to_tensor(y[i : i + size]), outputs).backward()
+            with torch.no_grad():
+                model.optimizer.apply([v.value.grad for v in variables], variables)
+            together.zero_grad()
+
+    return update

@@ -52,12 +52,12 @@ def environment(backend: str, **extra: str) -> dict[str, str]:
 
 
 class Process:
-    """A `variants` process; `ready` is its first answer."""
+    """A `variants` process, or one like it; `ready` is its first answer."""
 
-    def __init__(self, spec: Spec, **extra: str):
+    def __init__(self, spec: Spec, module: str = "variants", **extra: str):
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  `end` closes it
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.variants", spec.dumps()],
+            [sys.executable, "-m", f"benchmarks.{module}", spec.dumps()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -67,15 +67,18 @@ class Process:
         self.ready: dict = {}
 
     def wait(self) -> Process:
-        self.ready = self._answer()
+        self.ready = self.answer()
         return self
 
     def round(self) -> dict:
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return self._answer()
+        self.ask()
+        return self.answer()
 
-    def _answer(self) -> dict:
+    def ask(self, command: str = "") -> None:
+        self._process.stdin.write(f"{command}\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> dict:
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             if not selector.select(TIMEOUT):

@@ -32,6 +32,7 @@ VARIANTS = {
     "function": "ours, `accumulated_value_and_grad`",
     "host": "ours, the same outside of `jax.jit`",
     "peer": "peer",
+    "replicated": "`DistributedDataParallel`, an update a piece",
 }
 # Given full batches, to be cut.
 SPLIT = ("split", "accumulating", "clipped")
@@ -41,6 +42,7 @@ BY_HAND = {
     "function": peers.function,
     "host": peers.host,
     "peer": peers.peer,
+    "replicated": peers.replicated,
 }
 
 
@@ -55,6 +57,7 @@ class Spec:
     pieces: int = 8
     updates: int = 0  # an epoch; 0 takes the model's own number
     seconds: float = 1.0  # a round
+    replicas: int = 1  # in one process, each with such pieces
 
     def dumps(self) -> str:
         return json.dumps(asdict(self))
@@ -104,6 +107,7 @@ def trainer(spec: Spec, model, x, y) -> Callable[[int], list[float]]:
             clip = spec.variant == "clipped"
             accumulate(model, microbatch_size=spec.size, use_agc=clip)
     handed = batch if spec.variant in ("full", *SPLIT) else spec.size
+    handed *= spec.replicas
 
     class Clock(keras.callbacks.Callback):
         def __init__(self):
