@@ -61,10 +61,10 @@ def accumulate(
     is taken for a mean over examples.
 
     Under `tf.distribute`, `keras.distribution` (JAX) or in processes of
-    `torch.distributed` that each have their share of every batch, gradients are exchanged
-    once an update. On JAX they are exchanged with every piece in three cases: a model with
-    a `compute_metrics` of its own, layers that keep a state of their own of what they see,
-    and layouts of what layers return.
+    `torch.distributed` that each have their share of every batch, gradients are
+    exchanged once an update. On JAX they are exchanged with every piece in three cases:
+    a model with a `compute_metrics` of its own, layers that keep a state of their own
+    of what they see, and layouts of what layers return.
 
     The model keeps its type, weights, compile state and optimizer state. Nothing of
     accumulation is saved with it.

@@ -284,27 +284,32 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         if self.accum_steps == 1:
             self._finish(self._alone(grads, weight), variables)
             return
+        factor = self._factor(weight)
         with self._engine.same(self._guard, self._given, self._count):
-            summed = self._add(grads, variables, weight)
+            pairs = self._count_piece(grads, variables, weight, factor)
         try:
-            self._engine.when(
+            self._engine.add_and_update(
+                pairs,
+                factor,
                 lambda: ops.greater_equal(self._count, self.accum_steps),
                 self._update,
                 self._changing,
             )
         except BaseException:
             if not self._engine.is_traced(self._count):
-                self._remove(summed, weight)
+                # Take back the piece whose update failed.
+                self._count.assign_sub(1)
+                self._total.assign_sub(ops.cast(factor, self._total.dtype))
             raise
 
-    def _add(self, grads, variables, weight):
-        """Add a piece; returns what was added to what."""
+    def _count_piece(self, grads, variables, weight, factor):
+        """Count a piece; returns what is to be added to what."""
         connected = self._compiled_connected
         if not self._engine.is_traced(self._count):
             connected = self._connected
             if self._engine.read(self._count) == 0:
                 connected.clear()
-        summed = []
+        pairs = []
         for gradient, variable in zip(grads, variables):
             if gradient is None:
                 continue
@@ -315,20 +320,11 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
                 # Keras's own way to join what pieces would overwrite a variable with.
                 accumulator.assign(ops.maximum(accumulator, gradient))
             else:
-                summed.append((accumulator, gradient))
-        factor = self._factor(weight)
-        self._engine.add(summed, factor)
+                pairs.append((accumulator, gradient))
         self._weighed |= weight is not None
         self._count.assign_add(1)
         self._total.assign_add(ops.cast(factor, self._total.dtype))
-        return summed
-
-    def _remove(self, summed, weight):
-        """Take back a piece whose update failed."""
-        factor = self._factor(weight)
-        self._engine.add(summed, -factor)
-        self._count.assign_sub(1)
-        self._total.assign_sub(ops.cast(factor, self._total.dtype))
+        return pairs
 
     def _factor(self, weight):
         """What a piece's gradient is multiplied by when it is added.
@@ -339,8 +335,13 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
         share = 1 / self.accum_steps if self.reduction == "MEAN" else 1.0
         return share if weight is None else ops.cast(weight, self._total.dtype) * share
 
-    def _update(self):
-        """The finished gradient to the wrapped optimizer."""
+    def _update(self, joined=None):
+        """The finished gradient to the wrapped optimizer.
+
+        Args:
+            joined: Sums that have their last gradient, by the `id` of the accumulators,
+                which do not. None if all have it.
+        """
         given = self._given or range(len(self._accumulators))
         variables = [self._trainable_variables[index] for index in given]
         connected = self._connected | self._compiled_connected or set(given)
@@ -350,17 +351,21 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             if self.reduction == "MEAN" and not trainer.overwrites(variable)
         ]
         total = self._engine.total(self._total, self._weighed)
-        self._engine.divide(means, total)
+        if joined is None:
+            joined = {}
+            self._engine.divide(means, total)
+        else:
+            joined |= self._engine.divided(means, joined, total)
+        sums = [joined.get(id(a), a) for a in (self._accumulators[i] for i in given)]
         gradients = [
-            ops.cast(self._accumulators[index], variable.dtype)
-            if index in connected
-            else None
-            for index, variable in zip(given, variables)
+            ops.cast(sum_, variable.dtype) if index in connected else None
+            for index, sum_, variable in zip(given, sums, variables)
         ]
         try:
             self._finish(gradients, variables)
         except BaseException:
-            self._engine.divide(means, ops.divide_no_nan(1.0, total))
+            if not joined:
+                self._engine.divide(means, ops.divide_no_nan(1.0, total))
             raise
         self._clear()
 

@@ -27,6 +27,19 @@ def add(pairs: list, factor: Any) -> None:
         held.assign(held.value + gradient * jnp.asarray(factor, held.dtype))
 
 
+def add_and_update(
+    pairs: list, factor: Any, predicate: Callable, update: Callable, changing: Callable
+) -> None:
+    """Add a piece, and call `update`, which assigns `changing()`, if it is the last."""
+    add(pairs, factor)
+    try:
+        when(predicate, update, changing)
+    except BaseException:
+        if not isinstance(factor, jax.core.Tracer):
+            add(pairs, -factor)
+        raise
+
+
 def divide(accumulators: list, total: Any) -> None:
     """Divide sums by the sum of the factors, which is 0 only if they are."""
     for held in accumulators:

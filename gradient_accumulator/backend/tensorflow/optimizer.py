@@ -89,7 +89,7 @@ def add_and_update(
 
 
 def divided(accumulators: list, sums: dict, total: tf.Tensor) -> dict:
-    """Sums, or what the accumulators hold where there is none, divided as `divide` does.
+    """The sums, or what the accumulators hold without one, divided as `divide` does.
 
     Args:
         accumulators: Variables.

@@ -40,6 +40,19 @@ def add(pairs: list, factor: Any) -> None:
             torch._foreach_add_(sums, added, alpha=factor)
 
 
+def add_and_update(
+    pairs: list, factor: Any, predicate: Callable, update: Callable, changing: Callable
+) -> None:
+    """Add a piece, and call `update`, which assigns `changing()`, if it is the last."""
+    add(pairs, factor)
+    try:
+        when(predicate, update, changing)
+    except BaseException:
+        if not torch.compiler.is_compiling():
+            add(pairs, -factor)
+        raise
+
+
 @torch.no_grad()
 def divide(accumulators: list, total: torch.Tensor) -> None:
     """Divide sums by the sum of the factors, which is 0 only if they are."""
