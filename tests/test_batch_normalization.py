@@ -308,7 +308,7 @@ def statistics_path(model):
     keras.backend.backend() != "torch", reason="processes of torch.distributed"
 )
 def test_synchronized_over_two_processes(tmp_path):
-    """On TensorFlow, `mirrored.py` has the same for two replicas."""
+    """On TensorFlow, `test_distributed.py` has the same for two replicas."""
     script = Path(__file__).with_name("two_processes.py")
     ended = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "store")],

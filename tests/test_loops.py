@@ -1,10 +1,5 @@
 """Training loops of one's own: what users write, against the full batch and peers."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import keras
 import numpy as np
 import problems
@@ -265,22 +260,6 @@ def test_flush_in_a_tf_function():
     epoch(tf.constant(4))
     assert_close({"w": array(weight)}, {"w": np.full(2, -1.0)})
     assert optimizer.pending == 0
-
-
-@on_tensorflow
-def test_two_replicas_of_a_mirrored_strategy():
-    """In a process of its own: it has two processors."""
-    script = Path(__file__).with_name("mirrored.py")
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    ended = subprocess.run(
-        [sys.executable, str(script)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
 
 
 # ------------------------------------------------------------------ a `jax.jit` loop

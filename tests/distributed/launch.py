@@ -1,5 +1,6 @@
 """Starts processes that train together, and sees that they end."""
 
+import json
 import os
 import socket
 import subprocess
@@ -68,6 +69,24 @@ def torch_processes(script, *arguments, count=2):
             WORLD_SIZE=count,
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=port,
+        )
+        for rank in range(count)
+    ]
+
+
+def tensorflow_workers(script, *arguments, count=2):
+    """The workers of a `MultiWorkerMirroredStrategy`."""
+    workers = [f"127.0.0.1:{free_port()}" for _ in range(count)]
+    return [
+        start(
+            script,
+            *arguments,
+            TF_CONFIG=json.dumps(
+                {
+                    "cluster": {"worker": workers},
+                    "task": {"type": "worker", "index": rank},
+                }
+            ),
         )
         for rank in range(count)
     ]

@@ -1,8 +1,10 @@
 """Replicas on one machine: trains problems in pieces and as plain Keras does there.
 
 Arguments: how data is handed in, the number of replicas, then the names of problems.
+Says of which of them plain Keras fails.
 """
 
+import functools
 import os
 import sys
 
@@ -11,45 +13,68 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import tensorflow as tf
 from replicas import replicated
 
-STRATEGY = replicated(int(sys.argv[2]))
+REPLICAS = int(sys.argv[2])
+STRATEGY = replicated(REPLICAS)
 
 import helpers
 import keras
 import numpy as np
+import problems
 from helpers import differences, named, train
 
 from gradient_accumulator import accumulate
 
-FULL, PIECE = 12, 4  # examples, of which a replica has its share
+FULL = 12  # examples, of which a replica has its share
 
 
-def dataset(batches, size):
-    """All examples of the batches, in batches of `size`, the last smaller."""
+def cut_by_keras(problem):
+    """One data set, which Keras gives all replicas their shares of."""
     together = keras.tree.map_structure(
-        lambda *arrays: np.concatenate(arrays), *batches
+        lambda *arrays: np.concatenate(arrays), *problem.batches()
     )
-    return tf.data.Dataset.from_tensor_slices(together).batch(size)
+    data = tf.data.Dataset.from_tensor_slices(together).batch(FULL)
+    # The shares of the last full batch are 6 examples and 1: 3 pieces, and 1.
+    return data, data, {"microbatch_size": 2}
+
+
+def in_order(problem):
+    """Pieces, and full batches of which a replica has what it has of their pieces."""
+    full, in_pieces = [], []
+    for batch in problem.batches():
+        pieces = problem.cut(batch)
+        in_pieces += pieces
+        sizes = [len(keras.tree.flatten(piece)[0]) for piece in pieces]
+        replica = np.concatenate([np.arange(n) // -(-n // REPLICAS) for n in sizes])
+        order = np.argsort(replica, kind="stable")
+        full.append(keras.tree.map_structure(lambda a, i=order: a[i], batch))
+    return of_batches(full), of_batches(in_pieces), {"accum_steps": problem.accum_steps}
+
+
+def of_batches(batches):
+    """A data set of batches that differ in size."""
+    sets = [tf.data.Dataset.from_tensors(batch) for batch in batches]
+    return functools.reduce(lambda a, b: a.concatenate(b), sets)
+
+
+WAYS = {"microbatch_size": cut_by_keras, "accum_steps": in_order}
 
 
 def main(way, _, *names):
     helpers.Batches = lambda data: data
-    size = (
-        {"accum_steps": FULL // PIECE}
-        if way == "accum_steps"
-        # On each replica; its share of the last full batch is another number of pieces.
-        else {"microbatch_size": 2}
-    )
+    problems.PIECE = 4  # examples, of which both replicas have as many
     found = []
     for name in names:
         print(name, flush=True)
         problem = named(name)
-        batches = problem.batches()
+        full, data, size = WAYS[way](problem)
         with STRATEGY.scope():
-            reference = train(problem, dataset(batches, FULL))
+            try:
+                reference = train(problem, full)
+            except Exception as error:
+                print(f"plain Keras fails: {name}: {type(error).__name__}", flush=True)
+                continue
             trained = train(
-                problem,
-                dataset(batches, PIECE if way == "accum_steps" else FULL),
-                lambda model: accumulate(model, **size),
+                problem, data, lambda model, size=size: accumulate(model, **size)
             )
         found += [f"{name}: {d}" for d in differences(trained, reference)]
         keras.backend.clear_session()

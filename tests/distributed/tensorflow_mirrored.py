@@ -1,7 +1,12 @@
-"""A process with two processors: two replicas give what one device gives.
+"""Two replicas give what one device gives: wrapped optimizers, clipping, statistics."""
 
-`test_loops.py` runs it, for the processors must be made before TensorFlow begins.
-"""
+import os
+
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+from replicas import replicated
+
+STRATEGY = replicated(2)
 
 import keras
 import numpy as np
@@ -14,12 +19,6 @@ from gradient_accumulator import (
     GradientAccumulateOptimizer,
     accumulate,
 )
-
-(cpu,) = tf.config.list_physical_devices("CPU")
-tf.config.set_logical_device_configuration(
-    cpu, [tf.config.LogicalDeviceConfiguration()] * 2
-)
-STRATEGY = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 r = np.random.default_rng(0)
 x = r.normal(size=(40, 6)).astype("float32")

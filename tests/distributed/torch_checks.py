@@ -1,4 +1,4 @@
-"""A process of `torchrun`: one check, named by the first argument."""
+"""A process of `torchrun`: the checks that the arguments name."""
 
 import datetime
 import math
@@ -288,6 +288,8 @@ def sharded_loop():
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]]()
-    dist.barrier()
-    dist.destroy_process_group()
+    for name in sys.argv[1:]:
+        print(name, flush=True)
+        globals()[name]()
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,166 @@
+"""A worker of a `MultiWorkerMirroredStrategy`: the checks that the arguments name.
+
+Plain Keras fails there, so that what is right is what it gives of as many replicas in
+one process.
+"""
+
+import os
+import sys
+
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+import tensorflow as tf
+from replicas import workers
+
+TOGETHER, ALONE, RANK = workers()
+
+import helpers
+import keras
+import numpy as np
+import reductions
+from helpers import assert_same, named, train
+from keras import layers
+
+from gradient_accumulator import AccumBatchNormalization, accumulate
+
+r = np.random.default_rng(0)
+X = r.normal(size=(24, 6)).astype("float32")
+Y = np.tanh(X[:, :3]).astype("float32")
+SOME = [
+    "optimizer_adam",
+    "global_clipnorm",
+    "reduction_mean_with_sample_weight_masked_weighted",
+]
+
+
+def build(*normalization):
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [layers.Input((6,)), layers.Dense(8), *normalization, layers.Dense(3)]
+    )
+
+
+def compiled(*normalization, **size):
+    with TOGETHER.scope():
+        model = accumulate(build(*normalization), **size)
+        model.compile(keras.optimizers.Adam(0.05, epsilon=1e-2), "mse")
+    return model
+
+
+def batches(*sizes):
+    """A worker's own, of a data set that knows its length."""
+    starts = np.cumsum((0, *sizes))
+    rows = [slice(start, start + size) for start, size in zip(starts, sizes)]
+    sets = [tf.data.Dataset.from_tensors((X[row], Y[row])) for row in rows]
+    data = sets[0]
+    for following in sets[1:]:
+        data = data.concatenate(following)
+    return data
+
+
+def own(data):
+    return TOGETHER.distribute_datasets_from_function(lambda _: data)
+
+
+def exact():
+    """As one process with two replicas: masks, clipping, ragged batches."""
+    helpers.Batches = lambda data: data
+    for name in SOME:
+        print(name, flush=True)
+        problem = named(name)
+        together = keras.tree.map_structure(
+            lambda *arrays: np.concatenate(arrays), *problem.batches()
+        )
+        examples = tf.data.Dataset.from_tensor_slices(together)
+        with ALONE.scope():
+            reference = train(problem, examples.batch(12))
+        with TOGETHER.scope():
+            trained = train(
+                problem,
+                examples.batch(12),
+                lambda model: accumulate(model, microbatch_size=2),
+            )
+        assert_same(trained, reference)
+
+
+def overflow():
+    """In one worker skips the update in both, and halves the scale once."""
+    x = np.ones((8, 6), "float32")
+    x[4 * RANK, 0] = 1e36 if RANK == 1 else 1
+    data = tf.data.Dataset.from_tensors((x[4 * RANK : 4 * RANK + 4], Y[:4]))
+    for size in ({"microbatch_size": 2}, {"accum_steps": 2}):
+        with TOGETHER.scope():
+            model = accumulate(build(), **size)
+            optimizer = keras.optimizers.LossScaleOptimizer(
+                keras.optimizers.SGD(0.1), initial_scale=2.0**15
+            )
+            model.compile(optimizer, "mae")
+        before = model.get_weights()
+        model.fit(own(data.repeat(size.get("accum_steps", 1))), verbose=0)
+        for a, b in zip(model.get_weights(), before, strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert optimizer.dynamic_scale.numpy() == 2.0**14
+        assert optimizer.iterations.numpy() == 0
+
+
+def normalization():
+    """Pooled over pieces and workers."""
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(12)
+    for synchronized in (False, True):
+        layer = AccumBatchNormalization(momentum=0.5, synchronized=synchronized)
+        model = compiled(layer, microbatch_size=3)
+        with tf.device("CPU:0"):
+            hidden = build().layers[0](X[:12]).numpy()
+        model.fit(data.take(1), verbose=0)
+        for got, statistic, start in (
+            (layer.moving_mean, hidden.mean(0), 0),
+            (layer.moving_variance, hidden.var(0), 1),
+        ):
+            wanted = (start + statistic) / 2
+            np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def one_reduction():
+    """Of the gradients, whatever the number of pieces is, and none within a loop."""
+    counts = []
+    for pieces in (1, 2, 6):
+        model = compiled(microbatch_size=6 // pieces)
+        model.fit(own(batches(6, 6)), verbose=0)
+        sizes, inside = reductions.of(model)
+        assert sizes.count(model.count_params()) == 1, sizes
+        assert sum(sizes) < model.count_params() + 10, sizes
+        assert inside == 0
+        counts.append(sizes)
+    assert counts[0] == counts[1] == counts[2], counts
+
+
+def uneven():
+    """A worker whose data ends before takes part, with nothing."""
+    sizes = (6, 6, 6) if RANK == 0 else (4, 2)
+    for way in ({"microbatch_size": 2}, {"accum_steps": 2}):
+        model = compiled(**way)
+        data = batches(*sizes).filter(lambda x, y: True)  # of a length not known
+        model.fit(own(data), epochs=2, verbose=0)
+        updates = 3 if "microbatch_size" in way else 2
+        assert model.optimizer.iterations.numpy() == 2 * updates
+        assert np.isfinite(
+            np.concatenate([w.ravel() for w in model.get_weights()])
+        ).all()
+
+
+def different_updates():
+    """Raise in both workers, and none waits: different batches, and epochs."""
+    for sizes, epochs in (((6,) * (3 - RANK), 2), ((6, 6), 2 + RANK)):
+        model = compiled(microbatch_size=2)
+        try:
+            model.fit(own(batches(*sizes)), epochs=epochs, verbose=0)
+        except ValueError as error:
+            assert "must make the same updates" in str(error), error
+        else:
+            raise AssertionError("did not raise")
+
+
+if __name__ == "__main__":
+    for check in sys.argv[1:]:
+        print(check, flush=True)
+        globals()[check]()
