@@ -5,6 +5,7 @@ addresses are settled before its backend begins.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -56,6 +57,16 @@ ON_REPLICAS = [
     "reduction_mean_with_sample_weight_masked_weighted",
     "metrics_masked",
 ]
+# What plain Keras itself cannot train there: branches of replicas that wait for each
+# other, gradients that are there in one update and not in the next, booleans to sum.
+PLAIN_FAILS = {
+    "ema_overwrite_every_2",
+    "gradient_none_on_some_pieces",
+    "gradient_none_on_all_pieces_of_one_update",
+    "weights_bool",
+}
+# Pieces that are a third of a replica's batch, which half precision rounds.
+THIRDS = {"policy_mixed_bfloat16", "policy_mixed_float16"}
 # Counts the examples that a process has seen.
 OF_EACH_PROCESS = {"state_travels_from_piece_to_piece"}
 on_devices = pytest.mark.parametrize(
@@ -237,12 +248,13 @@ def test_replicas_of_tensorflow_give_the_full_batch(way):
 @pytest.mark.parametrize("part", range(4))
 @ways
 def test_replicas_of_tensorflow_give_the_full_batch_in_every_problem(way, part):
-    names = [p.name for p in problems.here() if p.name not in OF_EACH_PROCESS]
+    left_out = OF_EACH_PROCESS | (THIRDS if way == "microbatch_size" else set())
+    names = [p.name for p in problems.here() if p.name not in left_out][part::4]
     (output,) = launch.succeed(
-        [launch.start("tensorflow_fit.py", way, 2, *names[part::4])], 4 * SECONDS
+        [launch.start("tensorflow_fit.py", way, 2, *names)], 4 * SECONDS
     )
-    fails = output.count("plain Keras fails")
-    assert fails <= len(names[part::4]) // 4, output
+    fails = set(re.findall("plain Keras fails: (.*):", output))
+    assert fails == PLAIN_FAILS & set(names)
 
 
 @on_tensorflow
