@@ -232,7 +232,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         """How many calls were pooled since the moving statistics last moved."""
         if self._pool is None:
             return 0
-        return int(ops.convert_to_numpy(self._pool.calls.value))
+        return int(ops.convert_to_numpy(self._pool.calls))
 
     def finish_update(self) -> None:
         """Move the moving statistics by what was pooled since they last moved.

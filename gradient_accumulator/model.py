@@ -62,9 +62,9 @@ def accumulate(
 
     Under `tf.distribute`, `keras.distribution` (JAX) or in processes of
     `torch.distributed` that each have their share of every batch, gradients are
-    exchanged once an update. On JAX they are exchanged with every piece in three cases:
-    a model with a `compute_metrics` of its own, layers that keep a state of their own
-    of what they see, and layouts of what layers return.
+    exchanged once an update. On JAX they are exchanged with every piece in four cases:
+    a model with a `compute_metrics` of its own, metrics of classes of your own, layers
+    that keep a state of their own of what they see, and layouts of what layers return.
 
     The model keeps its type, weights, compile state and optimizer state. Nothing of
     accumulation is saved with it.
@@ -202,7 +202,7 @@ class _EpochCallback(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         # Not all data ends with the epoch: several workers read ahead.
-        self.epoch.begin((self.params or {}).get("steps"))
+        self.epoch.begin((self.params or {}).get("steps"), epoch + 1)
 
     def on_test_begin(self, logs=None):
         self.ended(self.epoch)

@@ -183,18 +183,18 @@ class Epoch:
     def restart(self, steps: int | None = None) -> None:
         """Begin a call of `fit`."""
         self.steps = steps
-        self.number = -1
         self.updates = 0
         self.begin()
 
-    def begin(self, length: int | None = None) -> None:
+    def begin(self, length: int | None = None, number: int = 0) -> None:
         """Begin an epoch of it.
 
         Args:
             length: The number of batches in an epoch, as far as Keras knows it.
+            number: Which epoch of the training it is.
         """
+        self.number = number
         self.length = self.steps if length is None else length
-        self.number += 1
         self.seen = 0
 
     def left(self, count: int) -> int:

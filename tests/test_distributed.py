@@ -103,7 +103,10 @@ def test_processes_of_torchrun():
         "normalization",
         "different_updates",
         "no_share_of_the_last_batch",
+        "uneven_normalization",
+        "different_epochs",
         "replicated_loop",
+        "some_of_the_parameters",
         "sharded_loop",
     )
     launch.succeed(launch.torch_processes("torch_checks.py", *checks), SECONDS)
@@ -129,18 +132,14 @@ def test_a_process_of_torchrun_that_is_killed(tmp_path):
 
 
 @on_jax
-@pytest.mark.parametrize(
-    ("way", "devices"), [("microbatch_size", 2), ("accum_steps", 4)]
-)
+@on_devices
 def test_devices_of_jax_give_the_full_batch(way, devices):
     launch.succeed([launch.start("jax_fit.py", way, devices, *some())], SECONDS)
 
 
 @on_jax
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("way", "devices"), [("microbatch_size", 2), ("accum_steps", 4)]
-)
+@on_devices
 def test_devices_of_jax_give_the_full_batch_in_every_problem(way, devices):
     names = [p.name for p in problems.here()]
     launch.succeed([launch.start("jax_fit.py", way, devices, *names)], 4 * SECONDS)
@@ -148,7 +147,14 @@ def test_devices_of_jax_give_the_full_batch_in_every_problem(way, devices):
 
 @on_jax
 def test_devices_of_jax():
-    checks = "model_parallel", "accumulators", "clipped", "normalization", "dropout"
+    checks = (
+        "model_parallel",
+        "accumulators",
+        "clipped",
+        "normalization",
+        "dropout",
+        "own_metric",
+    )
     launch.succeed([launch.start("jax_checks.py", *checks)], SECONDS)
 
 

@@ -144,6 +144,15 @@ def _update_loss(model: keras.Model, loss: Any, examples: Any) -> None:
     model._loss_tracker.update_state(loss, sample_weight=examples)
 
 
+def metric_types(model: keras.Model) -> set[type]:
+    """The classes of a model's metrics, also of those that it was compiled with."""
+    return {
+        type(each)
+        for metric in model.metrics
+        for each in (metric, *getattr(metric, "metrics", ()))
+    }
+
+
 def has_own_metrics(model: keras.Model) -> bool:
     """Whether only the model's own `compute_metrics` knows what the logs are."""
     return not is_keras_own(type(model).compute_metrics)

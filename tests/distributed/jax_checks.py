@@ -160,6 +160,34 @@ def normalization():
             compare(f"{layer}, four pieces", model, pooled, before)
 
 
+class Largest(keras.metrics.Metric):
+    """A metric whose state is no sum."""
+
+    def __init__(self):
+        super().__init__(name="largest")
+        self.value = self.add_variable((), "zeros", name="value")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.value.assign(keras.ops.maximum(self.value, keras.ops.max(y_pred)))
+
+    def result(self):
+        return self.value.value
+
+
+def own_metric():
+    def run(**way):
+        model = build()
+        if way:
+            accumulate(model, **way)
+        model.compile("sgd", "mse", metrics=[Largest()])
+        return model.fit(X, Y, batch_size=FULL, shuffle=False, verbose=0).history
+
+    reference = run()
+    keras.distribution.set_distribution(keras.distribution.DataParallel())
+    for name, values in run(microbatch_size=3).items():
+        np.testing.assert_allclose(values, reference[name], rtol=1e-5)
+
+
 def dropout():
     """Devices draw different masks, and two runs from one seed are equal."""
     keras.distribution.set_distribution(keras.distribution.DataParallel())

@@ -90,6 +90,10 @@ def _taking(replicas, length):
     return jax.jit(replicas.on_each(take, (True, False), True))
 
 
+# What JAX's collectives say when a process does not answer.
+_LOST = ("gloo", "connection", "coordination", "unavailable", "heartbeat", "nccl")
+
+
 def waited_for(function: Callable) -> Callable:
     """The same, ended when all processes have: one that fails fails in it.
 
@@ -100,6 +104,8 @@ def waited_for(function: Callable) -> Callable:
         try:
             return jax.block_until_ready(function(*args))
         except (RuntimeError, ValueError) as error:
+            if not any(word in str(error).lower() for word in _LOST):
+                raise
             raise RuntimeError(
                 "A process of `jax.distributed` did not answer: it has failed, or was "
                 "ended, and its own output says why. The update at hand was not "

@@ -64,6 +64,7 @@ def make_update(model, accumulation, epoch):
                 _sharded(model, trainable, non_trainable, first),
             )
         before = [non_trainable[i] for i in positions]
+        check(pieces.count)  # processes may wait for each other in a piece
         pieces = programs.weighed(pieces, trainable, non_trainable)
         sums = programs.zeros()
         for piece, share, kinds, factors in pieces:
@@ -155,6 +156,8 @@ def _sharded(model, trainable, non_trainable, piece):
         return None
     if trainer.has_own_metrics(model):  # its logs are of what it sees
         return None
+    if not all(trainer.is_keras_own(kind) for kind in trainer.metric_types(model)):
+        return None  # of one's own it is not known whether it adds up
     if any(has_layout(f"{layer.path}/output") for layer in trainer.layers_of(model)):
         return None  # what a layer returns is to be sharded over all devices
     x, _, _ = keras.utils.unpack_x_y_sample_weight(piece)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -140,6 +141,9 @@ class _Updates:
             # A replica may have nothing of an epoch's last batch.
             if self.replicas == 1 or size_of(local):
                 example_count(local)
+        if self.unrolled:
+            sizes = [int(size_of(local)) for local in self._locals(batch)]
+            _check_even({math.ceil(size / microbatch_size) for size in sizes})
         self._build(batch)
 
         def pieces_of(batch):
@@ -150,6 +154,9 @@ class _Updates:
     def _of_pieces(self, pieces):
         pieces = [_tensors(piece) for piece in pieces]
         self._build(pieces[0])
+        if self.unrolled:
+            for piece in pieces:
+                _check_even({int(size_of(x) > 0) for x in self._locals(piece)})
         # A graph for each number of pieces, where it cannot be a loop.
         count = len(pieces) if self.unrolled else tf.constant(len(pieces))
         pieces += pieces[-1:] * (self.accum_steps - len(pieces))
@@ -245,6 +252,16 @@ class _Updates:
                 autograph=False,
             )
         return self.graphs[key](*data)
+
+
+def _check_even(counts: set[int]) -> None:
+    """Raise unless all replicas that wait for each other have as many pieces."""
+    if len(counts) > 1:
+        raise ValueError(
+            "Replicas that normalize by the examples of all of them need as many "
+            "pieces each. Drop a data set's last batch (`drop_remainder=True`), or use "
+            f"`synchronized=False`. Received: {sorted(counts)} pieces"
+        )
 
 
 def _optionals(iterator):

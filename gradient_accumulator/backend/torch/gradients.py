@@ -39,7 +39,7 @@ def value_and_grad(loss: LossFunction) -> Callable:
                 parameter.grad = None
             sums = [Sum(p, dtype) for p, dtype in zip(parameters, dtypes)]
             pieces = cut(batch, loss.microbatch_size)
-            processes.check(pieces.count)
+            processes.check(pieces.count, parameters)
             for k, piece in enumerate(pieces.iterator, start=1):
                 with processes.piece(last=k == pieces.count):
                     numerator, denominator, aux = loss(piece, *args, **kwargs)

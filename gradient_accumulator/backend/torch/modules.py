@@ -26,8 +26,8 @@ class Alone:
         """The sum over the processes of each number."""
         return numbers
 
-    def check(self, pieces: int) -> None:
-        """Raise if the processes cannot work on so many pieces each."""
+    def check(self, pieces: int, parameters: list) -> None:
+        """Raise if they cannot work on so many pieces each, or for these parameters."""
 
     def piece(self, last: bool) -> AbstractContextManager:
         """Around the forward and the backward pass of a piece."""
@@ -51,6 +51,17 @@ class Replicated(Alone):
     def totals(self, numbers):
         return replicas.totals(numbers, self.module.process_group)
 
+    def check(self, pieces, parameters):
+        given = {id(parameter) for parameter in parameters}
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        missing = sum(id(parameter) not in given for parameter in trained)
+        if missing:
+            raise ValueError(
+                "A `DistributedDataParallel` reduces when all of its parameters have a "
+                "gradient: give all of them, or set `requires_grad=False` before it is "
+                f"made. Received: variables without {missing} of {len(trained)}"
+            )
+
     def piece(self, last):
         return nullcontext() if last else self.module.no_sync()
 
@@ -68,7 +79,7 @@ class Sharded(Alone):
     def totals(self, numbers):
         return replicas.totals(numbers)
 
-    def check(self, pieces):
+    def check(self, pieces, parameters):
         (everyone,) = replicas.totals([pieces])
         (squares,) = replicas.totals([pieces**2])
         if everyone**2 != squares * self.count:

@@ -30,13 +30,15 @@ def make_train_function(
             f"Received: steps_per_execution={model.steps_per_execution}"
         )
     update = make_update(model, accumulation)
-    alike = False  # whether the processes began with the same weights
+    processes = 0  # how many began with the same weights
 
     def train_function(data):
-        nonlocal alike
-        if not alike or epoch.updates == 1:
+        nonlocal update, processes
+        if processes != replicas.count():
+            update = make_update(model, accumulation)
+        if processes != replicas.count() or epoch.updates == 1:
             replicas.broadcast([*model.weights, *model.optimizer.variables])
-            alike = True
+            processes = replicas.count()
         replicas.check_in_step(epoch.number, epoch.updates, False)
         first, *others = data
         if accumulation.microbatch_size is not None:
@@ -110,12 +112,11 @@ def _logging(model: keras.Model, epoch: Epoch) -> Iterator[None]:
         finally:
             evaluating = False
 
-    model.get_metrics_result = get_metrics_result
-    model.evaluate = evaluate
-    try:
+    with (
+        trainer.with_attribute(model, "get_metrics_result", get_metrics_result),
+        trainer.with_attribute(model, "evaluate", evaluate),
+    ):
         yield
-    finally:
-        del model.get_metrics_result, model.evaluate
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import masks, trainer
-from gradient_accumulator.backend.statistics import Statistics
+from gradient_accumulator.backend.statistics import Statistics, synchronizes
 from gradient_accumulator.backend.torch import replicas
 from gradient_accumulator.backend.torch.sums import Sum
 
@@ -24,6 +24,7 @@ def make_update(model, accumulation):
     if clipping is not None:
         clipping.check_excluded(model.weights)
     statistics = Statistics(model)
+    waiting = synchronizes(model)  # for each other, in every piece
     totals = replicas.totals if replicas.count() > 1 else None
     # These ask for the logs at every piece, of which processes differ in number.
     own_metrics = totals is not None and trainer.has_own_metrics(model)
@@ -42,6 +43,8 @@ def make_update(model, accumulation):
         ]
         before = statistics.before()
         loss, own_logs = keras.ops.zeros((), normalizers.dtype()), {}
+        if waiting:
+            replicas.check_pieces(pieces.count)
         pieces = weighed(pieces)
         drawn = list(pieces) if own_metrics else pieces
         for k, (piece, share, kinds, factors) in enumerate(drawn, start=1):
