@@ -18,6 +18,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gradient_accumulator.pieces import leaves
+
 # The mesh axis of the devices that what is traced runs on, each on its part.
 _axis: ContextVar[str | None] = ContextVar("axis", default=None)
 
@@ -156,15 +158,26 @@ def state_shardings(model: keras.Model) -> tuple | None:
     """The shardings of the four lists of values that `fit` keeps, if any has one."""
     if keras.distribution.distribution() is None:
         return None
-    return model._get_state_sharding_spec()
+    state = (
+        model.trainable_variables,
+        model.non_trainable_variables,
+        model.optimizer.variables,
+        model.metrics_variables,
+    )
+    return tuple([v.value.sharding for v in variables] for variables in state)
 
 
-def active_replicas() -> Replicas | None:
-    """Those of Keras's distribution; None where a batch is on one device."""
+def active_replicas(batch: Any) -> Replicas | None:
+    """Those of Keras's distribution; None where a batch is on one device.
+
+    Args:
+        batch: Nested arrays, as Keras distributed them.
+    """
     distribution = keras.distribution.distribution()
     if distribution is None:
         return None
-    found = Replicas(distribution.device_mesh.backend_mesh, distribution.batch_dim_name)
+    sharding = leaves(batch)[0].sharding
+    found = Replicas(sharding.mesh, distribution.batch_dim_name)
     return found if found.count > 1 else None
 
 

@@ -66,7 +66,7 @@ def _kept_on_failure(model: keras.Model, state: tuple) -> Iterator[None]:
 
 
 def _cut(batch, microbatch_size):
-    replicas = active_replicas()
+    replicas = active_replicas(batch)
     if replicas is None:
         return cut(batch, microbatch_size, _take)
     return cut(batch, microbatch_size, replicas.take, replicas.count)

@@ -151,8 +151,10 @@ class _Programs:
 
 def _sharded(model, trainable, non_trainable, piece):
     """The devices that can work on their part of a piece, each for itself."""
-    replicas = active_replicas()
-    if replicas is None or model.run_eagerly or not model.jit_compile:
+    if model.run_eagerly or not model.jit_compile:
+        return None
+    replicas = active_replicas(piece)
+    if replicas is None:
         return None
     if trainer.has_own_metrics(model):  # its logs are of what it sees
         return None
