@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import keras
@@ -21,3 +23,22 @@ def new_accumulator(optimizer: Any, variable: keras.Variable, dtype: str):
         name=f"{path.replace('/', '_').replace(':', '_')}_gradient_accumulator",
         **arguments,
     )
+
+
+@contextmanager
+def added(add: Callable, pairs: list, factor: Any, take_back: bool) -> Iterator[None]:
+    """Around the update that a piece, added to its sums before, may be the last of.
+
+    Args:
+        add: Adds gradients, times `factor`, to accumulators.
+        pairs: Accumulators and gradients.
+        factor: What the gradients are multiplied by.
+        take_back: Whether to subtract the piece again where its update fails.
+    """
+    add(pairs, factor)
+    try:
+        yield
+    except BaseException:
+        if take_back:
+            add(pairs, -factor)
+        raise

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
-from gradient_accumulator.backend.common import new_accumulator
+from gradient_accumulator.backend.common import added, new_accumulator
 
 accumulator = new_accumulator
 
@@ -31,13 +31,8 @@ def add_and_update(
     pairs: list, factor: Any, predicate: Callable, update: Callable, changing: Callable
 ) -> None:
     """Add a piece, and call `update`, which assigns `changing()`, if it is the last."""
-    add(pairs, factor)
-    try:
+    with added(add, pairs, factor, not isinstance(factor, jax.core.Tracer)):
         when(predicate, update, changing)
-    except BaseException:
-        if not isinstance(factor, jax.core.Tracer):
-            add(pairs, -factor)
-        raise
 
 
 def divide(accumulators: list, total: Any) -> None:

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from gradient_accumulator.backend.common import new_accumulator
+from gradient_accumulator.backend.common import added, new_accumulator
 from gradient_accumulator.backend.tensorflow.replicas import finite_together
 from gradient_accumulator.backend.tensorflow.replicas import total as total_of
 
@@ -67,13 +67,8 @@ def add_and_update(
     dense = [pair for pair in pairs if not isinstance(pair[1], tf.IndexedSlices)]
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     if replicas > 1 or tf.executing_eagerly() or len(dense) < len(pairs):
-        add(pairs, factor)
-        try:
+        with added(add, pairs, factor, tf.executing_eagerly()):
             when(predicate, update, changing)
-        except BaseException:
-            if tf.executing_eagerly():
-                add(pairs, -factor)
-            raise
         return
 
     def last():

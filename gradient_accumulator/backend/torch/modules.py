@@ -38,18 +38,28 @@ class Alone:
         worth.backward(inputs=parameters)
 
 
-class Replicated(Alone):
-    """`DistributedDataParallel`: each process has the whole module."""
+class _Reducing(Alone):
+    """What is common to modules that reduce.
 
-    def __init__(self, module: Any):
+    Args:
+        module: The module.
+        group: The processes that have it, None for all.
+    """
+
+    def __init__(self, module: Any, group: Any = None):
         self.module = module
-        self.count = replicas.count(module.process_group)
+        self.group = group
+        self.count = replicas.count(group)
 
     def dtype(self, parameter):
         return parameter.dtype
 
     def totals(self, numbers):
-        return replicas.totals(numbers, self.module.process_group)
+        return replicas.totals(numbers, self.group)
+
+
+class Replicated(_Reducing):
+    """`DistributedDataParallel`: each process has the whole module."""
 
     def check(self, pieces, parameters):
         given = {id(parameter) for parameter in parameters}
@@ -66,18 +76,8 @@ class Replicated(Alone):
         return nullcontext() if last else self.module.no_sync()
 
 
-class Sharded(Alone):
+class Sharded(_Reducing):
     """FSDP2: each process has a part of each parameter."""
-
-    def __init__(self, module: Any):
-        self.module = module
-        self.count = replicas.count()
-
-    def dtype(self, parameter):
-        return parameter.dtype
-
-    def totals(self, numbers):
-        return replicas.totals(numbers)
 
     def check(self, pieces, parameters):
         (everyone,) = replicas.totals([pieces])
@@ -107,7 +107,7 @@ def reducing(module: Any) -> Alone:
     if module is None:
         return Alone()
     if isinstance(module, torch.nn.parallel.DistributedDataParallel):
-        return Replicated(module)
+        return Replicated(module, module.process_group)
     if hasattr(module, "set_requires_gradient_sync"):
         return Sharded(module)
     raise TypeError(

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import torch
 
-from gradient_accumulator.backend.common import new_accumulator
+from gradient_accumulator.backend.common import added, new_accumulator
 
 accumulator = new_accumulator
 
@@ -44,13 +44,8 @@ def add_and_update(
     pairs: list, factor: Any, predicate: Callable, update: Callable, changing: Callable
 ) -> None:
     """Add a piece, and call `update`, which assigns `changing()`, if it is the last."""
-    add(pairs, factor)
-    try:
+    with added(add, pairs, factor, not torch.compiler.is_compiling()):
         when(predicate, update, changing)
-    except BaseException:
-        if not torch.compiler.is_compiling():
-            add(pairs, -factor)
-        raise
 
 
 @torch.no_grad()

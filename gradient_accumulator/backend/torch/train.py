@@ -30,15 +30,17 @@ def make_train_function(
             f"Received: steps_per_execution={model.steps_per_execution}"
         )
     update = make_update(model, accumulation)
-    processes = 0  # how many began with the same weights
+    processes = replicas.count()  # that the update is for
+    alike = False  # whether they began with the same weights
 
     def train_function(data):
-        nonlocal update, processes
+        nonlocal update, processes, alike
         if processes != replicas.count():
             update = make_update(model, accumulation)
-        if processes != replicas.count() or epoch.updates == 1:
+            processes, alike = replicas.count(), False
+        if not alike or epoch.updates == 1:
             replicas.broadcast([*model.weights, *model.optimizer.variables])
-            processes = replicas.count()
+            alike = True
         replicas.check_in_step(epoch.number, epoch.updates, False)
         first, *others = data
         if accumulation.microbatch_size is not None:
