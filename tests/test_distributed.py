@@ -75,6 +75,24 @@ on_devices = pytest.mark.parametrize(
 ways = pytest.mark.parametrize("way", ["microbatch_size", "accum_steps"])
 
 
+def check_restart(start, script, folder):
+    """One of two processes is killed, the other fails; started again they go on."""
+
+    def run(backups, kill, file):
+        return start(script, folder / backups, kill, folder / file)
+
+    launch.succeed(run("uninterrupted", "no", "uninterrupted"), SECONDS)
+    survivor, killed = run("backups", "kill", "killed")
+    outputs = launch.wait([survivor, killed], SECONDS)
+    assert (survivor.returncode, killed.returncode) == (0, 9), outputs
+    launch.succeed(run("backups", "no", "restarted"), SECONDS)
+    for rank in range(2):
+        ours = np.load(folder / f"restarted-{rank}.npy")
+        np.testing.assert_array_equal(
+            ours, np.load(folder / f"uninterrupted-{rank}.npy")
+        )
+
+
 def some():
     return [p.name for p in problems.here() if p.name in SOME]
 
@@ -114,21 +132,7 @@ def test_processes_of_torchrun():
 
 @on_torch
 def test_a_process_of_torchrun_that_is_killed(tmp_path):
-    def run(backups, kill, file):
-        return launch.torch_processes(
-            "torch_killed.py", tmp_path / backups, kill, tmp_path / file
-        )
-
-    launch.succeed(run("uninterrupted", "no", "uninterrupted"), SECONDS)
-    survivor, killed = run("backups", "kill", "killed")
-    outputs = launch.wait([survivor, killed], SECONDS)
-    assert (survivor.returncode, killed.returncode) == (0, 9), outputs
-    launch.succeed(run("backups", "no", "restarted"), SECONDS)
-    for rank in range(2):
-        ours = np.load(tmp_path / f"restarted-{rank}.npy")
-        np.testing.assert_array_equal(
-            ours, np.load(tmp_path / f"uninterrupted-{rank}.npy")
-        )
+    check_restart(launch.torch_processes, "torch_killed.py", tmp_path)
 
 
 @on_jax
@@ -304,18 +308,4 @@ def test_workers_of_tensorflow():
 
 @on_tensorflow
 def test_a_worker_of_tensorflow_that_is_killed(tmp_path):
-    def run(backups, kill, file):
-        return launch.tensorflow_workers(
-            "tensorflow_killed.py", tmp_path / backups, kill, tmp_path / file
-        )
-
-    launch.succeed(run("uninterrupted", "no", "uninterrupted"), SECONDS)
-    survivor, killed = run("backups", "kill", "killed")
-    outputs = launch.wait([survivor, killed], SECONDS)
-    assert (survivor.returncode, killed.returncode) == (0, 9), outputs
-    launch.succeed(run("backups", "no", "restarted"), SECONDS)
-    for rank in range(2):
-        ours = np.load(tmp_path / f"restarted-{rank}.npy")
-        np.testing.assert_array_equal(
-            ours, np.load(tmp_path / f"uninterrupted-{rank}.npy")
-        )
+    check_restart(launch.tensorflow_workers, "tensorflow_killed.py", tmp_path)

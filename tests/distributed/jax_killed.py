@@ -4,7 +4,6 @@ Arguments: this one's number, their address, a folder for backups, whether to ki
 a file for the final weights.
 """
 
-import os
 import sys
 
 import jax
@@ -20,27 +19,10 @@ keras.distribution.set_distribution(
     keras.distribution.DataParallel(auto_shard_dataset=False)
 )
 
-from helpers import Batches
+import killing
 from keras import layers
 
 from gradient_accumulator import accumulate
-
-r = np.random.default_rng(RANK)
-X = r.normal(size=(24, 6)).astype("float32")
-Y = np.tanh(X[:, :3]).astype("float32")
-PIECES = [(X[i : i + 4], Y[i : i + 4]) for i in range(0, 24, 4)]  # two updates of 3
-
-
-class Killed(Batches):
-    """Ends the process where the second update of the second epoch is half done."""
-
-    drawn = 0
-
-    def __getitem__(self, index):
-        self.drawn += 1
-        if RANK == 1 and self.drawn == 6 + 1 + 5:  # one was drawn to build the model
-            os._exit(9)
-        return super().__getitem__(index)
 
 
 class Remember(keras.callbacks.Callback):
@@ -61,9 +43,14 @@ def main(folder, kill, file):
     model.compile(keras.optimizers.Adam(0.05), "mse")
     accumulate(model, accum_steps=3)
     backup = keras.callbacks.BackupAndRestore(f"{folder}/{RANK}", save_freq="epoch")
-    data = Killed(PIECES) if kill == "kill" else Batches(PIECES)
     callbacks = [backup, Remember(file)]
-    model.fit(data, epochs=3, shuffle=False, verbose=0, callbacks=callbacks)
+    model.fit(
+        killing.data(RANK, kill),
+        epochs=3,
+        shuffle=False,
+        verbose=0,
+        callbacks=callbacks,
+    )
 
 
 if __name__ == "__main__":

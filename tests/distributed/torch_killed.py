@@ -8,30 +8,14 @@ import os
 import sys
 
 import keras
+import killing
 import numpy as np
 import torch.distributed as dist
-from helpers import Batches
 from keras import layers
 
 from gradient_accumulator import accumulate
 
 RANK = int(os.environ["RANK"])
-r = np.random.default_rng(RANK)
-X = r.normal(size=(24, 6)).astype("float32")
-Y = np.tanh(X[:, :3]).astype("float32")
-PIECES = [(X[i : i + 4], Y[i : i + 4]) for i in range(0, 24, 4)]  # two updates of 3
-
-
-class Killed(Batches):
-    """Ends the process where the second update of the second epoch is half done."""
-
-    drawn = 0
-
-    def __getitem__(self, index):
-        self.drawn += 1
-        if RANK == 1 and self.drawn == 6 + 1 + 5:  # one was drawn to build the model
-            os._exit(9)
-        return super().__getitem__(index)
 
 
 class Remember(keras.callbacks.Callback):
@@ -48,10 +32,13 @@ def main(folder, kill, file):
     accumulate(model, accum_steps=3)
     remember = Remember()
     backup = keras.callbacks.BackupAndRestore(f"{folder}/{RANK}", save_freq="epoch")
-    data = Killed(PIECES) if kill == "kill" else Batches(PIECES)
     try:
         model.fit(
-            data, epochs=3, shuffle=False, verbose=0, callbacks=[remember, backup]
+            killing.data(RANK, kill),
+            epochs=3,
+            shuffle=False,
+            verbose=0,
+            callbacks=[remember, backup],
         )
     except RuntimeError as error:
         assert "did not answer" in str(error), error
