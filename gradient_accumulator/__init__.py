@@ -34,11 +34,11 @@ if TYPE_CHECKING or not _IS_COMMAND:
         compute_norm,
         unitwise_norm,
     )
+    from gradient_accumulator.callbacks import FlushGradients
     from gradient_accumulator.gradients import accumulated_value_and_grad
     from gradient_accumulator.layers import AccumBatchNormalization
     from gradient_accumulator.model import GradientAccumulateModel, accumulate
     from gradient_accumulator.optimizer import (
-        FlushGradients,
         GradientAccumulateOptimizer,
     )
     from gradient_accumulator.utils import (
@@ -50,7 +50,15 @@ if TYPE_CHECKING or not _IS_COMMAND:
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from gradient_accumulator import agc, gradients, layers, model, optimizer, utils
+    from gradient_accumulator import (
+        agc,
+        callbacks,
+        gradients,
+        layers,
+        model,
+        optimizer,
+        utils,
+    )
 
-    modules = (model, optimizer, gradients, agc, layers, utils)
+    modules = (model, optimizer, callbacks, gradients, agc, layers, utils)
     return next(vars(m)[name] for m in modules if hasattr(m, name))

@@ -15,7 +15,6 @@ from keras import ops
 from gradient_accumulator import backend
 from gradient_accumulator.agc import AdaptiveClipping
 from gradient_accumulator.backend import trainer
-from gradient_accumulator.backend.statistics import pooling_layers
 from gradient_accumulator.pieces import check_float_dtype, check_positive_int
 
 REDUCTIONS = ("MEAN", "SUM")
@@ -590,55 +589,6 @@ class GradientAccumulateOptimizer(keras.optimizers.Optimizer):
             self._weighed = True
 
 
-class FlushGradients(keras.callbacks.Callback):
-    """Applies what a `GradientAccumulateOptimizer` holds at each epoch's end.
-
-    And what the model's `AccumBatchNormalization` layers hold.
-
-    Before the validation at that end, if there is one. Put it before callbacks that
-    save the model.
-
-    Raises:
-        ValueError: When training begins, if the model's optimizer does not accumulate.
-
-    Example:
-
-    ```python
-    model.compile(GradientAccumulateOptimizer("adam", accum_steps=4), "mse")
-    model.fit(x, y, batch_size=8, callbacks=[FlushGradients()])
-    ```
-    """
-
-    def __init__(self):
-        super().__init__()
-        self._optimizer: GradientAccumulateOptimizer | None = None
-
-    def on_train_begin(self, logs=None):
-        self._optimizer = _accumulating(self.model.optimizer)
-        if self._optimizer is None:
-            raise ValueError(
-                "`FlushGradients` needs a model that was compiled with a "
-                "`GradientAccumulateOptimizer`. Received: "
-                f"optimizer={self.model.optimizer}"
-            )
-
-    def on_train_end(self, logs=None):
-        self._optimizer = None
-
-    def on_test_begin(self, logs=None):
-        self._flush()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self._flush()
-
-    def _flush(self):
-        if self._optimizer is None:  # outside of `fit` nothing has begun
-            return
-        self._optimizer.flush()
-        for layer in pooling_layers(self.model):
-            layer.finish_update()
-
-
 def chain(optimizer: Any) -> Iterable:
     """An optimizer, the one it wraps, and so on."""
     while optimizer is not None:
@@ -646,7 +596,8 @@ def chain(optimizer: Any) -> Iterable:
         optimizer = getattr(optimizer, "inner_optimizer", None)
 
 
-def _accumulating(optimizer: Any) -> GradientAccumulateOptimizer | None:
+def accumulating(optimizer: Any) -> GradientAccumulateOptimizer | None:
+    """The one of an optimizer and those that it wraps that accumulates."""
     return next(
         (o for o in chain(optimizer) if isinstance(o, GradientAccumulateOptimizer)),
         None,

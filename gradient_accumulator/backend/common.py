@@ -42,3 +42,21 @@ def added(add: Callable, pairs: list, factor: Any, take_back: bool) -> Iterator[
         if take_back:
             add(pairs, -factor)
         raise
+
+
+def lost(who: str, error: BaseException, update: str) -> RuntimeError:
+    """What is raised where others that train together do not answer.
+
+    Args:
+        who: One of them, in words.
+        error: What was seen of it.
+        update: A sentence on the update at hand, or nothing.
+    """
+    return RuntimeError(
+        f"{who} did not answer: it has failed, or was ended, and its own output says "
+        f"why. {update}Start all of them again; with the callback `BackupAndRestore` "
+        f"they go on from the last backup. Received: {error}"
+    )
+
+
+NOT_APPLIED = "The update at hand was not applied. "

@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gradient_accumulator.backend.common import NOT_APPLIED, lost
 from gradient_accumulator.pieces import leaves
 
 # The mesh axis of the devices that what is traced runs on, each on its part.
@@ -108,13 +109,8 @@ def waited_for(function: Callable) -> Callable:
         except (RuntimeError, ValueError) as error:
             if not any(word in str(error).lower() for word in _LOST):
                 raise
-            raise RuntimeError(
-                "A process of `jax.distributed` did not answer: it has failed, or was "
-                "ended, and its own output says why. The update at hand was not "
-                "applied. Start all processes again; with the callback "
-                "`BackupAndRestore` they go on from the last backup. "
-                f"Received: {error}"
-            ) from error
+            who = "A process of `jax.distributed`"
+            raise lost(who, error, NOT_APPLIED) from error
 
     return run
 

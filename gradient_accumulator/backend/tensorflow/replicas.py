@@ -9,6 +9,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from gradient_accumulator.backend.common import lost
+
 
 def total(tensor: Any) -> Any:
     """A tensor's sum over all replicas, or a list's; itself where there is one."""
@@ -109,8 +111,4 @@ def answering() -> Iterator[None]:
     except tf.errors.OpError as error:
         if "Collective ops is aborted" not in str(error):
             raise
-        raise RuntimeError(
-            "A worker of the strategy did not answer: it has failed, or was ended, and "
-            "its own output says why. Start all workers again; with the callback "
-            f"`BackupAndRestore` they go on from the last backup. Received: {error}"
-        ) from error
+        raise lost("A worker of the strategy", error, update="") from error

@@ -11,6 +11,8 @@ import keras
 import torch
 import torch.distributed as dist
 
+from gradient_accumulator.backend.common import NOT_APPLIED, lost
+
 # Whether processes can wait for each other where they are in an update.
 _together: ContextVar[bool | None] = ContextVar("together", default=None)
 
@@ -151,12 +153,8 @@ def _exchange() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RuntimeError(
-            "A process of `torch.distributed` did not answer: it has failed, or was "
-            "ended, and its own output says why. The update at hand was not applied. "
-            "Start all processes again; with the callback `BackupAndRestore` they go "
-            f"on from the last backup. Received: {error}"
-        ) from error
+        who = "A process of `torch.distributed`"
+        raise lost(who, error, NOT_APPLIED) from error
 
 
 def _device(group: Any = None) -> torch.device:
