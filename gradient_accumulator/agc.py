@@ -11,11 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import keras
-from keras import ops
-
 from gradient_accumulator import backend
 from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.api import keras, ops
 
 # A layer, its name or that of a variable, or a function of a variable.
 Excluded = Any
@@ -180,7 +178,7 @@ class AdaptiveClipping:
 
         They are what clipping after unscaling gives, which is the optimizer's affair.
         """
-        scale = optimizer.scale_loss(ops.ones((), "float32"))
+        scale = trainer.scale_loss(optimizer, ops.ones((), "float32"))
         return self.clip(variables, gradients, scale)
 
     def _clip(self, parameter, gradient, scale):
@@ -226,7 +224,7 @@ class AdaptiveClipping:
                 names.append(entry)
             elif parameters is not None:
                 places = _places(entry, parameters)
-                names.extend(parameters[i].path for i in places)
+                names.extend(trainer.path(parameters[i]) for i in places)
             elif isinstance(entry, keras.layers.Layer):
                 names.append(entry.name)
             else:

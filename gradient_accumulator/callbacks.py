@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import keras
-
+from gradient_accumulator.accumulator import Accumulator, accumulating
+from gradient_accumulator.backend.api import keras
 from gradient_accumulator.backend.statistics import pooling_layers
-from gradient_accumulator.optimizer import GradientAccumulateOptimizer, accumulating
 
 
 class FlushGradients(keras.callbacks.Callback):
@@ -29,7 +28,7 @@ class FlushGradients(keras.callbacks.Callback):
 
     def __init__(self):
         super().__init__()
-        self._optimizer: GradientAccumulateOptimizer | None = None
+        self._optimizer: Accumulator | None = None
 
     def on_train_begin(self, logs=None):
         self._optimizer = accumulating(self.model.optimizer)
@@ -52,6 +51,7 @@ class FlushGradients(keras.callbacks.Callback):
     def _flush(self):
         if self._optimizer is None:  # outside of `fit` nothing has begun
             return
-        self._optimizer.flush()
+        # Layers first, for an update that is skipped takes their statistics back.
         for layer in pooling_layers(self.model):
             layer.finish_update()
+        self._optimizer.flush()

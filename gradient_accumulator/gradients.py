@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import keras
-
 from gradient_accumulator import backend
+from gradient_accumulator.backend.api import keras
 from gradient_accumulator.pieces import check_float_dtype, check_positive_int
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import keras
-from keras import ops
-
 from gradient_accumulator import backend
+from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.api import KERAS_2, keras, ops
 from gradient_accumulator.pieces import check_positive_int
 
 
@@ -39,10 +39,12 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
     fails, or that a `LossScaleOptimizer` skips, leaves the statistics as they were.
     With `GradientAccumulateOptimizer` or in a loop of your own, the layer counts its
     calls in training, `accum_steps` for an update; `finish_update` ends an update that
-    has fewer. With `accum_steps=1` there, it is Keras's layer. It does not learn what
-    became of the gradients: an update that a `LossScaleOptimizer` skips there moves the
-    statistics, unless they are not finite themselves. A model that is saved in the
-    middle of an update loses what the layer has pooled of it.
+    has fewer. With `accum_steps=1` there, it is Keras's layer. An update that fails or
+    is skipped in a `GradientAccumulateOptimizer` that trains the layer's `gamma` or
+    `beta` takes the statistics back; not so on JAX and in loops of your own with
+    another optimizer, where the layer does not learn what became of the gradients:
+    there only statistics that are not finite are left out. A model that is saved in
+    the middle of an update loses what the layer has pooled of it.
 
     A layer that is called several times in a forward pass (shared, or in a
     `TimeDistributed`) pools all of these calls, where Keras's moves at each of them;
@@ -179,13 +181,20 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         self._build_pool()
 
     def _build_pool(self):
-        self._pool = Pool(self.moving_mean.shape, self.moving_mean.dtype)
+        moving = self.moving_mean
+        self._pool = Pool(moving.shape, moving.dtype, counts=self.accum_steps > 1)
+        for name in ("gamma", "beta"):
+            variable = getattr(self, name, None)
+            if variable is not None:
+                _OWNERS[id(variable)] = self
 
     @property
     def variables(self):
         # State, as seeds are, and so no weight: it is not saved, and not counted.
         own = super().variables
-        return own if self._pool is None else [*own, *self._pool.variables]
+        if self._pool is None or KERAS_2:  # for which variables are weights
+            return own
+        return [*own, *self._pool.variables, *self._pool.before]
 
     def call(self, inputs, training=None, mask=None):
         if not (training and self.trainable):
@@ -193,15 +202,16 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         _check_mask(inputs, mask)
         dtype = keras.backend.result_type(inputs.dtype, "float32")
         x = ops.cast(inputs, dtype)
+        axis = trainer.feature_axis(self)
         mean, variance, count = _statistics(
-            x, self.axis, mask, backend.active().replicas.total, self.synchronized
+            x, axis, mask, backend.active().replicas.total, self.synchronized
         )
         beta = ops.cast(self.beta, dtype) if self.center else None
         gamma = ops.cast(self.gamma, dtype) if self.scale else None
         if self.renorm:
             gamma, beta = self._corrected(mean, variance, gamma, beta)
         outputs = ops.batch_normalization(
-            x, mean, variance, self.axis, beta, gamma, self.epsilon
+            x, mean, variance, axis, beta, gamma, self.epsilon
         )
         self._observe(*map(ops.stop_gradient, (mean, variance, count)))
         return ops.cast(outputs, self.compute_dtype)
@@ -225,7 +235,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
             return
         self._pool.add(mean, variance, count)
         if not self._told:
-            self._finish_if(self._pool.calls.value >= self.accum_steps)
+            self._finish_if(trainer.value(self._pool.calls) >= self.accum_steps)
 
     @property
     def pending(self) -> int:
@@ -241,7 +251,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         an update of fewer than `accum_steps` pieces.
         """
         if self._pool is not None:
-            self._finish_if(self._pool.calls.value > 0)
+            self._finish_if(trainer.value(self._pool.calls) > 0)
 
     def reset(self) -> None:
         """Forget what was pooled since the moving statistics last moved."""
@@ -255,16 +265,34 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
             mean, variance, count = _over_replicas(
                 mean, variance, count, backend.active().replicas.total
             )
+        for before, moving in zip(self._pool.before, self._moving):
+            before.assign(ops.where(done, trainer.value(moving), trainer.value(before)))
         self._move(mean, variance, ops.where(done, count, 0))
         self._pool.keep(ops.logical_not(done))
+
+    @property
+    def _moving(self):
+        return self.moving_mean, self.moving_variance
+
+    def take_back(self, condition: Any) -> None:
+        """Undo how the moving statistics last moved, if no call was pooled since.
+
+        Args:
+            condition: Scalar bool tensor, whether to do it at all.
+        """
+        undone = ops.logical_and(
+            condition, ops.equal(trainer.value(self._pool.calls), 0)
+        )
+        for before, moving in zip(self._pool.before, self._moving):
+            moving.assign(
+                ops.where(undone, trainer.value(before), trainer.value(moving))
+            )
 
     def _move(self, mean, variance, count):
         # One value that is not finite would stay in the moving statistics for good.
         moves = (count > 0) & ops.isfinite(mean) & ops.isfinite(variance)
-        for moving, new in (
-            (self.moving_mean, mean),
-            (self.moving_variance, variance),
-        ):
+        variance = trainer.variance_to_move_by(self, variance, count)
+        for moving, new in zip(self._moving, (mean, variance)):
             # In the new value's dtype, for that of half-precision weights rounds.
             old = ops.cast(moving, new.dtype)
             moved = old * self.momentum + new * (1 - self.momentum)
@@ -293,59 +321,76 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         }
 
 
+# The layers that are still there, by the `id` of their trained variables.
+_OWNERS: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+
+
+def owners(variables: list) -> list[AccumBatchNormalization]:
+    """The layers, each once, that some of the variables are trained for."""
+    found = {id(x): x for v in variables if (x := _OWNERS.get(id(v)))}
+    return [x for x in found.values() if isinstance(x, AccumBatchNormalization)]
+
+
+def _state(name: str, shape: tuple, dtype: str) -> keras.Variable:
+    """A variable of zeros that is no weight."""
+    return keras.Variable(
+        "zeros", shape, dtype, trainable=False, autocast=False, name=name
+    )
+
+
 class Pool:
     """The statistics of an update's pieces so far, as variables of no layer.
 
     Args:
         shape: Shape of the statistics.
         dtype: Dtype of the moving statistics.
+        counts: Whether to hold, too, what these were before they last moved.
     """
 
-    def __init__(self, shape: tuple, dtype: str):
+    def __init__(self, shape: tuple, dtype: str, counts: bool):
+        names = ("mean", "variance") if counts else ()
+        self.before = [_state(f"unmoved_{name}", shape, dtype) for name in names]
         dtype = keras.backend.result_type(dtype, "float32")
 
-        def zeros(name, shape, dtype):
-            return keras.Variable(
-                "zeros", shape, dtype, trainable=False, autocast=False, name=name
-            )
-
-        self.count = zeros("pooled_count", shape, dtype)
-        self.mean = zeros("pooled_mean", shape, dtype)
-        self.variance = zeros("pooled_variance", shape, dtype)
-        self.calls = zeros("pooled_calls", (), "int32")
+        self.count = _state("pooled_count", shape, dtype)
+        self.mean = _state("pooled_mean", shape, dtype)
+        self.variance = _state("pooled_variance", shape, dtype)
+        self.calls = _state("pooled_calls", (), "int32")
 
     @property
     def variables(self) -> list:
         return [self.count, self.mean, self.variance, self.calls]
 
     def values(self) -> tuple:
-        return self.mean.value, self.variance.value, self.count.value
+        return tuple(map(trainer.value, (self.mean, self.variance, self.count)))
 
     def add(self, mean, variance, count):
         dtype = self.mean.dtype
         mean, variance = ops.cast(mean, dtype), ops.cast(variance, dtype)
         count = ops.cast(count, dtype)
-        total = self.count.value + count
+        total = trainer.value(self.count) + count
         share = ops.divide_no_nan(count, total)
-        off = mean - self.mean.value
+        old_mean = trainer.value(self.mean)
+        off = mean - old_mean
         between = share * (1 - share) * ops.square(off)
-        old = self.variance.value
+        old = trainer.value(self.variance)
         self.variance.assign(old + share * (variance - old) + between)
-        self.mean.assign(self.mean.value + share * off)
+        self.mean.assign(old_mean + share * off)
         self.count.assign(total)
         self.calls.assign_add(1)
 
     def keep(self, kept):
         """Forget all, unless `kept`."""
         for variable in self.variables:
-            value = variable.value
+            value = trainer.value(variable)
             variable.assign(ops.where(kept, value, ops.zeros_like(value)))
 
 
 def synchronized_moments(layer: Any, inputs: Any, mask: Any) -> tuple:
     """The mean and variance of each feature, over all replicas."""
     total = backend.active().replicas.total
-    return _statistics(inputs, layer.axis, mask, total, True)[:2]
+    axis = trainer.feature_axis(layer)
+    return _statistics(inputs, axis, mask, total, True)[:2]
 
 
 def _statistics(x, axis, mask, total, synchronized):

@@ -8,16 +8,16 @@ import os
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
-import keras
-
 from gradient_accumulator import backend
+from gradient_accumulator.accumulator import check_not_accumulating
 from gradient_accumulator.agc import AdaptiveClipping
 from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.api import KERAS_2, keras
 from gradient_accumulator.backend.statistics import pooling_layers
 from gradient_accumulator.normalizers import symbolic
-from gradient_accumulator.optimizer import check_not_accumulating
 from gradient_accumulator.pieces import Accumulation, Epoch, example_count, map_leaves
 
 Model = TypeVar("Model", bound=keras.Model)
@@ -131,23 +131,26 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
         return model
 
     epoch = Epoch()
-    steps_per_execution: list[int] = []  # the user's, while `fit` sets up its own
+    steps_per_execution: list[Any] = []  # the user's, while `fit` sets up its own
 
     def fit(*args, **kwargs):
         _check_backend()
         _check_layers(model)
         _check_optimizer(model)
+        trainer.check_compiled(model)
         _reset_statistics(model)
         arguments = inspect.signature(type(model).fit).bind(model, *args, **kwargs)
         epoch.restart(arguments.arguments.get("steps_per_epoch"))
         if engine.KERAS_DRAWS_TO_BUILD:
             _build_from_first(model, accumulation, arguments.arguments)
         callback = _EpochCallback(epoch, arguments.arguments, engine.epoch_ended)
-        steps = model.steps_per_execution
+        steps = trainer.steps_per_execution(model)
         if accum_steps is not None:
             # Keras then counts an update as so many steps, as it does for itself.
             steps_per_execution.append(steps)
-            model.steps_per_execution = steps * accum_steps
+            handed = trainer.times(steps, accum_steps)
+            trainer.set_steps_per_execution(model, handed)
+            callback.begin = partial(trainer.begin, handed, accum_steps)
         try:
             with (
                 _added(callback, arguments.arguments, model),
@@ -158,14 +161,14 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
             epoch.check_not_empty()
             raise
         finally:
-            model.steps_per_execution = steps
+            trainer.set_steps_per_execution(model, steps)
             steps_per_execution.clear()
             epoch.restart()
 
     def make_train_function(force=False):
         if steps_per_execution:
             # Only the iterator over training data needed the larger number.
-            model.steps_per_execution = steps_per_execution[0]
+            trainer.set_steps_per_execution(model, steps_per_execution[0])
         if model.train_function is None or force:
             model.train_function = engine.make_train_function(
                 model, accumulation, epoch
@@ -181,6 +184,7 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
                 f"or call `fit`. Received: accum_steps={accum_steps}"
             )
         _check_optimizer(model)
+        trainer.check_compiled(model)
         _reset_statistics(model)
         return type(model).train_on_batch(model, *args, **kwargs)
 
@@ -199,6 +203,10 @@ class _EpochCallback(keras.callbacks.Callback):
         self.epoch = epoch
         self.ended = ended
         self.endless = isinstance(arguments.get("x"), Iterator)
+        self.begin: Callable[[int | None], None] = lambda length: None
+
+    def on_train_begin(self, logs=None):
+        self.begin((self.params or {}).get("steps"))
 
     def on_epoch_begin(self, epoch, logs=None):
         # Not all data ends with the epoch: several workers read ahead.
@@ -291,29 +299,41 @@ def _check_backend() -> None:
 def check_is_model(model: Any) -> None:
     """Raise if it is no model of Keras 3's."""
     if not isinstance(model, keras.Model):
-        modules = [cls.__module__ for cls in type(model).__mro__]
-        if any(
-            module.startswith(("tf_keras.", "keras.engine", "tensorflow.python.keras"))
-            for module in modules
-        ):
-            raise TypeError(
-                "Argument `model` is a Keras 2 model (tf_keras, or tf.keras with "
-                "TF_USE_LEGACY_KERAS=1); this function takes Keras 3 models. Build it "
-                f"with `import keras`. Received: model={model} (of type {type(model)})"
-            )
         raise TypeError(
-            "Argument `model` must be a Keras 3 model, a `keras.Model`. "
+            f"Argument `model` must be {trainer.A_MODEL}.{_of_the_other(model)} "
             f"Received: model={model} (of type {type(model)})"
         )
 
 
+def _of_the_other(model):
+    """What to say of a model of the Keras that is not in use."""
+    modules = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
+    if KERAS_2 and "keras" in modules:
+        return (
+            " This is a model of Keras 3's, and TF_USE_LEGACY_KERAS selects Keras 2 in "
+            "this process: unset it, or build the model with `import tf_keras`."
+        )
+    if not KERAS_2 and modules & {"tf_keras", "tensorflow"}:
+        return (
+            " This is a Keras 2 model (tf_keras): set TF_USE_LEGACY_KERAS=1 before "
+            "TensorFlow is imported, in a new process, or build it with `import keras`."
+        )
+    return ""
+
+
 def _check_model(model: Any) -> None:
     check_is_model(model)
-    for name in ("train_step", "make_train_function"):
-        own = getattr(type(model), name)
-        if not trainer.is_keras_own(own) or (
-            name == "train_step" and name in model.__dict__
-        ):
+    for name, is_known in (
+        (
+            "train_step",
+            trainer.has_known_train_step(model) and "train_step" not in model.__dict__,
+        ),
+        (
+            "make_train_function",
+            trainer.is_keras_own(type(model).make_train_function),
+        ),
+    ):
+        if not is_known:
             raise ValueError(
                 f"A model with its own `{name}` cannot train in pieces: what it does "
                 "with a batch is not known. Override `compute_loss` and "
@@ -457,14 +477,6 @@ class GradientAccumulateModel(keras.Model):
 _ANNOTATION = "gradient_accumulation"
 
 
-def _wrapped(function: Callable) -> Callable:
-    @functools.wraps(function)
-    def wrapper(*args, **kwargs):
-        return function(*args, **kwargs)
-
-    return wrapper
-
-
 @functools.cache
 def _functional_class(cls: type, accumulation: Accumulation) -> type:
     """The functional variant of a `GradientAccumulateModel` class.
@@ -476,28 +488,19 @@ def _functional_class(cls: type, accumulation: Accumulation) -> type:
     namespace: dict[str, Any] = {"__module__": cls.__module__}
     if cls is GradientAccumulateModel:
 
-        def __init__(self, inputs, outputs, name=None, **kwargs):
-            trainer.Functional.__init__(self, inputs, outputs, name=name, **kwargs)
-            accumulate_as(self, accumulation)
-
-        # Keras clones and saves by its graph a model whose constructor looks like its
-        # own, which is decorated in some versions.
-        if hasattr(trainer.Functional.__init__, "__wrapped__"):
-            __init__ = _wrapped(__init__)
-
         def get_config(self):
             config = trainer.Functional.get_config(self)
             config["layers"][0][_ANNOTATION] = accumulation.get_config(self.weights)
             return config
 
-        # Keras saves where a class is from and its name: of Keras's own class, which
-        # loads the file where the registered name below is unknown.
-        name = trainer.Functional.__name__
+        name = trainer.FUNCTIONAL_NAME
         namespace = {
             "__module__": trainer.Functional.__module__,
             "__qualname__": cls.__qualname__,
             "__doc__": cls.__doc__,
-            "__init__": __init__,
+            "__init__": trainer.constructor(
+                lambda model: accumulate_as(model, accumulation)
+            ),
             "get_config": get_config,
             "accumulation": accumulation,
         }
@@ -505,6 +508,7 @@ def _functional_class(cls: type, accumulation: Accumulation) -> type:
     if cls is GradientAccumulateModel:
         _register(made)
         _register(cls)  # the last one registered is the one that loads
+        trainer.register(cls)
     return made
 
 

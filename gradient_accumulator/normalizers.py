@@ -26,22 +26,8 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-import keras
-from keras import ops
-
-from gradient_accumulator.backend.trainer import (
-    StatelessScope,
-    apply_mask,
-    compute_output_spec,
-    forward,
-    get_mask,
-    has_compiled_losses,
-    has_static_inputs,
-    numerator,
-    records_each_loss,
-    rounds_or_overwrites,
-    standing_in,
-)
+from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.api import keras, ops
 from gradient_accumulator.pieces import Pieces, first_input, map_leaves
 
 # What a loss divides by, as far as a reduction's name tells.
@@ -88,28 +74,24 @@ class Denominator:
     def __call__(self, y_true, y_pred, sample_weight=None):
         if self.kind == NORMALIZED:
             self._measure(y_true, y_pred, sample_weight)
-        return ops.zeros((), dtype=self.loss.dtype)
+        return ops.zeros((), trainer.loss_dtype(self.loss))
 
     def _measure(self, y_true, y_pred, sample_weight):
         loss = self.loss
 
-        def convert(x):
-            return ops.convert_to_tensor(x, dtype=loss.dtype)
-
-        values = loss.call(
-            keras.tree.map_structure(convert, y_true),
-            keras.tree.map_structure(convert, y_pred),
-        )
+        values = trainer.loss_values(loss, y_true, y_pred)
         self.rank = len(values.shape)
         if self.rank == 0:
             self.kind = BY_EXAMPLES  # one value for the piece couples its examples
             return
-        mask = _both(get_mask(y_pred), get_mask(values))
+        mask = _both(trainer.get_mask(y_pred), trainer.get_mask(values))
         if loss.reduction != "mean_with_sample_weight":
             sample_weight = None
         self.varies = mask is not None or sample_weight is not None
         if self.varies:
-            weights = apply_mask(sample_weight, mask, dtype=loss.dtype, reduction="sum")
+            weights = trainer.apply_mask(
+                sample_weight, mask, dtype=trainer.loss_dtype(loss), reduction="sum"
+            )
             self.value = ops.sum(weights)
         else:
             self.value = _size(values, y_true)
@@ -189,7 +171,7 @@ def weighing(kinds: Sequence[str], factors: Sequence) -> Callable:
         kind, factor = next(waiting)
 
         def value(y_true, y_pred, sample_weight=None):
-            whole = loss if kind == BY_EXAMPLES else partial(numerator, loss)
+            whole = loss if kind == BY_EXAMPLES else partial(trainer.numerator, loss)
             value = whole(y_true, y_pred, sample_weight)
             return value * ops.cast(factor, value.dtype)
 
@@ -201,7 +183,7 @@ def weighing(kinds: Sequence[str], factors: Sequence) -> Callable:
 def measure(model, data, y_pred, stand_in=Denominator) -> list[Denominator]:
     """The denominators of a piece's compiled losses."""
     _, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    return standing_in(model, stand_in, y, y_pred, sample_weight)
+    return trainer.standing_in(model, stand_in, y, y_pred, sample_weight)
 
 
 @dataclass
@@ -240,8 +222,8 @@ class Losses:
 def inspect(
     model,
     data,
-    scope=StatelessScope,
-    trace: Callable = compute_output_spec,
+    scope=trainer.StatelessScope,
+    trace: Callable = trainer.compute_output_spec,
     training: bool = True,
 ) -> Losses:
     """The losses of a model, from a piece's shapes, without its values.
@@ -253,17 +235,17 @@ def inspect(
         trace: Calls a function with the data, without any effect.
         training: Whether to call the model as in training, where it may add losses.
     """
-    found = Losses([], need_shares=rounds_or_overwrites(model))
+    found = Losses([], need_shares=trainer.rounds_or_overwrites(model))
 
     def run(data):
-        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
         with scope(collect_losses=True):
-            y_pred = forward(model, x, training)
+            y_pred = trainer.forward(model, x, training)
             # Losses with axes are summed, by Keras or by TensorFlow.
             found.need_shares |= any(len(loss.shape) for loss in model.losses)
-            if has_compiled_losses(model):
+            if trainer.has_compiled_losses(model):
                 found.denominators = measure(model, data, y_pred, _Inspected)
-                found.need_shares |= records_each_loss(model) or any(
+                found.need_shares |= trainer.records_shares(model, y) or any(
                     d.kind == BY_EXAMPLES and d.rank for d in found.denominators
                 )
         return ops.zeros(())
@@ -339,7 +321,7 @@ class HostWeights:
         self,
         model,
         measure,
-        scope=StatelessScope,
+        scope=trainer.StatelessScope,
         totals=None,
         devices=1,
         check=lambda pieces: None,
@@ -350,7 +332,7 @@ class HostWeights:
         self.measure = measure
         self.scope = scope
         self.totals = totals
-        self.even = has_static_inputs(model)
+        self.even = trainer.has_static_inputs(model)
         self.inspected: dict[str, Losses] = {}
 
     def __call__(self, pieces: Pieces, *state) -> Weighed:

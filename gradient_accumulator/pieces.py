@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import keras
-
 from gradient_accumulator.agc import AdaptiveClipping
+from gradient_accumulator.backend.api import keras
 
 
 @dataclass(frozen=True)

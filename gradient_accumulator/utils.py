@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
-import keras
-import numpy as np
-from keras import ops
-
 from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.api import keras, ops
 from gradient_accumulator.backend.statistics import normalizations
 from gradient_accumulator.layers import AccumBatchNormalization
 from gradient_accumulator.model import accumulate_as, accumulation_of, check_is_model
@@ -109,19 +105,18 @@ def _copied(model, change: Callable[[Any], None]) -> keras.Model:
         raise _not_rebuilt(model)
     for original, layer in zip(originals, layers):
         # A layer that makes others in its constructor makes them anew.
-        layer.name = original.name
+        trainer.rename(layer, original.name)
         # The outer ones come first, and set all that are inside of them.
         layer.trainable = original.trainable
         if type(original) is AccumBatchNormalization is not type(layer):
             AccumBatchNormalization.take_over(layer, *original.settings)
     for variable, original in zip(copy.variables, model.variables):
         # Seeds too; a copy, for JAX gives the memory of variables away.
-        variable.assign(ops.copy(original.value))
+        variable.assign(ops.copy(trainer.value(original)))
         if variable.trainable != original.trainable:
             variable.trainable = original.trainable
     for original, layer in zip(originals, layers):
-        if hasattr(layer, "finalize_state"):
-            _copy_adapted(original, layer)
+        trainer.copy_adapted(original, layer)
     for layer in layers:
         change(layer)
     accumulation = accumulation_of(model)
@@ -131,20 +126,6 @@ def _copied(model, change: Callable[[Any], None]) -> keras.Model:
 def _kind(layer):
     is_own = type(layer) is AccumBatchNormalization
     return keras.layers.BatchNormalization if is_own else type(layer)
-
-
-def _copy_adapted(original, layer):
-    """What a preprocessing layer has learned of data, beside its variables."""
-    stored: dict[str, Any] = {}
-    original.save_own_variables(stored)
-    values = {
-        key: np.array(ops.convert_to_numpy(value)) for key, value in stored.items()
-    }
-    layer.load_own_variables(values)
-    if hasattr(layer, "load_assets"):
-        with tempfile.TemporaryDirectory() as folder:
-            original.save_assets(folder)
-            layer.load_assets(folder)
 
 
 def _clone(model):

@@ -9,6 +9,7 @@ from problems import cut
 
 from gradient_accumulator import (
     AccumBatchNormalization,
+    FlushGradients,
     GradientAccumulateOptimizer,
     accumulate,
 )
@@ -186,3 +187,47 @@ def test_one_overflow_with_the_optimizer_wrapper(around):
     fit(data(16))
     assert int(array(adam.iterations)) == 2
     assert np.isfinite(flat(model)).all()
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "jax",
+    reason="the optimizer's stateless step has no access to a layer's statistics",
+)
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("flushed", [False, True])
+def test_a_skipped_update_takes_back_what_layers_that_count_moved(around, flushed):
+    """The targets are not finite, so the statistics of the inputs are."""
+    adam = keras.optimizers.Adam(1e-2)
+    if around:
+        optimizer = keras.optimizers.LossScaleOptimizer(
+            GradientAccumulateOptimizer(adam, 4), initial_scale=2.0**8
+        )
+    else:
+        scaler = keras.optimizers.LossScaleOptimizer(adam, initial_scale=2.0**8)
+        optimizer = GradientAccumulateOptimizer(scaler, 4)
+    with global_policy("mixed_float16"):
+        model = model_of(normalization=lambda: AccumBatchNormalization(accum_steps=4))
+        model.compile(optimizer, "mse", auto_scale_loss=False)
+
+    def fit(batch):
+        callbacks = [FlushGradients()] if flushed else []
+        pieces = cut(batch, 4)
+        model.fit(Batches(pieces), verbose=0, shuffle=False, callbacks=callbacks)
+
+    examples = 12 if flushed else 16
+    (layer,) = (x for x in model.layers if isinstance(x, AccumBatchNormalization))
+
+    def statistics():
+        return array(layer.moving_mean), array(layer.moving_variance)
+
+    fit(data(examples))
+    before = statistics()
+    assert before[0].any()
+    x, y = data(examples)
+    y[5] = np.inf
+    fit((x, y))
+    assert int(array(adam.iterations)) == 1
+    np.testing.assert_array_equal(statistics(), before)
+    fit(data(examples))
+    assert int(array(adam.iterations)) == 2
+    assert (statistics()[0] != before[0]).any()

@@ -5,8 +5,16 @@ from __future__ import annotations
 import functools
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-import keras
+from gradient_accumulator.backend.api import KERAS_2, keras
+
+if TYPE_CHECKING or not KERAS_2:
+    from gradient_accumulator.backend.keras3 import trainer as trainer
+else:
+    from gradient_accumulator.backend.keras2 import trainer as trainer
+
+__all__ = ["active", "trainer"]
 
 
 @functools.cache  # it is asked for where TensorFlow would convert what it runs

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import keras
+from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.api import keras
 
 
 def new_accumulator(optimizer: Any, variable: keras.Variable, dtype: str):
     """A variable of an optimizer that sums one variable's gradients."""
-    path = getattr(variable, "path", None) or variable.name
-    arguments = {}
-    # Older versions of Keras take the layout from the variable's path.
-    if "layout" in inspect.signature(optimizer.add_variable).parameters:
-        arguments["layout"] = getattr(variable, "_layout", None)
-    return optimizer.add_variable(
+    name = trainer.path(variable).replace("/", "_").replace(":", "_")
+    return trainer.add_variable(
+        optimizer,
         tuple(variable.shape),
-        dtype=dtype,
-        name=f"{path.replace('/', '_').replace(':', '_')}_gradient_accumulator",
-        **arguments,
+        dtype,
+        f"{name}_gradient_accumulator",
+        like=variable,
     )
 
 

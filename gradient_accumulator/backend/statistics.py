@@ -7,12 +7,11 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-import keras
-from keras import ops
-
 from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.api import keras, ops
 from gradient_accumulator.layers import (
     AccumBatchNormalization,
+    owners,
     synchronized_moments,
 )
 
@@ -69,7 +68,7 @@ class Statistics:
     """
 
     def __init__(self, model: keras.Model):
-        self.scale: Any = _dynamic_scale(model.optimizer)
+        self.optimizer: Any = model.optimizer
         self.pools = pooling_layers(model)
         # What no pool of an update's pieces moves, but every piece.
         self.moving = [
@@ -81,7 +80,11 @@ class Statistics:
         # What an update that is skipped must leave as it was. Without a scale none is.
         self.variables = [
             variable
-            for layer in (self.pools if self.scale is None else normalizations(model))
+            for layer in (
+                normalizations(model)
+                if trainer.may_skip(model.optimizer)
+                else self.pools
+            )
             for variable in layer.variables
             if not variable.trainable
         ]
@@ -96,9 +99,10 @@ class Statistics:
 
     def before(self) -> Any:
         """What `finish` needs from before the update's first piece."""
-        if self.scale is None or not self.variables:
+        mark = trainer.mark(self.optimizer) if self.variables else None
+        if mark is None:
             return None
-        return ops.copy(self.scale.value), [ops.copy(v.value) for v in self.variables]
+        return mark, [ops.copy(trainer.value(v)) for v in self.variables]
 
     def finish(self, before: Any) -> None:
         """Move the statistics, after the optimizer had the finished gradient."""
@@ -106,16 +110,29 @@ class Statistics:
             layer.finish_update()
         if before is None:
             return
-        scale, values = before
-        skipped = self.scale.value < scale
+        mark, values = before
+        skipped = trainer.skipped(self.optimizer, mark)
         for variable, value in zip(self.variables, values):
-            variable.assign(ops.where(skipped, value, variable.value))
+            variable.assign(ops.where(skipped, value, trainer.value(variable)))
 
 
-def _dynamic_scale(optimizer: Any) -> keras.Variable | None:
-    """The scale that an optimizer lowers where it skips an update."""
-    while optimizer is not None:
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            return optimizer.dynamic_scale
-        optimizer = getattr(optimizer, "inner_optimizer", None)
-    return None
+@contextmanager
+def taken_back(optimizer: Any, variables: list) -> Iterator[None]:
+    """Around an optimizer's step: what layers that count moved, if it makes none.
+
+    Args:
+        optimizer: The optimizer.
+        variables: What it updates, by which the layers are known.
+    """
+    # There the layers' variables are out of reach.
+    layers = [] if trainer.in_stateless_scope() else owners(variables)
+    mark = trainer.mark(optimizer) if layers else None
+    try:
+        yield
+    except BaseException:
+        for layer in layers:
+            layer.take_back(True)
+        raise
+    if mark is not None:
+        for layer in layers:
+            layer.take_back(trainer.skipped(optimizer, mark))

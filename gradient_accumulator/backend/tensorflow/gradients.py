@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import keras
 import tensorflow as tf
 
+from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.api import keras
 from gradient_accumulator.gradients import LossFunction
 from gradient_accumulator.pieces import example_count, leaves, map_leaves
 
@@ -18,7 +19,9 @@ def value_and_grad(loss: LossFunction) -> Callable:
     def function(variables, batch, *args, **kwargs):
         variables = list(variables)
         for variable in variables:
-            if not isinstance(variable, (tf.Variable, keras.Variable)):
+            if not isinstance(variable, tf.Variable) and not trainer.is_variable(
+                variable
+            ):
                 raise TypeError(
                     "Argument `variables` must be a list of variables. A `tf.function` "
                     "turns those that it is given into tensors: let it use them from "

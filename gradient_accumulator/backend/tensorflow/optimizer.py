@@ -7,10 +7,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
+from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.api import keras
 from gradient_accumulator.backend.common import added, new_accumulator
 from gradient_accumulator.backend.tensorflow.replicas import finite_together
 from gradient_accumulator.backend.tensorflow.replicas import total as total_of
@@ -34,13 +35,13 @@ def accumulator(optimizer: Any, variable: keras.Variable, dtype: str):
 def add_local_variable(optimizer: Any, shape: tuple, **kwargs) -> keras.Variable:
     """A variable of an optimizer that each replica has its own value of."""
     with tf.variable_creator_scope(_of_each_replica):
-        return optimizer.add_variable(shape, **kwargs)
+        return trainer.add_variable(optimizer, shape, **kwargs)
 
 
 def add(pairs: list, factor: Any) -> None:
     """Add gradients, times `factor`, to their accumulators."""
     for held, gradient in pairs:
-        value = held.value
+        value = trainer.native(held)
         alpha = tf.cast(factor, value.dtype)
         if not isinstance(gradient, tf.IndexedSlices):
             # One operation for the product and the sum.
@@ -59,46 +60,9 @@ def add(pairs: list, factor: Any) -> None:
 def add_and_update(
     pairs: list, factor: Any, predicate: Callable, update: Callable, changing: Callable
 ) -> None:
-    """Add a piece, and call `update`, which assigns `changing()`, if it is the last.
-
-    The last piece is added on its way into the optimizer, which saves a walk through
-    memory: on one replica, for gradients that are not sparse.
-    """
-    dense = [pair for pair in pairs if not isinstance(pair[1], tf.IndexedSlices)]
-    replicas = tf.distribute.get_strategy().num_replicas_in_sync
-    if replicas > 1 or tf.executing_eagerly() or len(dense) < len(pairs):
-        with added(add, pairs, factor, tf.executing_eagerly()):
-            when(predicate, update, changing)
-        return
-
-    def last():
-        update(
-            {
-                id(held): held.value
-                + tf.cast(gradient, held.dtype) * tf.cast(factor, held.dtype)
-                for held, gradient in pairs
-            }
-        )
-
-    _branch(predicate, last, lambda: add(pairs, factor))
-
-
-def divided(accumulators: list, sums: dict, total: tf.Tensor) -> dict:
-    """The sums, or what the accumulators hold without one, divided as `divide` does.
-
-    Args:
-        accumulators: Variables.
-        sums: Tensors by the `id` of a variable.
-        total: The sum of the factors.
-    """
-    total = tf.convert_to_tensor(total)
-    total = tf.where(_is_one(total), tf.ones_like(total), total)
-    return {
-        id(held): tf.math.divide_no_nan(
-            sums.get(id(held), held.value), tf.cast(total, held.dtype)
-        )
-        for held in accumulators
-    }
+    """Add a piece, and call `update`, which assigns `changing()`, if it is the last."""
+    with added(add, pairs, factor, tf.executing_eagerly()):
+        when(predicate, update, changing)
 
 
 def divide(accumulators: list, total: tf.Tensor) -> None:
@@ -107,20 +71,17 @@ def divide(accumulators: list, total: tf.Tensor) -> None:
 
     def division():
         for held in accumulators:
-            value = held.value
+            value = trainer.native(held)
             value.assign(tf.math.divide_no_nan(value, tf.cast(total, value.dtype)))
         return tf.constant(0)
 
-    tf.cond(_is_one(total), lambda: tf.constant(0), division)
-
-
-def _is_one(total):
-    return tf.abs(total - 1) <= 4 * np.finfo(total.dtype.as_numpy_dtype).eps
+    is_one = tf.abs(total - 1) <= 4 * np.finfo(total.dtype.as_numpy_dtype).eps
+    tf.cond(is_one, lambda: tf.constant(0), division)
 
 
 def clear(accumulators: list) -> None:
     for held in accumulators:
-        held.value.assign(tf.zeros(held.shape, held.dtype))
+        trainer.native(held).assign(tf.zeros(held.shape, held.dtype))
 
 
 def total(variable: keras.Variable, weighed: bool) -> Any:
@@ -155,8 +116,7 @@ def clip(clipping: Any, optimizer: Any, variables: list, gradients: list) -> lis
 def apply(optimizer: Any, gradients: list, variables: list, trainable: list) -> None:
     """Hand the gradients of some of the trainable variables to an optimizer, once."""
     gradients = finite_together(optimizer, gradients)
-    # By its class's method, for the object may have the accumulating one.
-    type(optimizer).apply(optimizer, gradients, variables)
+    trainer.step(optimizer, list(zip(gradients, variables)))
 
 
 def when(predicate: Callable, function: Callable, variables: Callable) -> None:
@@ -178,21 +138,17 @@ def when(predicate: Callable, function: Callable, variables: Callable) -> None:
     tf.distribute.get_replica_context().merge_call(across)
 
 
-def _branch(predicate, function, otherwise=lambda: None):
-    def calling(function):
-        def call():
-            function()
-            return tf.constant(0)
+def _branch(predicate, function):
+    def call():
+        function()
+        return tf.constant(0)
 
-        return call
-
-    tf.cond(predicate(), calling(function), calling(otherwise))
+    tf.cond(predicate(), call, lambda: tf.constant(0))
 
 
 def flush(predicate: Callable, function: Callable, variables: Callable) -> None:
     """As `when`, from where a callback is called."""
-    first = variables()[0]
-    value = getattr(first, "value", first)
+    value = trainer.native(variables()[0])
     strategy = getattr(value, "distribute_strategy", None)
     if strategy is None or strategy.num_replicas_in_sync == 1:
         _branch(predicate, function)
@@ -207,7 +163,7 @@ def read(variable: keras.Variable) -> int | None:
     """A counter's value."""
     with tf.init_scope():
         # As a NumPy number: of a tensor, autograph's `int` is a tensor.
-        return int(tf.convert_to_tensor(variable.value).numpy())
+        return int(tf.convert_to_tensor(trainer.native(variable)).numpy())
 
 
 def is_traced(variable: keras.Variable) -> bool:

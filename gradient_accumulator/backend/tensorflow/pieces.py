@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.api import keras
 from gradient_accumulator.pieces import first_input, leaves, map_leaves
 
 
@@ -166,5 +166,11 @@ def symbolic(array):
 
 def without_optional(leaf):
     # tf.data may hold a None that a generator yields as an empty Optional.
-    nones = (tf.experimental.Optional, tf.OptionalSpec, tf.NoneTensorSpec)
-    return None if isinstance(leaf, nones) else leaf
+    return None if isinstance(leaf, _NONES) else leaf
+
+
+_NONES = (
+    tf.experimental.Optional,
+    tf.OptionalSpec,
+    type(tf.type_spec_from_value(None)),
+)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from gradient_accumulator.backend.common import lost
@@ -62,7 +61,8 @@ def finite_together(optimizer: Any, gradients: list) -> list:
     A `LossScaleOptimizer` takes one replica's word, and each worker its own.
     """
     several = tf.distribute.get_strategy().num_replicas_in_sync > 1
-    if not several or not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+    # Keras 2's takes the word of all.
+    if not several or not hasattr(optimizer, "check_finite"):
         return gradients
     bad = total(tf.cast(~optimizer.check_finite(gradients), "float32"))
     # In a gradient that is not sparse: those slices may be none.

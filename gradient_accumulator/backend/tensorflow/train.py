@@ -10,11 +10,11 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.api import keras
 from gradient_accumulator.backend.statistics import apart
 from gradient_accumulator.backend.tensorflow.pieces import (
     cut,
@@ -49,11 +49,11 @@ def make_train_function(
 ) -> Callable[[Iterator], dict]:
     """The function that `fit` calls with its iterator, for one update or several."""
     updates = _Updates(model, accumulation, epoch)
-    steps_per_execution = model.steps_per_execution
+    steps = trainer.number_of(trainer.steps_per_execution(model))
 
     def train_function(iterator):
         logs = None
-        for _ in range(steps_per_execution):
+        for _ in range(steps):
             check_in_step(updates.strategy, epoch.number, epoch.updates, False)
             try:
                 with answering():
@@ -63,7 +63,7 @@ def make_train_function(
                     raise
                 break
             state = model.non_trainable_variables
-            before = [variable.value.read_value() for variable in state]
+            before = [trainer.native(variable).read_value() for variable in state]
             try:
                 with answering():
                     logs = update()
@@ -72,6 +72,7 @@ def make_train_function(
                 for variable, value in zip(state, before):
                     variable.assign(value)
                 raise
+            trainer.count_update(model)
         return logs
 
     return train_function

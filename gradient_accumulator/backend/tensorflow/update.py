@@ -9,11 +9,11 @@ from __future__ import annotations
 import warnings
 from functools import partial
 
-import keras
 import tensorflow as tf
 
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.api import keras
 from gradient_accumulator.backend.statistics import Statistics, apart, synchronizes
 from gradient_accumulator.backend.tensorflow.optimizer import clip
 from gradient_accumulator.backend.tensorflow.pieces import size_of, trace_piece
@@ -125,7 +125,9 @@ class _Sums:
 
     def dense(self) -> list:
         return [
-            tf.zeros_like(v.value, trainer.accumulator_dtype(v, self.accum_dtype))
+            tf.zeros_like(
+                trainer.native(v), trainer.accumulator_dtype(v, self.accum_dtype)
+            )
             for i, v in enumerate(self.variables)
             if i not in self.sparse
         ]
@@ -283,7 +285,7 @@ def _gradients(model, variables, data, share, weigh=None):
         )
         # Of a loss without reduction TensorFlow sums the values: pieces of it add up.
         worth = loss if len(loss.shape) else loss * tf.cast(share, loss.dtype)
-        worth = model.optimizer.scale_loss(worth)
+        worth = trainer.scale_loss(model.optimizer, worth)
     return loss, y_pred, tape.gradient(worth, variables) if variables else []
 
 
@@ -305,7 +307,7 @@ def _apply(model, clipping, variables, gradients):
         gradients = clip(clipping, model.optimizer, variables, gradients)
     gradients = finite_together(model.optimizer, gradients)
     with ready(gradients):
-        model.optimizer.apply_gradients(zip(gradients, variables))
+        trainer.apply_gradients(model.optimizer, gradients, variables)
 
 
 def _zero_logs(model, pieces):

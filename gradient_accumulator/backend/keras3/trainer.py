@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import keras
+import numpy as np
 from keras.src import backend
 from keras.src.losses import loss as losses
 from keras.src.models.functional import Functional as Functional
 from keras.src.trainers.trainer import Trainer
 
+A_MODEL = "a Keras 3 model, a `keras.Model`"
+
+# Of a functional model that accumulates. Keras saves where a class is from and its
+# name: of its own class, which loads the file where this package is not imported.
+FUNCTIONAL_NAME = Functional.__name__
+
 StatelessScope = backend.StatelessScope
+in_stateless_scope = backend.in_stateless_scope
 compute_output_spec = backend.compute_output_spec
 get_mask = backend.get_keras_mask
 set_mask = backend.set_keras_mask
@@ -28,6 +39,56 @@ def is_keras_own(function: Callable) -> bool:
 def layers_of(model: keras.Model) -> list:
     """The model and all its layers, at any depth."""
     return list(model._flatten_layers())
+
+
+def rename(layer: Any, name: str) -> None:
+    """Give a layer another name."""
+    layer.name = name
+
+
+def constructor(finish: Callable) -> Callable:
+    """That of a functional model, which calls `finish` with it.
+
+    Keras clones and saves by its graph a model whose constructor looks like its own.
+    """
+
+    def __init__(self, inputs, outputs, name=None, **kwargs):
+        Functional.__init__(self, inputs, outputs, name=name, **kwargs)
+        finish(self)
+
+    # In some versions its own is decorated.
+    return (
+        _wrapped(__init__) if hasattr(Functional.__init__, "__wrapped__") else __init__
+    )
+
+
+def register(cls: type) -> None:
+    """Let a class be found by its bare name too, which no format needs."""
+
+
+def _wrapped(function):
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def copy_adapted(original: Any, layer: Any) -> None:
+    """Give a preprocessing layer what another has learned of data beside variables."""
+    if not hasattr(layer, "finalize_state"):
+        return
+    stored: dict[str, Any] = {}
+    original.save_own_variables(stored)
+    values = {
+        key: np.array(keras.ops.convert_to_numpy(value))
+        for key, value in stored.items()
+    }
+    layer.load_own_variables(values)
+    if hasattr(layer, "load_assets"):
+        with tempfile.TemporaryDirectory() as folder:
+            original.save_assets(folder)
+            layer.load_assets(folder)
 
 
 def same_inputs(model: keras.Model) -> Any:
@@ -64,6 +125,87 @@ def with_attribute(instance: Any, name: str, value: Any) -> Iterator[None]:
             delattr(instance, name)
 
 
+def is_variable(thing: Any) -> bool:
+    return isinstance(thing, keras.Variable)
+
+
+def value(variable: keras.Variable) -> Any:
+    return variable.value
+
+
+def native(variable: keras.Variable) -> Any:
+    """The backend's own variable."""
+    return variable.value
+
+
+def path(variable: Any) -> str:
+    """The name with the layer's in front."""
+    return getattr(variable, "path", None) or variable.name
+
+
+def is_optimizer(identifier: Any) -> bool:
+    return isinstance(identifier, keras.optimizers.Optimizer)
+
+
+def scale_loss(optimizer: Any, loss: Any) -> Any:
+    """The loss as large as the optimizer wants its gradients to be."""
+    return optimizer.scale_loss(loss)
+
+
+def apply_gradients(optimizer: Any, gradients: list, variables: list) -> None:
+    """One step of the optimizer, with gradients of the scaled loss."""
+    optimizer.apply_gradients(zip(gradients, variables))
+
+
+def step(optimizer: Any, pairs: list) -> None:
+    """One step of the optimizer, with gradients as they are."""
+    # By its class's method, for the object may have the accumulating one.
+    type(optimizer).apply(optimizer, *zip(*pairs))
+
+
+def add_variable(
+    optimizer: Any, shape: tuple, dtype: str, name: str, like: Any = None, **arguments
+) -> keras.Variable:
+    """A new variable of an optimizer, of zeros.
+
+    Args:
+        optimizer: Whose it is.
+        shape: Its shape.
+        dtype: Its dtype.
+        name: Its name.
+        like: A variable that has the same place.
+        **arguments: Of `add_variable`.
+    """
+    # Older versions of Keras take the layout from the variable's path.
+    if "layout" in inspect.signature(optimizer.add_variable).parameters:
+        arguments["layout"] = getattr(like, "_layout", None)
+    return optimizer.add_variable(shape, dtype=dtype, name=name, **arguments)
+
+
+def may_skip(optimizer: Any) -> bool:
+    """Whether an optimizer skips updates that are not finite."""
+    return _dynamic_scale(optimizer) is not None
+
+
+def mark(optimizer: Any) -> Any:
+    """Where an optimizer stands that may skip an update; None for any other."""
+    scale = _dynamic_scale(optimizer)
+    return None if scale is None else keras.ops.copy(scale.value)
+
+
+def skipped(optimizer: Any, mark: Any) -> Any:
+    """Whether it skipped the update since: it then lowers the scale."""
+    return _dynamic_scale(optimizer).value < mark
+
+
+def _dynamic_scale(optimizer):
+    while optimizer is not None:
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            return optimizer.dynamic_scale
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+    return None
+
+
 def has_own_scale_loss(optimizer: keras.optimizers.Optimizer) -> bool:
     """Whether scaling the loss may read the optimizer's variables."""
     return type(optimizer).scale_loss is not keras.optimizers.Optimizer.scale_loss
@@ -87,6 +229,33 @@ def rounds_or_overwrites(model: keras.Model) -> bool:
     ) or any(overwrites(variable) for variable in model.trainable_variables)
 
 
+def steps_per_execution(model: keras.Model) -> Any:
+    """What `set_steps_per_execution` sets."""
+    return model.steps_per_execution
+
+
+def set_steps_per_execution(model: keras.Model, steps: Any) -> None:
+    """Set how many steps `fit` counts a call of the train function as."""
+    model.steps_per_execution = steps
+
+
+def times(steps: Any, count: int) -> Any:
+    """So many more steps."""
+    return steps * count
+
+
+def begin(steps: Any, count: int, length: int | None) -> None:
+    """Called when training begins with what `times` made."""
+
+
+def number_of(steps: Any) -> int:
+    return steps
+
+
+def count_update(model: keras.Model) -> None:
+    """What Keras counts for callbacks."""
+
+
 def build(model: keras.Model, data: Any) -> None:
     """Create the variables of the model, its losses, metrics and optimizer."""
     model._symbolic_build(data_batch=data)
@@ -106,9 +275,28 @@ def build_from_values(model: keras.Model, data: Any) -> None:
     model._post_build()
 
 
+def has_known_train_step(model: keras.Model) -> bool:
+    """Whether its `train_step` does what Keras's does."""
+    return is_keras_own(type(model).train_step)
+
+
+def check_compiled(model: keras.Model) -> None:
+    """Raise if what the model is compiled with cannot be taken apart."""
+
+
 def forward(model: keras.Model, x: Any, training: bool) -> Any:
     with summed_activity_losses(model):
         return model(x, training=training) if model._call_has_training_arg else model(x)
+
+
+def feature_axis(layer: Any) -> int:
+    """The axis of features of a batch normalization layer."""
+    return layer.axis
+
+
+def variance_to_move_by(layer: Any, variance: Any, count: Any) -> Any:
+    """What the moving variance takes of the variance of `count` values."""
+    return variance
 
 
 # Before Keras 3.14 an activity regularizer's loss is a sum over the examples.
@@ -137,6 +325,23 @@ def summed_activity_losses(model: keras.Model) -> Iterator[None]:
     finally:
         for layer, regularizer in regularized:
             layer.activity_regularizer = regularizer
+
+
+def loss_dtype(loss: keras.losses.Loss) -> str:
+    """The dtype that a compiled loss computes in."""
+    return loss.dtype
+
+
+def loss_values(loss: keras.losses.Loss, y_true: Any, y_pred: Any) -> Any:
+    """A loss before it is reduced, with its mask."""
+
+    def convert(x):
+        return keras.ops.convert_to_tensor(x, dtype=loss.dtype)
+
+    return loss.call(
+        keras.tree.map_structure(convert, y_true),
+        keras.tree.map_structure(convert, y_pred),
+    )
 
 
 def _update_loss(model: keras.Model, loss: Any, examples: Any) -> None:
@@ -209,8 +414,11 @@ def has_compiled_losses(model: keras.Model) -> bool:
     return model._compile_loss is not None
 
 
-def records_each_loss(model: keras.Model) -> bool:
-    """Whether there are several compiled losses, each with an entry in the logs."""
+def records_shares(model: keras.Model, y: Any) -> bool:
+    """Whether compiled losses are recorded by what a piece's share is.
+
+    So they are where there are several, each with an entry in the logs.
+    """
     return bool(model._compile_loss.metrics)
 
 

@@ -1,0 +1,356 @@
+"""What accumulates in an optimizer: sums of gradients, and how many pieces they are.
+
+`GradientAccumulateOptimizer` is this and an optimizer, of Keras 3 or of Keras 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from gradient_accumulator import backend
+from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.api import ops
+from gradient_accumulator.backend.statistics import taken_back
+from gradient_accumulator.pieces import check_float_dtype, check_positive_int
+
+REDUCTIONS = ("MEAN", "SUM")
+
+
+class Accumulator:
+    """The part of an accumulating optimizer that does not depend on Keras's version.
+
+    The rest of it is an optimizer that was built with `_trainable_variables`, and tells
+    their places by `_get_variable_index`.
+    """
+
+    inner_optimizer: Any
+    built: Any
+    _trainable_variables: list
+    _trainable_variables_indices: dict
+    _get_variable_index: Callable
+    _var_key: Callable
+    variables: Any
+    build: Callable
+
+    def _set_up(
+        self, inner, accum_steps, reduction, accum_dtype, clipping: Any
+    ) -> None:
+        self.inner_optimizer = inner
+        self.accum_steps = accum_steps
+        self.reduction = reduction
+        self.accum_dtype = accum_dtype
+        self._clipping = clipping
+        self._engine = backend.active().optimizer
+        self._accumulators: list = []
+        self._scaler: Callable[[], Any] = lambda: None  # a LossScaleOptimizer around
+        self._finishing = 0  # how many calls are giving it the finished sum
+        # Of the accumulation at hand:
+        self._given: list[int] = []  # which variables gradients were given for
+        self._weighed = False  # whether some piece was given a weight
+        # Which of them had a gradient, where calls run as they are, and where they are
+        # compiled, and one serves many updates.
+        self._connected: set[int] = set()
+        self._compiled_connected: set[int] = set()
+
+    def _build_accumulators(self, variables: list) -> None:
+        if self._clipping is not None:
+            self._clipping.check_excluded(variables)
+        if self.accum_steps == 1:
+            return
+        dtypes = [trainer.accumulator_dtype(v, self.accum_dtype) for v in variables]
+        self._accumulators = [
+            self._engine.accumulator(self, v, dtype)
+            for v, dtype in zip(variables, dtypes)
+        ]
+        dtype = "float64" if "float64" in dtypes else "float32"
+        self._count = self._new_counter()
+        self._total = self._engine.add_local_variable(
+            self, (), dtype=dtype, name="total_weight"
+        )
+        self._guard = self._engine.guard()
+
+    def _new_counter(self) -> Any:
+        raise NotImplementedError
+
+    def _scales(self, optimizer: Any) -> Any:
+        """The optimizer that scales the gradients which are given here, or None."""
+        raise NotImplementedError
+
+    def _is_built(self) -> bool:
+        return (self._scaler() or self).built
+
+    def flush(self) -> None:
+        """Apply what has been accumulated, weighed by the pieces that there were.
+
+        Does nothing where no piece waits. In a custom training loop it may be called
+        inside a `tf.function`; for `jax.jit` there is `stateless_flush`.
+        """
+        if self._accumulators:
+            self._engine.flush(
+                lambda: ops.greater(self._count, 0), self._update, self._changing
+            )
+
+    def reset(self) -> None:
+        """Forget what has been accumulated."""
+        if self._accumulators:
+            self._given = []
+            self._clear()
+
+    @property
+    def pending(self) -> int:
+        """How many pieces wait for their update.
+
+        During `fit` on JAX the state is not in the variables: in a callback, call the
+        model's `jax_state_sync` before.
+        """
+        return self._engine.read(self._count) if self._accumulators else 0
+
+    def _accumulate(self, grads, trainable_variables=None, weight=None):
+        grads = list(grads)
+        if not grads:
+            return
+        _check_weight(weight)
+        if trainable_variables is None:
+            if not self._is_built():
+                raise ValueError(
+                    "An optimizer that is not built needs the variables too: give "
+                    "`trainable_variables`, or call `build` first. Received: "
+                    "trainable_variables=None"
+                )
+            trainable_variables = self._trainable_variables
+        variables = list(trainable_variables)
+        if not self._is_built():
+            _check_gradients(grads, variables)
+            (self._scaler() or self).build(variables)
+        self._check_variables(variables)
+        _check_gradients(grads, variables)
+        if self.accum_steps == 1:
+            self._finish(self._alone(grads, weight), variables)
+            return
+        factor = self._factor(weight)
+        with self._engine.same(self._guard, self._given, self._count):
+            pairs = self._count_piece(grads, variables, weight, factor)
+        try:
+            self._engine.add_and_update(
+                pairs,
+                factor,
+                lambda: ops.greater_equal(self._count, self.accum_steps),
+                self._update,
+                self._changing,
+            )
+        except BaseException:
+            if not self._engine.is_traced(self._count):
+                # Take back the piece whose update failed.
+                self._count.assign_sub(1)
+                self._total.assign_sub(ops.cast(factor, self._total.dtype))
+            raise
+
+    def _count_piece(self, grads, variables, weight, factor):
+        """Count a piece; returns what is to be added to what."""
+        connected = self._compiled_connected
+        if not self._engine.is_traced(self._count):
+            connected = self._connected
+            if self._engine.read(self._count) == 0:
+                connected.clear()
+        pairs = []
+        for gradient, variable in zip(grads, variables):
+            if gradient is None:
+                continue
+            index = self._get_variable_index(variable)
+            connected.add(index)
+            accumulator = self._accumulators[index]
+            if trainer.overwrites(variable):
+                # Keras's own way to join what pieces would overwrite a variable with.
+                accumulator.assign(ops.maximum(accumulator, gradient))
+            else:
+                pairs.append((accumulator, gradient))
+        self._weighed |= weight is not None
+        self._count.assign_add(1)
+        self._total.assign_add(ops.cast(factor, self._total.dtype))
+        return pairs
+
+    def _factor(self, weight):
+        """What a piece's gradient is multiplied by when it is added.
+
+        Of a mean as much as if this were one of `accum_steps` equal pieces: if it was,
+        nothing is left to be divided in the end.
+        """
+        share = 1 / self.accum_steps if self.reduction == "MEAN" else 1.0
+        return share if weight is None else ops.cast(weight, self._total.dtype) * share
+
+    def _update(self):
+        """The finished gradient to the wrapped optimizer."""
+        given = self._given or range(len(self._accumulators))
+        variables = [self._trainable_variables[index] for index in given]
+        connected = self._connected | self._compiled_connected or set(given)
+        means = [
+            self._accumulators[index]
+            for index, variable in zip(given, variables)
+            if self.reduction == "MEAN" and not trainer.overwrites(variable)
+        ]
+        total = self._engine.total(self._total, self._weighed)
+        self._engine.divide(means, total)
+        gradients = [
+            ops.cast(self._accumulators[index], variable.dtype)
+            if index in connected
+            else None
+            for index, variable in zip(given, variables)
+        ]
+        try:
+            self._finish(gradients, variables)
+        except BaseException:
+            self._engine.divide(means, ops.divide_no_nan(1.0, total))
+            raise
+        self._clear()
+
+    def _finish(self, gradients, variables):
+        """A finished gradient to the wrapped optimizer, or to the one around."""
+        # Counted, for replicas take turns in here.
+        optimizer = self._scaler() or self.inner_optimizer
+        if self._clipping is not None:
+            gradients = self._engine.clip(
+                self._clipping,
+                self._scales(optimizer),
+                variables,
+                gradients,
+            )
+        self._finishing += 1
+        try:
+            with taken_back(optimizer, variables):
+                self._engine.apply(
+                    optimizer,
+                    gradients,
+                    variables,
+                    self._trainable_variables,
+                )
+        finally:
+            self._finishing -= 1
+
+    def _alone(self, grads, weight):
+        """The gradients of a piece that is an update."""
+        if weight is None:
+            return grads
+        weight = ops.cast(weight, "float32")
+        factor = (
+            weight if self.reduction == "SUM" else ops.divide_no_nan(weight, weight)
+        )
+        return [None if g is None else g * ops.cast(factor, g.dtype) for g in grads]
+
+    def _clear(self):
+        self._engine.clear(self._accumulators)
+        self._count.assign(0)
+        self._total.assign(0.0)
+
+    def _changing(self) -> list:
+        """All variables that an update changes."""
+        return [*self._trainable_variables, *(self._scaler() or self).variables]
+
+    def _check_variables(self, variables):
+        known = self._trainable_variables_indices
+        unknown = [v for v in variables if self._var_key(v) not in known]
+        if unknown:
+            raise ValueError(
+                "The optimizer can only be called for the variables that it was built "
+                "with. Make one optimizer for each set of variables. Received: "
+                f"unknown variables {_names(unknown)}"
+            )
+        if not self._accumulators:
+            return
+        given = [self._get_variable_index(v) for v in variables]
+        changed = self._given not in ([], given)
+        if changed and self._engine.read(self._count) != 0:
+            before = [self._trainable_variables[index] for index in self._given]
+            raise ValueError(
+                "The variables changed while pieces wait for their update. Call "
+                "`flush()` or `reset()` before, and make one optimizer for each "
+                "set of variables that is trained in turns. Received: "
+                f"{_names(variables)} after {_names(before)}"
+            )
+        self._given = given
+
+
+def chain(optimizer: Any) -> Iterable:
+    """An optimizer, the one it wraps, and so on."""
+    while optimizer is not None:
+        yield optimizer
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+
+
+def check_not_accumulating(optimizer: Any, problem: str) -> None:
+    """Raise if an optimizer, or one that it wraps, accumulates gradients."""
+    for each in chain(optimizer):
+        steps = getattr(each, "gradient_accumulation_steps", None)
+        if steps:
+            raise ValueError(
+                f"{problem} Use an optimizer without `gradient_accumulation_steps`. "
+                f"Received: gradient_accumulation_steps={steps}"
+            )
+        if isinstance(each, Accumulator):
+            raise ValueError(
+                f"{problem} Use the optimizer that it wraps. Received: {each} with "
+                f"accum_steps={each.accum_steps}"
+            )
+
+
+def _check_weight(weight):
+    if isinstance(weight, (bool, str)):
+        raise TypeError(
+            "Argument `weight` must be a number or a scalar tensor. "
+            f"Received: weight={weight!r} (of type {type(weight).__name__})"
+        )
+    if isinstance(weight, (int, float)) and not (0 <= weight < math.inf):
+        raise ValueError(
+            "Argument `weight` must be finite and not negative. "
+            f"Received: weight={weight}"
+        )
+    if tuple(getattr(weight, "shape", ())) != ():
+        raise ValueError(
+            "Argument `weight` must be a number or a scalar tensor. "
+            f"Received: weight of shape {tuple(weight.shape)}"
+        )
+
+
+def _check_gradients(grads, variables):
+    if len(grads) != len(variables):
+        raise ValueError(
+            "There must be one gradient for each variable. Received: "
+            f"{len(grads)} gradients for {len(variables)} variables"
+        )
+    for gradient, variable in zip(grads, variables):
+        # TensorFlow does not always know a shape, nor that of sparse gradients.
+        if (
+            gradient is None
+            or hasattr(gradient, "dense_shape")
+            or getattr(gradient.shape, "rank", 0) is None
+        ):
+            continue
+        shape, wanted = tuple(gradient.shape), tuple(variable.shape)
+        if len(shape) != len(wanted) or any(
+            a != b and a is not None for a, b in zip(shape, wanted)
+        ):
+            raise ValueError(
+                "A gradient needs its variable's shape. Received: a gradient of shape "
+                f"{shape} for {_names([variable])} of shape {wanted}"
+            )
+
+
+def _names(variables) -> list[str]:
+    return [getattr(v, "path", None) or v.name for v in variables]
+
+
+def check_settings(accum_steps: Any, reduction: Any, accum_dtype: Any) -> None:
+    """Raise unless they are arguments of `GradientAccumulateOptimizer`."""
+    check_positive_int("accum_steps", accum_steps)
+    check_float_dtype(accum_dtype)
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            "Argument `reduction` must be 'MEAN' or 'SUM'. "
+            f"Received: reduction={reduction!r}"
+        )
+
+
+def accumulating(optimizer: Any) -> Any:
+    """The one of an optimizer and those that it wraps that accumulates, or None."""
+    return next((o for o in chain(optimizer) if isinstance(o, Accumulator)), None)
