@@ -14,6 +14,9 @@ BACKENDS := tensorflow jax torch
 OLDEST_KERAS := 3.8.0
 OLDEST_JAX := 0.4.38
 
+# A Python that TensorFlow 2.12 and 2.15 exist for: 3.10 or 3.11.
+KERAS2_PYTHON ?= $(firstword $(shell command -v python3.11 python3.10) $(PYTHON))
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -21,9 +24,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO_READY := $(VENV)/.ready-demo-$(BACKEND)
 TEST_READY := $(VENV)/.ready-test
 OLDEST_READY := $(VENV)/keras-$(OLDEST_KERAS)/.ready
+TF_KERAS_READY := $(VENV)/tf_keras/.ready
+KERAS2_READY := $(VENV)-keras2/.ready
+KERAS2_OLDEST_READY := $(VENV)-keras2-oldest/.ready
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-full test-oldest lint format types benchmark clean
+.PHONY: test-keras2 test-keras2-2.15 test-keras2-tf_keras test-keras2-oldest
+.PHONY: benchmark-keras2
 .PHONY: $(BACKENDS:%=test-%) $(BACKENDS:%=test-oldest-%)
 
 help:
@@ -33,8 +41,11 @@ help:
 	@echo "make test-jax        the tests on JAX (or -tensorflow, -torch)"
 	@echo "make test-full       the same with the slowest ones"
 	@echo "make test-oldest     the tests with Keras $(OLDEST_KERAS)"
+	@echo "make test-keras2     the tests on Keras 2: TensorFlow 2.15, and tf_keras"
+	@echo "make test-keras2-oldest  the same on TensorFlow 2.12"
 	@echo "make lint types      ruff and mypy;  make format  rewrites the files"
 	@echo "make benchmark       the tables of benchmarks/results"
+	@echo "make benchmark-keras2    against gradient-accumulator 0.5.2"
 	@echo "make clean           removes .venv and what tools leave behind"
 
 demo: $(DEMO_READY)
@@ -53,6 +64,24 @@ test-oldest: $(BACKENDS:%=test-oldest-%)
 $(BACKENDS:%=test-oldest-%): test-oldest-%: $(OLDEST_READY)
 	KERAS_BACKEND=$* PYTHONPATH=$(<D) \
 	    $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+# Those that are not of Keras 3 only.
+KERAS2_TESTS := tests/keras2 tests/test_exact.py
+
+test-keras2: test-keras2-2.15 test-keras2-tf_keras
+
+test-keras2-2.15: $(KERAS2_READY)
+	PYTHONPATH=. $(<D)/bin/python -m pytest -n $(WORKERS) --dist loadgroup \
+	    $(KERAS2_TESTS) $(PYTEST_ARGS)
+
+test-keras2-tf_keras: $(TF_KERAS_READY)
+	TF_USE_LEGACY_KERAS=1 PYTHONPATH=.:$(<D) \
+	    $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup \
+	    $(KERAS2_TESTS) $(PYTEST_ARGS)
+
+test-keras2-oldest: $(KERAS2_OLDEST_READY)
+	PYTHONPATH=. $(<D)/bin/python -m pytest -n $(WORKERS) --dist loadgroup \
+	    $(KERAS2_TESTS) $(PYTEST_ARGS)
 
 lint: $(TEST_READY)
 	$(BIN)/ruff check .
@@ -74,8 +103,13 @@ benchmark: $(TEST_READY)
 	$(BIN)/python -m benchmarks distributed
 	$(BIN)/python -m benchmarks summary
 
+benchmark-keras2: $(KERAS2_READY)
+	$(<D)/bin/python -m pip install --quiet --no-deps \
+	    --target $(<D)/released gradient-accumulator==0.5.2
+	GRADIENT_ACCUMULATOR_0_5_2=$(<D)/released $(<D)/bin/python -m benchmarks keras2
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(VENV)-keras2 $(VENV)-keras2-oldest .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -93,6 +127,21 @@ $(DEMO_READY): pyproject.toml requirements/$(BACKEND).txt | $(BIN)/python
 $(TEST_READY): pyproject.toml $(wildcard requirements/*.txt) | $(BIN)/python
 	@echo "Installing into $(VENV): two or three minutes, the first time only."
 	$(PIP) -r requirements/test.txt
+	@touch $@
+
+$(KERAS2_READY) $(KERAS2_OLDEST_READY): $(VENV)-%/.ready: requirements/%.txt
+	@$(KERAS2_PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 12))' \
+	    || { echo "error: TensorFlow with Keras 2 needs Python 3.10 or 3.11." \
+	        "Received: KERAS2_PYTHON=$(KERAS2_PYTHON)" >&2; exit 1; }
+	$(KERAS2_PYTHON) -m venv $(@D)
+	@echo "Installing into $(@D): a minute, the first time only."
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+# Keras 2 beside the newest TensorFlow, without what would install that once more.
+$(TF_KERAS_READY): $(TEST_READY)
+	version=$$($(BIN)/python -c 'from tensorflow import version; print(version.VERSION)') && \
+	$(PIP) --upgrade --no-deps --target $(@D) "tf_keras~=$$version"
 	@touch $@
 
 # The oldest Keras lies in a folder of its own, over the same backends.

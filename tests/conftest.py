@@ -5,8 +5,8 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import keras
 import pytest
+from api import KERAS_2, keras
 
 # Warnings are errors. What is let through comes from third parties, or is what plain
 # Keras says about the same model and data too.
@@ -26,14 +26,31 @@ LET_THROUGH = (
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
+    if KERAS_2:  # was written for older versions of Python and NumPy
+        config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning")
+        # It takes a sigmoid for a softmax.
+        config.addinivalue_line(
+            "filterwarnings", "ignore:.*received `from_logits=True`"
+        )
     for message in LET_THROUGH:
         config.addinivalue_line("filterwarnings", f"ignore:{message}")
 
 
 def pytest_sessionstart(session):
+    if KERAS_2:
+        _make_two_devices()
     # Clearing a session collects garbage: not among what importing has made.
     gc.collect()
     gc.freeze()
+
+
+def _make_two_devices():
+    """For replicas, before TensorFlow begins."""
+    import tensorflow as tf
+
+    (processor,) = tf.config.list_physical_devices("CPU")
+    device = tf.config.LogicalDeviceConfiguration()
+    tf.config.set_logical_device_configuration(processor, [device, device])
 
 
 def pytest_report_header():

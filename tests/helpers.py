@@ -5,11 +5,12 @@ import dataclasses
 import functools
 import re
 
-import keras
 import numpy as np
 import problems
+from api import KERAS_2, keras, ops
 
 from gradient_accumulator import GradientAccumulateOptimizer, accumulate
+from gradient_accumulator.backend import trainer
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}  # of how far a variable moved
 
@@ -18,7 +19,7 @@ class Batches(keras.utils.PyDataset):
     """Hands `fit` the given batches, in order, whatever their sizes are."""
 
     def __init__(self, batches, workers=1):
-        super().__init__(workers=workers)
+        super().__init__(**({} if KERAS_2 else {"workers": workers}))
         self.batches = batches
 
     def __len__(self):
@@ -29,12 +30,12 @@ class Batches(keras.utils.PyDataset):
 
 
 def array(variable):
-    return np.asarray(keras.ops.convert_to_numpy(variable), "float64")
+    return np.asarray(ops.convert_to_numpy(variable), "float64")
 
 
 def is_seed(variable):
     """A seed's state counts forward passes, of which pieces have more."""
-    return "seed_generator" in variable.path
+    return "seed_generator" in trainer.path(variable)
 
 
 @dataclasses.dataclass
@@ -61,6 +62,8 @@ def optimizer_variables(optimizer):
     if isinstance(optimizer, GradientAccumulateOptimizer):
         return optimizer_variables(optimizer.inner_optimizer)
     inner = getattr(optimizer, "inner_optimizer", None)
+    if KERAS_2:
+        return list((inner or optimizer).variables())
     if inner is None:
         return optimizer.variables
     own = len(optimizer.variables) - len(inner.variables)
@@ -70,8 +73,14 @@ def optimizer_variables(optimizer):
 @contextlib.contextmanager
 def configured(name, value):
     """Keras with one setting changed, such as "floatx" or "dtype_policy"."""
-    change = getattr(keras.config, f"set_{name}")
-    before = getattr(keras.config, name)()
+    if KERAS_2:
+        module, name = {
+            "floatx": (keras.backend, "floatx"),
+            "dtype_policy": (keras.mixed_precision, "global_policy"),
+        }[name]
+    else:
+        module = keras.config
+    change, before = getattr(module, f"set_{name}"), getattr(module, name)()
     change(value)
     try:
         yield

@@ -13,9 +13,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import keras
 import numpy as np
-from keras import layers, ops
+from api import KERAS_2, keras, layers, ops
 
 BACKENDS = ("tensorflow", "jax", "torch")
 SIZES = (12, 7)  # examples of the full batches of one epoch
@@ -100,8 +99,33 @@ def add(name, build, batches, **settings):
 
 
 def here():
-    """The problems that the active backend can have."""
-    return [p for p in PROBLEMS if keras.backend.backend() in p.backends]
+    """The problems that the active backend, and the Keras in use, can have."""
+    return [
+        p
+        for p in PROBLEMS
+        if keras.backend.backend() in p.backends and (not KERAS_2 or _in_keras_2(p))
+    ]
+
+
+def _in_keras_2(problem):
+    """Whether plain Keras 2 can train it."""
+    return (
+        # A reduction of Keras 3's.
+        "mean_with_sample_weight" not in problem.name
+        and not problem.name.startswith(("reduction_mean", "regularizers_of_both"))
+        and problem.name
+        not in (
+            # Optimizers, losses and layers of Keras 3's.
+            "optimizer_lamb",
+            "loss_scale_factor",
+            "loss_dice_of_each_example",
+            "float8_overwrite_with_gradient",
+            # It adds losses of each example to a scalar, and fails.
+            "add_loss_of_each_example",
+            # A full batch that is masked as a whole has loss NaN.
+            "fully_masked_full_batch_sum_over_batch_size",
+        )
+    )
 
 
 # ------------------------------------------------------------------------------- data
@@ -266,6 +290,12 @@ class Written(keras.Model):
 
     def call(self, x):
         return self.head(self.hidden(x))
+
+    def build_layers(self, shape):
+        if not KERAS_2:  # which calls the model to build it
+            super().build(shape)
+        self.hidden.build(shape)
+        self.head.build((None, 8))
 
 
 def written(cls, shape=(1, FEATURES)):
@@ -1153,9 +1183,7 @@ class UnusedWeight(Written):
     """Has a variable that no loss depends on."""
 
     def build(self, shape):
-        super().build(shape)
-        self.hidden.build(shape)
-        self.head.build((None, 8))
+        self.build_layers(shape)
         self.unused = self.add_weight(shape=(3,), initializer="ones", name="unused")
 
 
@@ -1171,9 +1199,7 @@ class Gated(Written):
     """A branch that runs only if an example of the batch needs it."""
 
     def build(self, shape):
-        super().build(shape)
-        self.hidden.build(shape)
-        self.head.build((None, 8))
+        self.build_layers(shape)
         self.branch = layers.Dense(CLASSES)
         self.branch.build(shape)
 
@@ -1433,7 +1459,8 @@ class MoreComputeLoss(Written):
     """The compiled loss and another one."""
 
     def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
-        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        training = {} if KERAS_2 else {"training": training}
+        loss = super().compute_loss(x, y, y_pred, sample_weight, **training)
         return loss + 0.2 * ops.mean(ops.abs(y_pred))
 
 
@@ -1509,7 +1536,8 @@ add(
             "accuracy",
             mean_absolute,
             keras.metrics.AUC(num_thresholds=20, name="auc"),
-            keras.metrics.F1Score(name="f1"),
+            # Keras 2's needs to know the shape of the targets.
+            *([] if KERAS_2 else [keras.metrics.F1Score(name="f1")]),
             keras.metrics.TopKCategoricalAccuracy(2, name="top"),
         ],
         "weighted_metrics": [

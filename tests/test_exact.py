@@ -1,9 +1,11 @@
 """Pieces give what plain Keras gives on the full batch, for every problem."""
 
-import keras
+import dataclasses
+
 import numpy as np
 import problems
 import pytest
+from api import KERAS_2, keras, ops
 from helpers import assert_same, in_pieces, moved, plain
 from versions import unless_plain_fails
 
@@ -31,7 +33,15 @@ WAYS = ("microbatch_size", "accum_steps")
 def test_pieces_equal_the_full_batch(problem, way):
     reference = plain(problem.name)
     assert moved(reference) > 1e-2
-    assert_same(in_pieces(problem, way), reference, problem.floatx)
+    trained = in_pieces(problem, way)
+    if KERAS_2 and problem.name.startswith("policy_"):
+        # It computes the loss in half precision, which rounds each piece's.
+        (logs,), (expected,) = trained.history, reference.history
+        np.testing.assert_allclose(logs.pop("loss"), expected["loss"], atol=2e-3)
+        reference = dataclasses.replace(
+            reference, history=[{k: expected[k] for k in expected if k != "loss"}]
+        )
+    assert_same(trained, reference, problem.floatx)
 
 
 def test_every_optimizer_is_in_the_list():
@@ -43,7 +53,7 @@ def test_every_optimizer_is_in_the_list():
         and cls is not keras.optimizers.Optimizer
     }
     # By name: PyTorch's Keras has subclasses of its own of the same name.
-    listed = {type(problem.optimizer()).__name__ for problem in problems.PROBLEMS}
+    listed = {type(problem.optimizer()).__name__ for problem in problems.here()}
     assert shipped <= listed
 
 
@@ -56,7 +66,7 @@ class Multiplied(keras.losses.Loss):
     """Its gradient with respect to the prediction is the target."""
 
     def call(self, y_true, y_pred):
-        return keras.ops.sum(y_true * y_pred, axis=-1)
+        return ops.sum(y_true * y_pred, axis=-1)
 
 
 @pytest.mark.parametrize(
@@ -78,5 +88,5 @@ def test_bfloat16_variables_get_the_float32_sum(accum_dtype, total):
     x = np.ones((64, 1), "float32")
     x[0] = 256
     model.fit(x, np.ones_like(x), batch_size=64, shuffle=False, verbose=0)
-    kernel = keras.ops.convert_to_numpy(keras.ops.cast(model.weights[0], "float32"))
+    kernel = ops.convert_to_numpy(ops.cast(model.weights[0], "float32"))
     assert kernel == -total

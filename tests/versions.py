@@ -3,8 +3,8 @@
 There is nothing to compare pieces with then.
 """
 
-import keras
 import pytest
+from api import keras
 
 VERSION = tuple(map(int, keras.__version__.split(".")[:2]))
 
