@@ -6,11 +6,20 @@ import argparse
 import importlib.util
 from types import ModuleType
 
-from . import distributed, exactness, loops, memory, normalization, report, speed
+from . import (
+    distributed,
+    exactness,
+    keras2,
+    loops,
+    memory,
+    normalization,
+    report,
+    speed,
+)
 from .models import MODELS
 
 BACKENDS = ("tensorflow", "jax", "torch")
-MODULES = (speed, memory, exactness, loops, normalization, distributed)
+MODULES = (speed, memory, exactness, loops, normalization, distributed, keras2)
 
 
 def _name(module: ModuleType) -> str:
@@ -24,7 +33,8 @@ def main() -> None:
         command = commands.add_parser(
             _name(module), help=module.__doc__.splitlines()[0]
         )
-        command.add_argument("--backend", choices=[*BACKENDS, "all"], default="all")
+        backends = getattr(module, "BACKENDS", [*BACKENDS, "all"])
+        command.add_argument("--backend", choices=backends, default=backends[-1])
         if module is not exactness:
             models = getattr(module, "DEFAULT", [*MODELS])
             command.add_argument(
@@ -36,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "summary":
         for module in MODULES:
-            for backend in BACKENDS:
+            for backend in getattr(module, "BACKENDS", BACKENDS):
                 saved = report.load(f"{_name(module)}-{backend}")
                 print(
                     module.summary(backend, saved)

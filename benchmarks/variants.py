@@ -33,7 +33,10 @@ VARIANTS = {
     "host": "ours, the same outside of `jax.jit`",
     "peer": "peer",
     "replicated": "`DistributedDataParallel`, an update a piece",
+    "released": "gradient-accumulator 0.5.2",
 }
+# The environment variable with the folder that version 0.5.2 is in.
+RELEASED = "GRADIENT_ACCUMULATOR_0_5_2"
 # Given full batches, to be cut.
 SPLIT = ("split", "accumulating", "clipped")
 # Written by hand, without `fit`.
@@ -67,12 +70,16 @@ def trainer(spec: Spec, model, x, y) -> Callable[[int], list[float]]:
     """A function that trains so many epochs and returns the seconds of each."""
     import keras
 
-    steps = spec.pieces if spec.variant == "keras" else None
-    optimizer = keras.optimizers.Adam(1e-4, gradient_accumulation_steps=steps)
+    settings = {}
+    if spec.variant == "keras":
+        settings["gradient_accumulation_steps"] = spec.pieces
+    optimizer = keras.optimizers.Adam(1e-4, **settings)
     if spec.variant == "optimizer":
         from gradient_accumulator import GradientAccumulateOptimizer
 
         optimizer = GradientAccumulateOptimizer(optimizer, spec.pieces)
+    if spec.variant == "released":
+        model = _released(model, spec.pieces)
     model.compile(
         optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     )
@@ -81,7 +88,8 @@ def trainer(spec: Spec, model, x, y) -> Callable[[int], list[float]]:
     batch = spec.size * spec.pieces
 
     def finish() -> float:
-        keras.ops.convert_to_numpy(last)  # waits for the device
+        # Waits for the device.
+        last.numpy() if _is_keras_2() else keras.ops.convert_to_numpy(last)
         return time.perf_counter()
 
     if spec.variant in BY_HAND:
@@ -126,6 +134,22 @@ def trainer(spec: Spec, model, x, y) -> Callable[[int], list[float]]:
         return clock.seconds
 
     return train
+
+
+def _is_keras_2() -> bool:
+    import keras
+
+    return keras.__version__.startswith("2.")
+
+
+def _released(model, pieces: int):
+    """What version 0.5.2 makes of a model; it has this package's name."""
+    sys.path.insert(0, os.environ[RELEASED])
+    from gradient_accumulator import GradientAccumulateModel
+
+    return GradientAccumulateModel(
+        accum_steps=pieces, inputs=model.input, outputs=model.output
+    )
 
 
 def run(spec: Spec, commands, answer: Callable[[dict], None]) -> None:
