@@ -49,6 +49,8 @@ class Group:
         extra = {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"}
         if backend == "jax":
             extra["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+            # Devices wait for each other in threads, which are as many as processors.
+            extra["NPROC"] = str(4 * devices)
         if backend == "torch":
             threads = str(max(1, meters.cores() // devices))
             extra |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}

@@ -191,18 +191,14 @@ class Accumulator:
             if self.reduction == "MEAN" and not trainer.overwrites(variable)
         ]
         total = self._engine.total(self._total, self._weighed)
-        self._engine.divide(means, total)
-        gradients = [
-            ops.cast(self._accumulators[index], variable.dtype)
-            if index in connected
-            else None
-            for index, variable in zip(given, variables)
-        ]
-        try:
+        with self._engine.divided(means, total) as finished:
+            held = [self._accumulators[index] for index in given]
+            sums = [finished.get(id(each), each) for each in held]
+            gradients = [
+                ops.cast(sum_, variable.dtype) if index in connected else None
+                for index, sum_, variable in zip(given, sums, variables)
+            ]
             self._finish(gradients, variables)
-        except BaseException:
-            self._engine.divide(means, ops.divide_no_nan(1.0, total))
-            raise
         self._clear()
 
     def _finish(self, gradients, variables):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -35,11 +35,14 @@ def add_and_update(
         when(predicate, update, changing)
 
 
-def divide(accumulators: list, total: Any) -> None:
-    """Divide sums by the sum of the factors, which is 0 only if they are."""
-    for held in accumulators:
-        by = jnp.asarray(total, held.dtype)
-        held.assign(held.value / jnp.where(by == 0, 1, by))
+@contextmanager
+def divided(accumulators: list, total: Any) -> Iterator[dict]:
+    """Sums divided by that of the factors, by the `id` of what holds them."""
+    # It is 0 only if all gradients were multiplied by 0.
+    total = jnp.where(jnp.asarray(total) == 0, 1, total)
+    yield {
+        id(held): held.value / jnp.asarray(total, held.dtype) for held in accumulators
+    }
 
 
 def clear(accumulators: list) -> None:

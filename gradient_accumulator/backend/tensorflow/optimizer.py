@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -65,18 +65,20 @@ def add_and_update(
         when(predicate, update, changing)
 
 
-def divide(accumulators: list, total: tf.Tensor) -> None:
-    """Divide sums by the sum of the factors, which is 0 only if they are."""
+@contextmanager
+def divided(accumulators: list, total: tf.Tensor) -> Iterator[dict]:
+    """Sums divided by that of the factors, by the `id` of what holds them.
+
+    Not in place: that takes a branch, and in it all accumulators once more.
+    """
     total = tf.convert_to_tensor(total)
-
-    def division():
-        for held in accumulators:
-            value = trainer.native(held)
-            value.assign(tf.math.divide_no_nan(value, tf.cast(total, value.dtype)))
-        return tf.constant(0)
-
     is_one = tf.abs(total - 1) <= 4 * np.finfo(total.dtype.as_numpy_dtype).eps
-    tf.cond(is_one, lambda: tf.constant(0), division)
+    # The sum of the factors is 0 only if all gradients were multiplied by 0.
+    factor = tf.where(is_one, tf.ones_like(total), tf.math.reciprocal_no_nan(total))
+    yield {
+        id(held): trainer.native(held) * tf.cast(factor, held.dtype)
+        for held in accumulators
+    }
 
 
 def clear(accumulators: list) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import keras
@@ -48,13 +48,28 @@ def add_and_update(
         when(predicate, update, changing)
 
 
+@contextmanager
+def divided(accumulators: list, total: torch.Tensor) -> Iterator[dict]:
+    """Sums divided by that of the factors, by the `id` of what holds them.
+
+    In place, for they are as much memory as a set of gradients; taken back if what is
+    done with them fails.
+    """
+    divisor = None if is_one(total) else torch.where(total == 0, 1, total)
+    if divisor is not None:
+        _divide(accumulators, divisor)
+    try:
+        yield {id(held): held.value for held in accumulators}
+    except BaseException:
+        if divisor is not None:
+            _divide(accumulators, 1 / divisor)
+        raise
+
+
 @torch.no_grad()
-def divide(accumulators: list, total: torch.Tensor) -> None:
-    """Divide sums by the sum of the factors, which is 0 only if they are."""
-    if accumulators and not is_one(total):
-        by = torch.where(total == 0, 1, total)
-        for held in accumulators:
-            held.value.div_(by.to(held.value.dtype))
+def _divide(accumulators, divisor):
+    for held in accumulators:
+        held.value.div_(divisor.to(held.value.dtype))
 
 
 def is_one(total: torch.Tensor) -> bool:
