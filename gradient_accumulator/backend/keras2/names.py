@@ -72,6 +72,7 @@ _serialization = importlib.import_module(f"{_ROOT}.saving.serialization_lib")
 
 keras: Any = _Extended(
     _keras,
+    __version__=importlib.import_module(_ROOT.partition(".")[0]).__version__,
     KerasTensor=tf.TensorSpec,
     Variable=_variable,
     StatelessScope=_stateless_scope,
