@@ -170,7 +170,7 @@ def test_mixed_precision(policy, wrapper):
                 network(**head), GradientAccumulateOptimizer(adam, accum_steps=K)
             )
     finally:
-        tf.keras.mixed_precision.set_global_policy("float32")
+        tf.keras.mixed_precision.set_global_policy(None)  # what `floatx` says
     # Rounding of half precision, which sums of pieces have another of.
     assert_same(fit(model, EXAMPLES // K), fit(reference), tolerance=0.1)
 
