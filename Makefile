@@ -66,7 +66,7 @@ $(BACKENDS:%=test-oldest-%): test-oldest-%: $(OLDEST_READY)
 	    $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 # Those that are not of Keras 3 only.
-KERAS2_TESTS := tests/keras2 tests/test_exact.py
+KERAS2_TESTS := tests/keras2 tests/test_exact.py tests/test_optimizer_exact.py
 
 test-keras2: test-keras2-2.15 test-keras2-tf_keras
 

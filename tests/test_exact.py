@@ -1,12 +1,10 @@
 """Pieces give what plain Keras gives on the full batch, for every problem."""
 
-import dataclasses
-
 import numpy as np
 import problems
 import pytest
-from api import KERAS_2, keras, ops
-from helpers import assert_same, in_pieces, moved, plain
+from api import keras, ops
+from helpers import assert_alike, in_pieces, moved, plain
 from versions import unless_plain_fails
 
 from gradient_accumulator import accumulate
@@ -34,14 +32,7 @@ def test_pieces_equal_the_full_batch(problem, way):
     reference = plain(problem.name)
     assert moved(reference) > 1e-2
     trained = in_pieces(problem, way)
-    if KERAS_2 and problem.name.startswith("policy_"):
-        # It computes the loss in half precision, which rounds each piece's.
-        (logs,), (expected,) = trained.history, reference.history
-        np.testing.assert_allclose(logs.pop("loss"), expected["loss"], atol=2e-3)
-        reference = dataclasses.replace(
-            reference, history=[{k: expected[k] for k in expected if k != "loss"}]
-        )
-    assert_same(trained, reference, problem.floatx)
+    assert_alike(problem, trained, reference)
 
 
 def test_every_optimizer_is_in_the_list():
