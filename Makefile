@@ -15,7 +15,7 @@ OLDEST_KERAS := 3.8.0
 OLDEST_JAX := 0.4.38
 
 # A Python that TensorFlow 2.12 and 2.15 exist for: 3.10 or 3.11.
-KERAS2_PYTHON ?= $(firstword $(shell command -v python3.11 python3.10) $(PYTHON))
+KERAS2_PYTHON ?= $(or $(shell command -v python3.11 || command -v python3.10),$(PYTHON))
 
 VENV := .venv
 BIN := $(VENV)/bin

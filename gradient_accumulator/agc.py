@@ -204,9 +204,7 @@ class AdaptiveClipping:
         for entry in self.agc_exclude:
             named = isinstance(entry, (str, keras.layers.Layer))
             if named and not _places(entry, parameters):
-                names = [
-                    getattr(p, "path", "a tensor without name") for p in parameters
-                ]
+                names = [trainer.path(p) or "a tensor without name" for p in parameters]
                 raise ValueError(
                     "Argument `agc_exclude` must name layers or variables that there "
                     f"are: {names}. Received: agc_exclude={entry!r}"
@@ -248,7 +246,7 @@ def _places(entry: Excluded, parameters: list) -> list[int]:
         # In a clone of the model, its layer of the same name.
         return places or _places(entry.name, parameters)
     if isinstance(entry, str):
-        paths = [getattr(p, "path", "") for p in parameters]
+        paths = [trainer.path(p) for p in parameters]
         return [
             i
             for i, path in enumerate(paths)

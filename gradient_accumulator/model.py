@@ -286,6 +286,8 @@ def _restored(first: Any, others: Iterator) -> Iterator:
 
 
 def _check_backend() -> None:
+    if KERAS_2:  # which has one
+        return
     wanted = os.environ.get("KERAS_BACKEND")
     running = keras.backend.backend()
     if wanted and wanted != running:
@@ -387,8 +389,8 @@ class GradientAccumulateModel(keras.Model):
     Exactly one of `accum_steps` and `microbatch_size` decides: with
     `microbatch_size`, leave `accum_steps` at 1.
 
-    Saved, it loads as what it is where this package is imported, and as a plain
-    functional model of Keras's where it is not.
+    Saved, it loads as what it is where this package is imported, and with Keras 3 as a
+    plain functional model where it is not.
 
     Args:
         accum_steps: Positive int, the number of pieces in an update, where `fit` is
@@ -461,6 +463,12 @@ class GradientAccumulateModel(keras.Model):
         kind: Any = cls
         if kind is GradientAccumulateModel:
             config = dict(config)
+            if "layers" not in config:
+                raise ValueError(
+                    "The config is of no functional `GradientAccumulateModel` of this "
+                    "version; those of version 0.5 do not hold their layers. Received: "
+                    f"config with {sorted(config)}"
+                )
             first, *others = config["layers"]
             settings = first.get(_ANNOTATION, {"accum_steps": 1})
             config["layers"] = [

@@ -89,10 +89,7 @@ class Denominator:
             sample_weight = None
         self.varies = mask is not None or sample_weight is not None
         if self.varies:
-            weights = trainer.apply_mask(
-                sample_weight, mask, dtype=trainer.loss_dtype(loss), reduction="sum"
-            )
-            self.value = ops.sum(weights)
+            self.value = trainer.counted(loss, values, mask, sample_weight)
         else:
             self.value = _size(values, y_true)
 

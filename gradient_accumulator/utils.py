@@ -13,7 +13,9 @@ from gradient_accumulator.model import accumulate_as, accumulation_of, check_is_
 from gradient_accumulator.pieces import check_positive_int
 
 
-def replace_batchnorm_layers(model: keras.Model, accum_steps: int = 1) -> keras.Model:
+def replace_batchnorm_layers(
+    model: keras.Model, accum_steps: int = 1, position: str = "replace"
+) -> keras.Model:
     """A copy of a model with `AccumBatchNormalization` for `BatchNormalization`.
 
     At any depth: in nested models, in wrappers such as `TimeDistributed`, in layers of
@@ -27,6 +29,7 @@ def replace_batchnorm_layers(model: keras.Model, accum_steps: int = 1) -> keras.
             again from its `get_config`.
         accum_steps: Positive int, of the layers: the number of pieces in an update
             where no train step of this library tells.
+        position: No longer needed: `"replace"`, as before.
 
     Returns:
         The new model.
@@ -45,6 +48,10 @@ def replace_batchnorm_layers(model: keras.Model, accum_steps: int = 1) -> keras.
     ```
     """
     check_positive_int("accum_steps", accum_steps)
+    if position != "replace":
+        raise ValueError(
+            f"Argument `position` must be 'replace'. Received: position={position!r}"
+        )
 
     def replace(layer):
         if isinstance(layer, AccumBatchNormalization):

@@ -7,6 +7,7 @@ what `tf.keras` is, in one process for all.
 
 from __future__ import annotations
 
+import importlib
 import os
 from importlib import metadata
 from typing import TYPE_CHECKING
@@ -16,7 +17,11 @@ def _uses_keras_2() -> bool:
     # What TensorFlow takes for yes.
     if os.environ.get("TF_USE_LEGACY_KERAS") in ("1", "true", "True"):
         return True
-    return metadata.version("keras").startswith("2.")
+    try:
+        version = metadata.version("keras")
+    except metadata.PackageNotFoundError:  # a nightly build has another name
+        version = importlib.import_module("keras").__version__
+    return version.startswith("2.")
 
 
 KERAS_2 = _uses_keras_2()

@@ -519,3 +519,84 @@ def test_a_generator_of_unknown_length():
     reference.fit(Batches([(x[:8], y[:8]), (x[8:], y[8:])]), epochs=2, verbose=0)
     assert int(model.optimizer.iterations) == 4
     assert_same(model, reference)
+
+
+def test_a_mask_of_a_lower_rank_than_the_loss():
+    """Each step has two values of the loss, and one of the mask."""
+
+    def build():
+        tf.keras.utils.set_random_seed(0)
+        x = tf.keras.Input((4,), dtype="int32")
+        return tf.keras.Model(
+            x, layers.Dense(2)(layers.Embedding(9, 3, mask_zero=True)(x))
+        )
+
+    def squares(y, y_pred):
+        return tf.square(y - y_pred)
+
+    r = np.random.default_rng(0)
+    x = r.integers(0, 9, (EXAMPLES, 4))
+    x[:5, 2:] = 0
+    y = r.normal(size=(EXAMPLES, 4, 2))
+    reference = compiled(build(), optimizers.SGD(0.5), squares)
+    model = accumulate(
+        compiled(build(), optimizers.SGD(0.5), squares), microbatch_size=5
+    )
+    histories = [
+        each.fit(x, y, batch_size=EXAMPLES, epochs=2, verbose=0).history["loss"]
+        for each in (reference, model)
+    ]
+    np.testing.assert_allclose(*histories, rtol=1e-5)
+    for a, b in zip(values(model), values(reference)):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_what_adaptive_clipping_leaves_out(by_name, tmp_path):
+    def make(optimizer):
+        plain = network(name="head")
+        exclude = "head" if by_name else plain.get_layer("head")
+        if optimizer:
+            return compiled(
+                plain,
+                GradientAccumulateOptimizer(
+                    optimizers.SGD(1.0), K, use_agc=True, agc_exclude=exclude
+                ),
+            )
+        accumulate(plain, accum_steps=K, use_agc=True, agc_exclude=exclude)
+        return compiled(plain, optimizers.SGD(1.0))
+
+    model, other = fit(make(False), EXAMPLES // K), fit(make(True), EXAMPLES // K)
+    assert_same(model, other)
+    clipped = compiled(wrapped(use_agc=True), optimizers.SGD(1.0))
+    assert (
+        np.abs(values(fit(clipped, EXAMPLES // K))[2] - values(model)[2]).max() > 1e-3
+    )
+    other.save(tmp_path / "model.keras")
+    loaded = tf.keras.models.load_model(tmp_path / "model.keras")
+    assert_same(fit(loaded, EXAMPLES // K), fit(other, EXAMPLES // K))
+
+
+def test_a_model_that_is_not_compiled():
+    model = wrapped()
+    with pytest.raises(RuntimeError, match="compile"):
+        fit(model, EXAMPLES // K)
+    reference = fit(compiled(network(), optimizers.Adam(0.1)))
+    assert_same(fit(compiled(model, optimizers.Adam(0.1)), EXAMPLES // K), reference)
+
+
+def test_a_backend_of_keras_3_is_no_matter(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    fit(compiled(wrapped(), "sgd"), EXAMPLES // K)
+
+
+def test_where_layers_are_replaced():
+    model = normalized(layers.BatchNormalization())
+    replace_batchnorm_layers(model, K, position="replace")
+    with pytest.raises(ValueError, match=r"`position`.* Received: position='after'"):
+        replace_batchnorm_layers(model, K, position="after")
+
+
+def test_a_config_without_layers():
+    with pytest.raises(ValueError, match=r"version 0\.5.* Received: config"):
+        GradientAccumulateModel.from_config({"name": "model"})

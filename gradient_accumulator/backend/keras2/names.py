@@ -14,6 +14,12 @@ from typing import Any
 import tensorflow as tf
 
 _keras = tf.keras
+if ".engine." not in _keras.Model.__module__:
+    raise ImportError(
+        "TF_USE_LEGACY_KERAS selects Keras 2, and `tf.keras` is Keras 3 already: set "
+        "it before TensorFlow is imported, and install tf_keras. "
+        f"Received: tf.keras.Model from {_keras.Model.__module__}"
+    )
 _ROOT = _keras.Model.__module__.partition(".engine.")[0]
 
 

@@ -282,7 +282,13 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
                 "The optimizer must be built before its weights are set: call "
                 "`build(trainable_variables)`. Received: an optimizer that is not built"
             )
-        for variable, weight in zip(self.variables, weights):
+        variables = self.variables
+        if len(weights) != len(variables):
+            raise ValueError(
+                f"Argument `weights` must be a list of {len(variables)} arrays, one "
+                f"for each variable. Received: a list of {len(weights)}"
+            )
+        for variable, weight in zip(variables, weights):
             variable.assign(weight)
 
     def get_config(self):

@@ -1,6 +1,6 @@
 """What Keras 2's `Model` keeps private: compiled losses, metrics, the train function.
 
-The functions are those of `backend/keras3.py`.
+The functions are those of `backend/keras3/trainer.py`.
 """
 
 from __future__ import annotations
@@ -125,9 +125,9 @@ def native(variable: tf.Variable) -> tf.Variable:
     return variable
 
 
-def path(variable: tf.Variable) -> str:
-    """The name with the layer's in front."""
-    return variable.name.partition(":")[0]
+def path(variable: Any) -> str:
+    """The name with the layer's in front; nothing for a tensor."""
+    return variable.name.partition(":")[0] if is_variable(variable) else ""
 
 
 def overwrites(variable: Any) -> bool:
@@ -346,7 +346,8 @@ def _is_hugging_face(model):
 
 
 def check_compiled(model: Any) -> None:
-    """Raise if what the model is compiled with cannot be taken apart."""
+    """Raise if the model is not compiled, or with what cannot be taken apart."""
+    model._assert_compile_was_called()
     if getattr(model, "_using_dummy_loss", False):
         raise ValueError(
             "What a Hugging Face model's own loss is divided by is not known here: "
@@ -436,12 +437,14 @@ def get_mask(tensor: Any) -> Any:
     return getattr(tensor, "_keras_mask", None)
 
 
-def apply_mask(sample_weight: Any, mask: Any, dtype: Any, reduction: str) -> Any:
-    """The weights that a loss with a mask divides by: one for each value that counts.
+def counted(loss: Any, values: Any, mask: Any, sample_weight: Any) -> Any:
+    """What a loss with a mask is divided by: its values, by the mask's share.
 
     Keras 2 divides by no sample weights.
     """
-    return tf.cast(mask, dtype)
+    dtype = values.dtype
+    share = tf.reduce_mean(tf.cast(mask, dtype))
+    return tf.cast(tf.size(values), dtype) * share
 
 
 def loss_dtype(loss: Any) -> str:

@@ -27,7 +27,6 @@ in_stateless_scope = backend.in_stateless_scope
 compute_output_spec = backend.compute_output_spec
 get_mask = backend.get_keras_mask
 set_mask = backend.set_keras_mask
-apply_mask = losses.apply_mask
 
 
 def is_keras_own(function: Callable) -> bool:
@@ -139,8 +138,9 @@ def native(variable: keras.Variable) -> Any:
 
 
 def path(variable: Any) -> str:
-    """The name with the layer's in front."""
-    return getattr(variable, "path", None) or variable.name
+    """The name with the layer's in front; nothing for a tensor."""
+    named = is_variable(variable) or hasattr(variable, "handle")
+    return (getattr(variable, "path", None) or variable.name) if named else ""
 
 
 def is_optimizer(identifier: Any) -> bool:
@@ -330,6 +330,19 @@ def summed_activity_losses(model: keras.Model) -> Iterator[None]:
 def loss_dtype(loss: keras.losses.Loss) -> str:
     """The dtype that a compiled loss computes in."""
     return loss.dtype
+
+
+def counted(loss: keras.losses.Loss, values: Any, mask: Any, sample_weight: Any) -> Any:
+    """What a loss with a mask or weights is divided by: those that count.
+
+    Args:
+        loss: A compiled loss.
+        values: Its values.
+        mask: Their mask, or None.
+        sample_weight: Their weights if it divides by them, else None.
+    """
+    weights = losses.apply_mask(sample_weight, mask, dtype=loss.dtype, reduction="sum")
+    return keras.ops.sum(weights)
 
 
 def loss_values(loss: keras.losses.Loss, y_true: Any, y_pred: Any) -> Any:
