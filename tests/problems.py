@@ -107,12 +107,21 @@ def here():
     ]
 
 
+# What TensorFlow 2.12 does not have yet.
+_SINCE_2_13 = (
+    "loss_categorical_focal_crossentropy",
+    "optimizer_lion",
+    "schedule_warmup",
+)
+
+
 def _in_keras_2(problem):
     """Whether plain Keras 2 can train it."""
     return (
         # A reduction of Keras 3's.
         "mean_with_sample_weight" not in problem.name
         and not problem.name.startswith(("reduction_mean", "regularizers_of_both"))
+        and not (keras.__version__.startswith("2.12.") and problem.name in _SINCE_2_13)
         and problem.name
         not in (
             # Optimizers, losses and layers of Keras 3's.
