@@ -100,6 +100,7 @@ benchmark: $(TEST_READY)
 	$(BIN)/python -m benchmarks exactness
 	$(BIN)/python -m benchmarks loops
 	$(BIN)/python -m benchmarks normalization
+	$(BIN)/python -m benchmarks digits
 	$(BIN)/python -m benchmarks distributed
 	$(BIN)/python -m benchmarks summary
 

@@ -7,6 +7,7 @@ import importlib.util
 from types import ModuleType
 
 from . import (
+    digits,
     distributed,
     exactness,
     keras2,
@@ -19,7 +20,16 @@ from . import (
 from .models import MODELS
 
 BACKENDS = ("tensorflow", "jax", "torch")
-MODULES = (speed, memory, exactness, loops, normalization, distributed, keras2)
+MODULES = (
+    speed,
+    memory,
+    exactness,
+    loops,
+    normalization,
+    digits,
+    distributed,
+    keras2,
+)
 
 
 def _name(module: ModuleType) -> str:
@@ -35,7 +45,7 @@ def main() -> None:
         )
         backends = getattr(module, "BACKENDS", [*BACKENDS, "all"])
         command.add_argument("--backend", choices=backends, default=backends[-1])
-        if module is not exactness:
+        if module not in (exactness, digits):
             models = getattr(module, "DEFAULT", [*MODELS])
             command.add_argument(
                 "--models", nargs="+", choices=MODELS, default=models, metavar="MODEL"

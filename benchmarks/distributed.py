@@ -11,6 +11,7 @@ import sys
 
 from . import meters, report
 from .processes import Failed, Process
+from .speed import add_timing_arguments
 from .variants import VARIANTS, Spec
 
 DEFAULT = ["transformer"]
@@ -19,11 +20,8 @@ UPDATES = 2  # an epoch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--pieces", type=int, default=8, help="pieces an update (K)")
-    parser.add_argument(
-        "--size", type=int, default=8, help="examples a piece, on all devices together"
-    )
+    # A piece's examples are those of all devices together.
+    add_timing_arguments(parser, rounds=3)
 
 
 def ways(backend: str) -> tuple[str, str]:

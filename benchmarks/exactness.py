@@ -1,6 +1,6 @@
 """What is exact: Keras's own accumulation and ours, against the full batch.
 
-Walks the problems of the test suite (`tests/problems.py`) with its measure of what is
+Walks the problems of the test suite (`tests/problems/`) with its measure of what is
 the same (`tests/helpers.py`), in one process for each backend, which
 `python -m benchmarks.exactness` is.
 """

@@ -9,7 +9,7 @@ import sys
 from . import report
 from .models import FIVE
 from .processes import HONEST_MALLOC, started
-from .speed import measure_times
+from .speed import add_timing_arguments, measure_times
 from .variants import RELEASED, VARIANTS, Spec
 
 BACKENDS = ["tensorflow"]
@@ -18,10 +18,7 @@ OURS = ("steps", "split")
 WAYS = ("pieces", "released", *OURS)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pieces", type=int, default=8, help="pieces an update (K)")
-    parser.add_argument("--size", type=int, default=8, help="examples a piece")
+add_arguments = add_timing_arguments
 
 
 def run(backend: str, arguments: argparse.Namespace) -> None:

@@ -18,10 +18,7 @@ SLOW_IN_A_LOOP = ("convolutions",)
 DEFAULT = FIVE
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pieces", type=int, default=8, help="pieces an update (K)")
-    parser.add_argument("--size", type=int, default=8, help="examples a piece (M)")
+add_arguments = speed.add_timing_arguments
 
 
 def run(backend: str, arguments: argparse.Namespace) -> None:

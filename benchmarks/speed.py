@@ -17,10 +17,14 @@ DEFAULT_VARIANTS = ("full", "pieces", "keras", *OURS, "floor")
 DEFAULT = FIVE
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=5)
+def add_timing_arguments(parser: argparse.ArgumentParser, rounds: int = 5) -> None:
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--pieces", type=int, default=8, help="pieces an update (K)")
     parser.add_argument("--size", type=int, default=8, help="examples a piece (M)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_timing_arguments(parser)
     parser.add_argument("--quick", action="store_true", help="one short round")
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=DEFAULT_VARIANTS

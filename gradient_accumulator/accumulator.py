@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
+
+import numpy as np
 
 from gradient_accumulator import backend
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import ops
-from gradient_accumulator.backend.statistics import taken_back
+from gradient_accumulator.backend.statistics import in_reach, taken_back
 from gradient_accumulator.pieces import check_float_dtype, check_positive_int
 
 REDUCTIONS = ("MEAN", "SUM")
@@ -49,10 +52,8 @@ class Accumulator:
         # Of the accumulation at hand:
         self._given: list[int] = []  # which variables gradients were given for
         self._weighed = False  # whether some piece was given a weight
-        # Which of them had a gradient, where calls run as they are, and where they are
-        # compiled, and one serves many updates.
-        self._connected: set[int] = set()
-        self._compiled_connected: set[int] = set()
+        # Which of the variables that a compiled call was for had a gradient in one.
+        self._compiled: dict[tuple, set[int]] = {}
 
     def _build_accumulators(self, variables: list) -> None:
         if self._clipping is not None:
@@ -65,13 +66,15 @@ class Accumulator:
             for v, dtype in zip(variables, dtypes)
         ]
         dtype = "float64" if "float64" in dtypes else "float32"
-        self._count = self._new_counter()
+        self._count = self._new_counter("pending", ())
+        # How many of these pieces had a gradient of each variable.
+        self._received = self._new_counter("received", (len(variables),))
         self._total = self._engine.add_local_variable(
             self, (), dtype=dtype, name="total_weight"
         )
         self._guard = self._engine.guard()
 
-    def _new_counter(self) -> Any:
+    def _new_counter(self, name: str, shape: tuple) -> Any:
         raise NotImplementedError
 
     def _scales(self, optimizer: Any) -> Any:
@@ -86,17 +89,36 @@ class Accumulator:
 
         Does nothing where no piece waits. In a custom training loop it may be called
         inside a `tf.function`; for `jax.jit` there is `stateless_flush`.
+
+        `AccumBatchNormalization` layers whose `gamma` or `beta` is trained here end
+        their update too; not so in `stateless_flush`.
         """
         if self._accumulators:
-            self._engine.flush(
-                lambda: ops.greater(self._count, 0), self._update, self._changing
-            )
+            # Layers first, for an update that is skipped takes their statistics back.
+            for layer in in_reach(self._trainable_variables):
+                self._engine.everywhere(layer.finish_update, self._count)
+            everything = tuple(range(len(self._accumulators)))
+            self._update_if(1, everything, self._compiled, self._engine.flush)
 
     def reset(self) -> None:
-        """Forget what has been accumulated."""
+        """Forget what has been accumulated.
+
+        The `AccumBatchNormalization` layers that `flush` finishes forget too.
+        """
         if self._accumulators:
             self._given = []
             self._clear()
+            for layer in in_reach(self._trainable_variables):
+                layer.reset()
+
+    def _loaded(self) -> None:
+        """What is not saved, after the variables were loaded."""
+        if self._accumulators:
+            # Which variables were given, whether a weight was, what layers have pooled.
+            self._given = []
+            self._weighed = True
+            for layer in in_reach(self._trainable_variables):
+                layer.resume(self.pending / self.accum_steps)
 
     @property
     def pending(self) -> int:
@@ -105,7 +127,7 @@ class Accumulator:
         During `fit` on JAX the state is not in the variables: in a callback, call the
         model's `jax_state_sync` before.
         """
-        return self._engine.read(self._count) if self._accumulators else 0
+        return int(self._engine.read(self._count)) if self._accumulators else 0
 
     def _accumulate(self, grads, trainable_variables=None, weight=None):
         grads = list(grads)
@@ -131,30 +153,28 @@ class Accumulator:
             return
         factor = self._factor(weight)
         with self._engine.same(self._guard, self._given, self._count):
-            pairs = self._count_piece(grads, variables, weight, factor)
+            pairs, received = self._count_piece(grads, variables, weight, factor)
+        given = tuple(self._given)
+        seen = {given: self._compiled.get(given, set())}
         try:
             self._engine.add_and_update(
                 pairs,
                 factor,
-                lambda: ops.greater_equal(self._count, self.accum_steps),
-                self._update,
-                self._changing,
+                lambda: self._update_if(
+                    self.accum_steps, given, seen, self._engine.when
+                ),
             )
         except BaseException:
             if not self._engine.is_traced(self._count):
                 # Take back the piece whose update failed.
                 self._count.assign_sub(1)
+                self._received.assign_sub(received)
                 self._total.assign_sub(ops.cast(factor, self._total.dtype))
             raise
 
     def _count_piece(self, grads, variables, weight, factor):
-        """Count a piece; returns what is to be added to what."""
-        connected = self._compiled_connected
-        if not self._engine.is_traced(self._count):
-            connected = self._connected
-            if self._engine.read(self._count) == 0:
-                connected.clear()
-        pairs = []
+        """Count a piece; returns what is added to what, and which had a gradient."""
+        pairs, connected = [], set()
         for gradient, variable in zip(grads, variables):
             if gradient is None:
                 continue
@@ -166,10 +186,18 @@ class Accumulator:
                 accumulator.assign(ops.maximum(accumulator, gradient))
             else:
                 pairs.append((accumulator, gradient))
+        if self._engine.is_traced(self._count):
+            self._compiled.setdefault(tuple(self._given), set()).update(connected)
+        received = ops.cast(self._among(connected), self._received.dtype)
         self._weighed |= weight is not None
         self._count.assign_add(1)
+        self._received.assign_add(received)
         self._total.assign_add(ops.cast(factor, self._total.dtype))
-        return pairs
+        return pairs, received
+
+    def _among(self, indices):
+        """For each variable 1 if it is one of these, else 0."""
+        return np.isin(np.arange(len(self._accumulators)), list(indices)).astype("int")
 
     def _factor(self, weight):
         """What a piece's gradient is multiplied by when it is added.
@@ -180,11 +208,57 @@ class Accumulator:
         share = 1 / self.accum_steps if self.reduction == "MEAN" else 1.0
         return share if weight is None else ops.cast(weight, self._total.dtype) * share
 
-    def _update(self):
+    def _update_if(self, least, everything, seen, when):
+        """Update if as many pieces wait as an update needs.
+
+        Args:
+            least: How many pieces an update needs.
+            everything: The variables that it may be for.
+            seen: Which had gradients in compiled calls, by what these were given.
+            when: The engine's, or its `flush`.
+        """
+        if self._engine.is_traced(self._count):
+            ways = self._ways(everything, seen)
+        elif self._engine.read(self._count) >= least:
+            ways = [self._known_way(everything)]
+        else:
+            return
+        for given, connected in ways:
+            when(
+                partial(self._is_due, least, set(everything) - connected),
+                partial(self._update, given, connected),
+                self._changing,
+            )
+
+    def _known_way(self, everything):
+        """The variables that what waits was given for, and which had a gradient."""
+        connected = set(np.flatnonzero(self._engine.read(self._received)).tolist())
+        if self._given and connected <= set(self._given):
+            return tuple(self._given), connected
+        # The last call, or the last that was compiled, was for others.
+        return tuple(sorted(connected)) or everything, connected
+
+    def _ways(self, everything, seen):
+        """What `_known_way` may be when a compiled function runs.
+
+        Others may have added to the sums too. The last way is for what was not seen: it
+        takes a gradient of 0 where there is none.
+        """
+        ways = sorted(seen.items(), key=lambda way: len(way[1]))
+        ways = [way for way in ways if set() < way[1] < set(everything)]
+        return [*ways, (everything, set(everything))]
+
+    def _is_due(self, least, others):
+        """Whether so many pieces wait, none of which had a gradient of the `others`."""
+        due = ops.greater_equal(self._count, least)
+        if not others:
+            return due
+        received = self._received * ops.cast(self._among(others), self._received.dtype)
+        return ops.logical_and(due, ops.equal(ops.sum(received), 0))
+
+    def _update(self, given, connected):
         """The finished gradient to the wrapped optimizer."""
-        given = self._given or range(len(self._accumulators))
         variables = [self._trainable_variables[index] for index in given]
-        connected = self._connected | self._compiled_connected or set(given)
         means = [
             self._accumulators[index]
             for index, variable in zip(given, variables)
@@ -232,11 +306,19 @@ class Accumulator:
         factor = (
             weight if self.reduction == "SUM" else ops.divide_no_nan(weight, weight)
         )
-        return [None if g is None else g * ops.cast(factor, g.dtype) for g in grads]
+
+        def times(gradient):
+            gradient = self._engine.dense(gradient)
+            product = gradient * ops.cast(factor, gradient.dtype)
+            # A mean over nothing is not a number, nor is 0 times it.
+            return ops.where(factor == 0, ops.zeros_like(product), product)
+
+        return [None if g is None else times(g) for g in grads]
 
     def _clear(self):
         self._engine.clear(self._accumulators)
         self._count.assign(0)
+        self._received.assign(np.zeros(len(self._accumulators), "int32"))
         self._total.assign(0.0)
 
     def _changing(self) -> list:

@@ -51,7 +51,7 @@ class FlushGradients(keras.callbacks.Callback):
     def _flush(self):
         if self._optimizer is None:  # outside of `fit` nothing has begun
             return
-        # Layers first, for an update that is skipped takes their statistics back.
+        self._optimizer.flush()
+        # Those that it does not know, for it trains no variable of theirs.
         for layer in pooling_layers(self.model):
             layer.finish_update()
-        self._optimizer.flush()

@@ -39,7 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
         prog="gradient-accumulator",
         description="Gradient accumulation for Keras 3 that equals the full batch.",
     )
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, help="show the version and exit"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
@@ -138,11 +140,19 @@ def _picture(text: str) -> Path:
         raise argparse.ArgumentTypeError(
             f"Expected a file in a folder that exists. Received: {text!r}"
         )
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"Expected a file, not a folder. Received: {text!r}"
+        )
     return path
 
 
-def _version() -> str:
-    return importlib.metadata.version("gradient-accumulator")
+class _Version(argparse.Action):
+    """Looks the version up only then: a source tree that is not installed has none."""
+
+    def __call__(self, parser, *_):
+        print(importlib.metadata.version("gradient-accumulator"))
+        parser.exit()
 
 
 def _exit_on_signal(number: int, frame: object) -> None:

@@ -76,6 +76,9 @@ def accumulated_value_and_grad(
     gradient = sum_k d numerator_k / sum_k denominator_k
     ```
 
+    On JAX a random key among `args` is the same for every piece, and so would be the
+    dropout masks drawn from it: put keys into `batch`, one for each example.
+
     Args:
         loss_fn: A function that computes a piece's loss. On TensorFlow and PyTorch it
             is called as `loss_fn(piece, *args, **kwargs)`; on JAX, whose functions are
@@ -108,7 +111,9 @@ def accumulated_value_and_grad(
 
         On JAX it is pure and can be jitted; there the loop is a `jax.lax.scan`, in
         which XLA runs convolutions slowly on CPUs. Called outside of `jax.jit` it
-        compiles the work on one piece itself, and loops on the host. On TensorFlow it
+        compiles the work on one piece itself, and loops on the host: there arrays and
+        floats among `args` and `kwargs` are traced, as `jax.jit` does, and for each
+        other int, bool, string or function it compiles anew. On TensorFlow it
         works inside and outside of `tf.function`. On PyTorch it calls `backward`,
         and leaves the parameters' `grad` as it was.
 
@@ -128,6 +133,18 @@ def accumulated_value_and_grad(
         return (losses * mask).sum(), mask.sum()
 
     loss, gradients = value_and_grad(params, batch)
+    ```
+
+    With dropout on JAX, whatever the size of the pieces:
+
+    ```python
+    def loss_fn(params, piece):
+        x, y, keys = piece
+        predictions = jax.vmap(apply, (None, 0, 0))(params, x, keys)  # each its key
+        return ((predictions - y) ** 2).mean()
+
+    keys = jax.random.split(key, len(x))
+    loss, gradients = value_and_grad(params, (x, y, keys))
     ```
     """
     if not callable(loss_fn):

@@ -43,8 +43,10 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
     is skipped in a `GradientAccumulateOptimizer` that trains the layer's `gamma` or
     `beta` takes the statistics back; not so on JAX and in loops of your own with
     another optimizer, where the layer does not learn what became of the gradients:
-    there only statistics that are not finite are left out. A model that is saved in
-    the middle of an update loses what the layer has pooled of it.
+    there only statistics that are not finite are left out. `flush` and `reset` of that
+    optimizer end and forget the layer's update too. A model that is saved in the middle
+    of an update loses what the layer has pooled of it; loaded with that optimizer, the
+    layer ends the update where the optimizer does.
 
     A layer that is called several times in a forward pass (shared, or in a
     `TimeDistributed`) pools all of these calls, where Keras's moves at each of them;
@@ -59,7 +61,9 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         output = ((x - mean_k) / std_k * r + d) * gamma + beta
 
     where no gradient goes through r and d. The moving statistics must then follow the
-    network: take a `momentum` that forgets within some ten updates, such as 0.9.
+    network: take a `momentum` that forgets within some ten updates, such as 0.9. The
+    bounds are wider than the 3 and 5 that Ioffe ends with, for tiny pieces: of 2 normal
+    values the standard deviation is below a third of the true one every third time.
 
     Args:
         accum_steps: Positive int, the number of calls in training that make an update,
@@ -115,8 +119,8 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         scale: bool = True,
         synchronized: bool = False,
         renorm: bool = False,
-        rmax: float = 3.0,
-        dmax: float = 5.0,
+        rmax: float = 10.0,
+        dmax: float = 10.0,
         **kwargs,
     ):
         check_positive_int("accum_steps", accum_steps)
@@ -141,7 +145,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         self.synchronized = synchronized
         self._set_up(accum_steps, renorm, rmax, dmax)
 
-    def _set_up(self, accum_steps, renorm=False, rmax=3.0, dmax=5.0):
+    def _set_up(self, accum_steps, renorm=False, rmax=10.0, dmax=10.0):
         self.accum_steps = accum_steps
         self.renorm = renorm
         self.rmax = float(rmax)
@@ -257,6 +261,12 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         """Forget what was pooled since the moving statistics last moved."""
         if self._pool is not None:
             self._pool.keep(False)
+
+    def resume(self, done: float) -> None:
+        """Go on with an update of which this part is done, and nothing pooled."""
+        self.reset()
+        if self._pool is not None:
+            self._pool.calls.assign(round(done * self.accum_steps))
 
     def _finish_if(self, done):
         # No branch: what it would save is less than what it costs.

@@ -17,8 +17,16 @@ from gradient_accumulator.agc import AdaptiveClipping
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import KERAS_2, keras
 from gradient_accumulator.backend.statistics import pooling_layers
+from gradient_accumulator.fit_arguments import FitArguments
 from gradient_accumulator.normalizers import symbolic
-from gradient_accumulator.pieces import Accumulation, Epoch, example_count, map_leaves
+from gradient_accumulator.pieces import (
+    Accumulation,
+    Epoch,
+    check_positive_int,
+    example_count,
+    leaves,
+    map_leaves,
+)
 
 Model = TypeVar("Model", bound=keras.Model)
 
@@ -109,7 +117,7 @@ def accumulate(
     accumulation = Accumulation(accum_steps, microbatch_size, accum_dtype, clipping)
     _check_model(model)
     if isinstance(model, GradientAccumulateModel) and hasattr(model, "accumulation"):
-        model.__class__ = _functional_class(GradientAccumulateModel, accumulation)
+        model.__class__ = _functional_class(type(model).__bases__[0], accumulation)
     return accumulate_as(model, accumulation)
 
 
@@ -139,11 +147,12 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
         _check_optimizer(model)
         trainer.check_compiled(model)
         _reset_statistics(model)
-        arguments = inspect.signature(type(model).fit).bind(model, *args, **kwargs)
-        epoch.restart(arguments.arguments.get("steps_per_epoch"))
+        arguments = FitArguments(model, args, kwargs)
+        epoch.restart(arguments.get("steps_per_epoch"), fitting=True)
+        _check_not_empty(arguments)
         if engine.KERAS_DRAWS_TO_BUILD:
-            _build_from_first(model, accumulation, arguments.arguments)
-        callback = _EpochCallback(epoch, arguments.arguments, engine.epoch_ended)
+            _build_from_first(model, accumulation, arguments)
+        callback = _EpochCallback(epoch, arguments, engine.epoch_ended)
         steps = trainer.steps_per_execution(model)
         if accum_steps is not None:
             # Keras then counts an update as so many steps, as it does for itself.
@@ -153,10 +162,10 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
             callback.begin = partial(trainer.begin, handed, accum_steps)
         try:
             with (
-                _added(callback, arguments.arguments, model),
+                _added(callback, arguments, model),
                 engine.fitting(model, epoch, accum_steps or 1),
             ):
-                return type(model).fit(*arguments.args, **arguments.kwargs)
+                return arguments.call()
         except StopIteration:  # Keras found nothing to build the model from
             epoch.check_not_empty()
             raise
@@ -183,6 +192,7 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
                 "`accumulate(model, microbatch_size=...)` and give it full batches, "
                 f"or call `fit`. Received: accum_steps={accum_steps}"
             )
+        _check_backend()
         _check_optimizer(model)
         trainer.check_compiled(model)
         _reset_statistics(model)
@@ -198,7 +208,7 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
 class _EpochCallback(keras.callbacks.Callback):
     """Tells the engine where an epoch begins, and checks what it was given."""
 
-    def __init__(self, epoch: Epoch, arguments: dict, ended: Callable):
+    def __init__(self, epoch: Epoch, arguments: FitArguments, ended: Callable):
         super().__init__()
         self.epoch = epoch
         self.ended = ended
@@ -225,7 +235,7 @@ class _EpochCallback(keras.callbacks.Callback):
 
 @contextmanager
 def _added(
-    callback: keras.callbacks.Callback, arguments: dict, model: keras.Model
+    callback: keras.callbacks.Callback, arguments: FitArguments, model: keras.Model
 ) -> Iterator[None]:
     """The arguments of `fit` with one more callback."""
     callbacks = arguments.get("callbacks")
@@ -242,12 +252,24 @@ def _added(
     elif not isinstance(callbacks, (list, tuple)):
         callbacks = [callbacks]
     # First, so that the others do not see the end of an epoch that failed.
-    arguments["callbacks"] = [callback, *callbacks]
+    arguments.set("callbacks", [callback, *callbacks])
     yield
 
 
+def _check_not_empty(arguments: FitArguments) -> None:
+    """Raise before training where there is no data; what fails later differs."""
+    data = arguments.get("x")
+    if _known_length(data) == 0:
+        Epoch().check_not_empty()
+    if isinstance(data, types.GeneratorType):
+        for first in data:
+            arguments.set("x", _restored(first, data))
+            return
+        Epoch().check_not_empty()
+
+
 def _build_from_first(
-    model: keras.Model, accumulation: Accumulation, arguments: dict
+    model: keras.Model, accumulation: Accumulation, arguments: FitArguments
 ) -> None:
     """Create the model's variables from the first batch, and lose nothing.
 
@@ -255,13 +277,9 @@ def _build_from_first(
     `PyDataset`, then do not give again.
     """
     data = arguments.get("x")
-    if _known_length(data) == 0:
-        Epoch().check_not_empty()
     if isinstance(data, types.GeneratorType):
-        first = next(data, None)
-        if first is None:
-            Epoch().check_not_empty()
-        arguments["x"] = _restored(first, data)
+        first = next(data)
+        arguments.set("x", _restored(first, data))
     elif isinstance(data, keras.utils.PyDataset):
         first = data[0]
     else:
@@ -272,12 +290,15 @@ def _build_from_first(
 
 
 def _known_length(data: Any) -> int | None:
-    """The number of batches of a data set that tells it."""
-    if isinstance(data, keras.utils.PyDataset):
+    """The number of batches of a data set, or of examples of arrays, that tell it."""
+    if hasattr(data, "num_batches"):  # a `PyDataset`
         return data.num_batches
-    if hasattr(data, "cardinality"):  # tf.data, where less than 0 is not known
-        return int(data.cardinality())
-    return None
+    if callable(getattr(data, "cardinality", None)):
+        return int(data.cardinality())  # of tf.data, where less than 0 is not known
+    try:
+        return len(leaves(data)[0])
+    except (IndexError, TypeError):  # nothing, or what has no length
+        return None
 
 
 def _restored(first: Any, others: Iterator) -> Iterator:
@@ -309,13 +330,17 @@ def check_is_model(model: Any) -> None:
 
 def _of_the_other(model):
     """What to say of a model of the Keras that is not in use."""
-    modules = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
-    if KERAS_2 and "keras" in modules:
+    modules = [cls.__module__ + "." for cls in type(model).__mro__]
+
+    def is_of(*packages):
+        return any(module.startswith(packages) for module in modules)
+
+    if KERAS_2 and is_of("keras."):
         return (
             " This is a model of Keras 3's, and TF_USE_LEGACY_KERAS selects Keras 2 in "
             "this process: unset it, or build the model with `import tf_keras`."
         )
-    if not KERAS_2 and modules & {"tf_keras", "tensorflow"}:
+    if not KERAS_2 and is_of("tf_keras.", "tensorflow.python.keras."):
         return (
             " This is a Keras 2 model (tf_keras): set TF_USE_LEGACY_KERAS=1 before "
             "TensorFlow is imported, in a new process, or build it with `import keras`."
@@ -377,8 +402,21 @@ _register = keras.saving.register_keras_serializable(
 )
 
 
+class _WithSettings(keras.Model):
+    """Keeps what the constructor of a `GradientAccumulateModel` is given.
+
+    Keras itself keeps the defaults only. A class of its own, for the signature of a
+    class is that of its `__new__` before that of its `__init__`.
+    """
+
+    def __new__(cls, *args, **kwargs):
+        model = super().__new__(cls, *args, **kwargs)
+        model.__dict__["_settings"] = _settings(cls, args, kwargs)
+        return model
+
+
 @_register
-class GradientAccumulateModel(keras.Model):
+class GradientAccumulateModel(_WithSettings):
     """A `keras.Model` that trains in pieces.
 
     Made from `inputs` and `outputs` it is a functional model, as `keras.Model` is;
@@ -443,6 +481,7 @@ class GradientAccumulateModel(keras.Model):
         clipping = None
         if use_agc or agc:
             clipping = AdaptiveClipping(clip_factor, eps, agc_exclude)
+        check_positive_int("accum_steps", accum_steps)
         accumulation = Accumulation(
             None if microbatch_size is not None and accum_steps == 1 else accum_steps,
             microbatch_size,
@@ -458,17 +497,32 @@ class GradientAccumulateModel(keras.Model):
             super().__init__(**kwargs)
         accumulate_as(self, accumulation)
 
+    @trainer.default
+    def get_config(self):
+        config = super().get_config()
+        if "layers" in config:
+            first, *others = config["layers"]
+            settings = self.accumulation.get_config(self.weights)
+            return {**config, "layers": [{**first, _ANNOTATION: settings}, *others]}
+        config.update(self._settings)
+        accumulation = accumulation_of(self)
+        if "agc_exclude" in config and accumulation and accumulation.clipping:
+            # Names, for a file holds no function.
+            clipping = accumulation.clipping.get_config(self.weights)
+            config["agc_exclude"] = clipping["agc_exclude"]
+        return config
+
     @classmethod
     def from_config(cls, config, custom_objects=None):
         kind: Any = cls
-        if kind is GradientAccumulateModel:
+        if kind is GradientAccumulateModel and "layers" not in config:
+            raise ValueError(
+                "The config is of no functional `GradientAccumulateModel` of this "
+                "version; those of version 0.5 do not hold their layers. Received: "
+                f"config with {sorted(config)}"
+            )
+        if "layers" in config and _has_our_constructor(kind):
             config = dict(config)
-            if "layers" not in config:
-                raise ValueError(
-                    "The config is of no functional `GradientAccumulateModel` of this "
-                    "version; those of version 0.5 do not hold their layers. Received: "
-                    f"config with {sorted(config)}"
-                )
             first, *others = config["layers"]
             settings = first.get(_ANNOTATION, {"accum_steps": 1})
             config["layers"] = [
@@ -485,38 +539,55 @@ class GradientAccumulateModel(keras.Model):
 _ANNOTATION = "gradient_accumulation"
 
 
+def _has_our_constructor(cls: Any) -> bool:
+    return cls.__init__ is GradientAccumulateModel.__init__
+
+
+def _settings(cls: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """What of a constructor's arguments is of `GradientAccumulateModel`."""
+    try:
+        given = inspect.signature(cls.__init__).bind(None, *args, **kwargs).arguments
+    except TypeError:  # the constructor raises it
+        return {}
+    ours = inspect.signature(GradientAccumulateModel.__init__).parameters.values()
+    names = {p.name for p in ours if p.kind is not p.VAR_KEYWORD} - {"self"}
+    return {name: v for name, v in {**given, **kwargs}.items() if name in names}
+
+
 @functools.cache
-def _functional_class(cls: type, accumulation: Accumulation) -> type:
+def _functional_class(cls: Any, accumulation: Accumulation) -> type:
     """The functional variant of a `GradientAccumulateModel` class.
 
     Keras too makes a functional model of another class than the one it was asked for.
     That the class knows its `accumulation` lets `keras.models.clone_model` keep it.
     """
     name = cls.__name__
-    namespace: dict[str, Any] = {"__module__": cls.__module__}
+    namespace: dict[str, Any] = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    if _has_our_constructor(cls):
+        namespace["accumulation"] = accumulation
+        namespace["__init__"] = trainer.constructor(
+            lambda model: accumulate_as(model, accumulation)
+        )
+    elif cls.get_config is GradientAccumulateModel.get_config:
+        namespace["get_config"] = trainer.Functional.get_config
     if cls is GradientAccumulateModel:
-
-        def get_config(self):
-            config = trainer.Functional.get_config(self)
-            config["layers"][0][_ANNOTATION] = accumulation.get_config(self.weights)
-            return config
-
         name = trainer.FUNCTIONAL_NAME
-        namespace = {
-            "__module__": trainer.Functional.__module__,
-            "__qualname__": cls.__qualname__,
-            "__doc__": cls.__doc__,
-            "__init__": trainer.constructor(
-                lambda model: accumulate_as(model, accumulation)
-            ),
-            "get_config": get_config,
-            "accumulation": accumulation,
-        }
+        namespace["__module__"] = trainer.Functional.__module__
     made = type(name, (cls, trainer.Functional), namespace)
     if cls is GradientAccumulateModel:
         _register(made)
         _register(cls)  # the last one registered is the one that loads
         trainer.register(cls)
+        return made
+    package, found, registered = keras.saving.get_registered_name(cls).rpartition(">")
+    if found:
+        register = keras.saving.register_keras_serializable(package, registered)
+        register(made)
+        register(cls)
     return made
 
 

@@ -112,19 +112,35 @@ def example_count(data: Any) -> int:
     """Number of examples in nested data, which every array must agree on.
 
     Raises:
-        ValueError: If an array has no batch axis, or another number of examples.
+        ValueError: If an array has no batch axis, or another number of examples; if
+            there are none.
     """
-    shapes = [tuple(leaf.shape) for leaf in leaves(data)]
-    if not shapes or () in shapes or len({shape[0] for shape in shapes}) > 1:
-        raise ValueError(
-            "Every array of a batch needs the same number of examples in its "
-            f"first axis, to be cut in pieces. Received: shapes={shapes}"
-        )
+    shapes = shapes_of(data)
+    check_shapes(shapes)
     if shapes[0][0] == 0:
         raise ValueError(
             f"A batch needs at least one example. Received: shapes={shapes}"
         )
     return shapes[0][0]
+
+
+def shapes_of(data: Any) -> list[tuple]:
+    return [tuple(leaf.shape) for leaf in leaves(data)]
+
+
+def check_shapes(shapes: list[tuple]) -> None:
+    """Raise unless arrays agree on the number of examples, as far as it is known."""
+    if not shapes or () in shapes or len({shape[0] for shape in shapes} - {None}) > 1:
+        raise ValueError(
+            "Every array of a batch needs the same number of examples in its "
+            f"first axis, to train in pieces. Received: shapes={shapes}"
+        )
+
+
+def checked(piece: Any) -> Any:
+    """The same piece. One array's examples would else be broadcast to another's."""
+    check_shapes(shapes_of(piece))
+    return piece
 
 
 @dataclass(frozen=True)
@@ -179,9 +195,10 @@ class Epoch:
     def __init__(self, steps: int | None = None):
         self.restart(steps)
 
-    def restart(self, steps: int | None = None) -> None:
-        """Begin a call of `fit`."""
+    def restart(self, steps: int | None = None, fitting: bool = False) -> None:
+        """Begin a call of `fit`, or of `train_on_batch`."""
         self.steps = steps
+        self.fitting = fitting
         self.updates = 0
         self.begin()
 
@@ -227,6 +244,15 @@ class Epoch:
             yield batch
         if asked and self.steps is not None:
             self.raise_ended_early(self.seen)
+
+    def check_begun(self) -> None:
+        """Raise in an update of `fit` if nobody told where its epoch begins."""
+        if self.fitting and not self.number:
+            raise ValueError(
+                "A model's own `fit` must hand on to `super().fit` the `callbacks` "
+                "that it is given: without, no update knows where an epoch ends. "
+                "Received: no call of `on_epoch_begin`"
+            )
 
     def check_not_empty(self) -> None:
         if not self.updates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from gradient_accumulator.backend import trainer
@@ -20,7 +21,8 @@ def replace_batchnorm_layers(
 
     At any depth: in nested models, in wrappers such as `TimeDistributed`, in layers of
     your own. The copy computes what the model computes; weights, moving statistics,
-    names, settings and trainable flags are kept, and so is how the model accumulates.
+    names, settings and trainable flags are kept, what nested models share is shared in
+    the copy, and the copy accumulates as the model does.
     The model itself stays as it is. The copy has a compile state where
     `keras.models.clone_model` gives it one; compile it before you train it.
 
@@ -104,7 +106,7 @@ def _copied(model, change: Callable[[Any], None]) -> keras.Model:
             "Argument `model` must be a model that is built: call it on data, or begin "
             f"it with an `Input`. Received: model={model}"
         )
-    copy = _clone(model)
+    copy = _clone(model, made={})
     originals, layers = trainer.layers_of(model), trainer.layers_of(copy)
     if [_kind(x) for x in originals] != [_kind(x) for x in layers] or [
         tuple(w.shape) for w in model.weights
@@ -135,12 +137,18 @@ def _kind(layer):
     return keras.layers.BatchNormalization if is_own else type(layer)
 
 
-def _clone(model):
+def _clone(model, made: dict[int, Any]):
+    """A new model.
+
+    `made` has the copies by the `id` of their originals, so that what is shared, by
+    nested models too, is shared in the copy.
+    """
+    again = partial(_made_again, made=made)
     if trainer.is_keras_own(type(model)) and isinstance(model, keras.Sequential):
-        return keras.models.clone_model(model, clone_function=_made_again)
+        return keras.models.clone_model(model, clone_function=again)
     if trainer.is_keras_own(type(model)) and isinstance(model, trainer.Functional):
         return keras.models.clone_model(
-            model, trainer.same_inputs(model), clone_function=_made_again
+            model, trainer.same_inputs(model, made), clone_function=again
         )
     copy = _from_config(model)
     if copy.built:
@@ -152,7 +160,13 @@ def _clone(model):
     return copy
 
 
-def _made_again(layer):
+def _made_again(layer, made):
+    if id(layer) not in made:
+        made[id(layer)] = _made_anew(layer, made)
+    return made[id(layer)]
+
+
+def _made_anew(layer, made):
     if type(layer) is keras.layers.Lambda:
         # Keras makes it again from source code only if that is declared safe.
         return keras.layers.Lambda(
@@ -164,7 +178,7 @@ def _made_again(layer):
             dtype=layer.dtype_policy,
         )
     if isinstance(layer, (trainer.Functional, keras.Sequential)) and layer.built:
-        return _clone(layer)
+        return _clone(layer, made)
     return _from_config(layer)
 
 

@@ -87,6 +87,12 @@ def test_a_size_that_is_no_positive_int(kind, name, value, error):
             make_with(**{name: value})
 
 
+@pytest.mark.parametrize("value", [True, 1.0])
+def test_a_size_that_equals_one_and_is_no_int(value):
+    with pytest.raises(TypeError, match=r"`accum_steps`.*Received: accum_steps="):
+        make_with(accum_steps=value, microbatch_size=3)
+
+
 @pytest.mark.parametrize("make", [
     lambda **arguments: accumulate(compiled(), **arguments),
     make_with,
@@ -137,6 +143,12 @@ def test_a_keras_2_model_gets_a_sentence_of_its_own():
         accumulate(keras_2(), accum_steps=2)
 
 
+def test_a_module_of_tensorflow_is_not_taken_for_a_keras_2_model():
+    module = type("Module", (), {"__module__": "tensorflow.python.module.module"})
+    with pytest.raises(TypeError, match=r"`keras.Model`. Received: model="):
+        accumulate(module(), accum_steps=2)
+
+
 def test_an_optimizer_that_accumulates_too():
     model = problems.mlp()()
     model.compile(keras.optimizers.SGD(gradient_accumulation_steps=2), "mse")
@@ -169,19 +181,57 @@ def test_a_changed_backend(way, monkeypatch):
 # ------------------------------------------------------------------------------- data
 
 
-@pytest.mark.parametrize("steps", [None, 1])
-def test_leaves_with_different_batch_sizes(steps):
+def moved(model):
+    """What forward passes move: there are two seeds and two counters."""
+    return [ops.convert_to_numpy(v) for v in model.non_trainable_variables]
+
+
+@pytest.mark.parametrize("bad", ["first", "last"])
+@pytest.mark.parametrize("examples", [1, 6])
+@pytest.mark.parametrize("steps", [False, True])
+@ways
+def test_leaves_with_different_batch_sizes(way, steps, examples, bad):
     """A generator yields what Keras does not check."""
+    settings, size = WAYS[way]
     x, y = data(8)
-    model = accumulate(compiled(), microbatch_size=2)
+    model = accumulate(compiled(failing, metrics=["mae"]), **settings)
+    fit(model, x, y, batch_size=size)
+    before, moved_before = state(model), moved(model)
+    # With `accum_steps` it would be broadcast: of one example, or of its last axis.
+    good, misfit = (x, y), (x, y[:examples])
+    update = [good] * (settings.get("accum_steps", 1) - 1)
+    batches = [misfit, *update] if bad == "first" else [*update, misfit]
+    with pytest.raises(
+        ValueError, match=rf"same number of examples.*Received: .*\({examples}, 3\)"
+    ):
+        asked = len(batches) if steps else None
+        fit(model, (batch for batch in batches), steps_per_epoch=asked)
+    assert_equal(state(model), before)
+    for a, b in zip(moved(model), moved_before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    if len(batches) > 1 and bad == "last":  # as they are when an epoch begins
+        assert not any(ops.any(v != 0) for v in model.metrics_variables)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("bad", [0, 3])
+def test_leaves_with_different_batch_sizes_in_tf_data(bad, known):
+    """Whether TensorFlow knows the sizes before it runs, or not."""
+    tf = pytest.importorskip("tensorflow")
+    x, y = data(2)
+    model = accumulate(compiled(), accum_steps=4)
+    fit(model, *data(8), batch_size=2)
     before = state(model)
-    batch = (x, y[:6])
-    with pytest.raises(Exception, match="same number of examples") as raised:
-        fit(model, (batch for _ in range(1)), steps_per_epoch=steps)
-    # TensorFlow knows the sizes only while it runs, and raises its own error.
-    if BACKEND != "tensorflow":
-        assert raised.type is ValueError
-        assert "Received: " in str(raised.value)
+    sizes = [1 if k == bad or known else 2 for k in range(4)]
+    specs = (
+        tf.TensorSpec((2 if known else None, problems.FEATURES)),
+        tf.TensorSpec((1 if known else None, 3)),
+    )
+    batches = tf.data.Dataset.from_generator(
+        lambda: ((x, y[:n]) for n in sizes), output_signature=specs
+    )
+    with pytest.raises(ValueError, match=r"same number of examples.*Received: shape"):
+        fit(model, batches)
     assert_equal(state(model), before)
 
 
@@ -200,29 +250,34 @@ def empty_tf_data():
     return tf.data.Dataset.from_tensor_slices(data()).batch(2).take(0)
 
 
+def empty_data_loader():
+    import torch
+
+    return torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(*map(torch.as_tensor, data(0))), batch_size=2
+    )
+
+
 EMPTY = {
-    "generator": lambda: iter(()),
-    "generator_function": lambda: (batch for batch in ()),
+    "arrays": lambda: data(0),
+    "dict_of_arrays": lambda: ({"x": data(0)[0]}, data(0)[1]),
+    "backend_tensors": lambda: tuple(map(ops.convert_to_tensor, data(0))),
+    "data_loader": empty_data_loader,
+    "generator": lambda: (batch for batch in ()),
     "py_dataset": lambda: Batches([]),
     "tf_data": empty_tf_data,
 }
 
 
-# Keras warns of it first on PyTorch.
-@pytest.mark.filterwarnings("ignore:Your input ran out of data")
 @ways
-@pytest.mark.parametrize(
-    "source",
-    [
-        pytest.param(source, marks=unless_plain_fails(f"empty_{source}"))
-        for source in EMPTY
-    ],
-)
+@pytest.mark.parametrize("source", EMPTY)
 def test_no_data_at_all(source, way):
     model = accumulate(compiled(), **WAYS[way][0])
     before = state(model)
-    with pytest.raises(ValueError):
-        fit(model, EMPTY[source]())
+    source = EMPTY[source]()
+    source = source if isinstance(source, tuple) else (source,)
+    with pytest.raises(ValueError, match=r"given to `fit` is empty.*Received: "):
+        fit(model, *source)
     assert_equal(state(model), before)
 
 
@@ -238,6 +293,23 @@ def test_a_generator_that_ends_before_steps_per_epoch(way):
         pytest.warns(UserWarning, match="ran out of data"),
     ):
         fit(model, (batch for batch in batches), steps_per_epoch=asked)
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # plain Keras too
+def test_data_that_ends_in_an_update_of_steps_per_epoch():
+    model = accumulate(compiled(failing, metrics=["mae"]), accum_steps=4)
+    fit(model, *data(8), batch_size=2)
+    before, moved_before = state(model), moved(model)
+    batches = problems.cut(data(6), 2)
+    with pytest.raises(ValueError, match=r"ended.*steps_per_epoch=9, 3 batches$"):
+        fit(model, (batch for batch in batches), steps_per_epoch=9)
+    assert_equal(state(model), before)
+    for a, b in zip(moved(model), moved_before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not any(ops.any(v != 0) for v in model.metrics_variables)
+    # In an epoch without `steps_per_epoch` it takes the pieces that are left.
+    fit(model, (batch for batch in batches))
+    assert int(model.optimizer.iterations) == 2
 
 
 @ways
@@ -366,6 +438,34 @@ def test_an_exception_in_train_on_batch_leaves_the_model_as_it_was():
     assert_equal(state(model), before)
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch changes variables in place")
+@ways
+def test_a_frozen_layer_is_not_copied(way, monkeypatch):
+    """To put back after a failure, there are copies of what pieces move."""
+    import torch
+
+    settings, size = WAYS[way]
+    x = layers.Input((problems.FEATURES,))
+    frozen = layers.Dense(1000, trainable=False)
+    h = layers.BatchNormalization()(layers.Dropout(0.5)(frozen(x)))
+    model = keras.Model(x, layers.Dense(3)(h))
+    model.compile("sgd", "mse")
+    accumulate(model, **settings)
+    copied = []
+    clone = torch.Tensor.clone
+
+    def spied(tensor, **arguments):
+        copied.append(tensor.data_ptr())
+        return clone(tensor, **arguments)
+
+    monkeypatch.setattr(torch.Tensor, "clone", spied)
+    fit(model, *data(), batch_size=size)
+    places = {v.path: v.value.data_ptr() for v in model.non_trainable_variables}
+    assert {path for path, place in places.items() if place not in copied} == {
+        variable.path for variable in frozen.variables
+    }
+
+
 class FailsAtBuild(layers.Layer):
     def call(self, x, training=False):
         if training:
@@ -392,7 +492,7 @@ def test_a_model_is_usable_after_an_error(way):
     settings, size = WAYS[way]
     model = accumulate(compiled(), **settings)
     with pytest.raises(ValueError):
-        fit(model, iter(()))
+        fit(model, (batch for batch in ()))
     fit(model, *data(), batch_size=size, epochs=2)
     reference = compiled()
     fit(reference, *data(), batch_size=8, epochs=2)

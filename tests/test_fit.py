@@ -374,7 +374,8 @@ def test_the_model_never_sees_the_full_batch():
 
 
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")  # plain Keras too
-def test_pieces_are_drawn_when_it_is_their_turn():
+@pytest.mark.parametrize("steps", [None, COUNT])
+def test_pieces_are_drawn_when_it_is_their_turn(steps):
     """Nothing has to know all of this model's pieces before the first one."""
     drawn, ahead = [], []
 
@@ -417,7 +418,7 @@ def test_pieces_are_drawn_when_it_is_their_turn():
     model = compiled(
         None, build, jit_compile=False, run_eagerly=BACKEND != "tensorflow"
     )
-    fit(accumulate(model, accum_steps=COUNT), of_batches())
+    fit(accumulate(model, accum_steps=COUNT), of_batches(), steps_per_epoch=steps)
     assert len(ahead) == COUNT
     assert max(ahead) <= 3  # Keras and its backends draw a little ahead
 
@@ -441,6 +442,94 @@ def test_more_accum_steps_than_pieces_is_one_update_an_epoch():
     fit(model, x, y, batch_size=PIECE, epochs=2)
     assert int(model.optimizer.iterations) == 2
     assert_close(arrays(model.weights), arrays(reference.weights))
+
+
+# ------------------------------------------------------------------- a `fit` of its own
+
+
+def with_fit(fit):
+    """Builds the model with this `fit` in its class."""
+
+    class Fits(problems.Written):
+        pass
+
+    Fits.fit = fit
+    return problems.written(Fits)
+
+
+def fit_of_keywords(self, x=None, y=None, **kwargs):
+    return super(problems.Written, self).fit(x, y, **kwargs)
+
+
+def fit_of_anything(self, *args, **kwargs):
+    return super(problems.Written, self).fit(*args, **kwargs)
+
+
+def fit_of_data_and_anything(self, data, *args, epochs=2, **kwargs):
+    return super(problems.Written, self).fit(data, *args, epochs=epochs, **kwargs)
+
+
+OWN_FITS = (fit_of_keywords, fit_of_anything, fit_of_data_and_anything)
+
+
+@pytest.mark.parametrize("own", OWN_FITS)
+@pytest.mark.parametrize("source", ["of_arrays", "of_infinite_generator"])
+@ways
+def test_own_fit_hands_on_what_it_is_given(way, source, own):
+    model, _ = both(way, SOURCES[source], with_fit(own), epochs=2)
+    assert int(model.optimizer.iterations) == 2 * UPDATES
+
+
+@pytest.mark.parametrize("own", OWN_FITS)
+def test_no_update_crosses_an_epochs_end_in_a_fit_of_its_own(own):
+    taken = 0
+
+    def forever():
+        nonlocal taken
+        while True:
+            for batch in problems.cut(data(), PIECE):
+                taken += 1
+                yield batch
+
+    model = accumulate(compiled(build=with_fit(own)), accum_steps=3)
+    fit(model, forever(), epochs=2, steps_per_epoch=5)
+    assert int(model.optimizer.iterations) == 4
+    # Keras on TensorFlow draws ahead.
+    assert taken == 10 or BACKEND == "tensorflow"
+
+
+def test_own_fit_is_given_callbacks_where_it_wants_them():
+    """By their place, as Keras's has it, or by name."""
+    seen = []
+    callback = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: seen.append(epoch)
+    )
+    x, y = data()
+    for own in OWN_FITS:
+        model = compiled("accum_steps", with_fit(own))
+        model.fit(x, y, batch_size=PIECE, callbacks=callback, verbose=0, epochs=1)
+        model = compiled("accum_steps", with_fit(own))
+        if own is not fit_of_keywords:
+            model.fit(x, y, PIECE, verbose=0, epochs=1, callbacks=[callback])
+    model = compiled("accum_steps", with_fit(fit_of_anything))
+    model.fit(x, y, PIECE, 1, 0, [callback])
+    assert seen == [0] * 6
+
+
+def test_own_fit_without_callbacks_raises():
+    def takes_none(self, x, y, batch_size=None):
+        return super(problems.Written, self).fit(x, y, batch_size)
+
+    def drops_them(self, x, y, callbacks=None, **kwargs):
+        return super(problems.Written, self).fit(x, y, **kwargs)
+
+    x, y = data()
+    for own, what in ((takes_none, "does not take"), (drops_them, "must hand on")):
+        model = compiled("accum_steps", with_fit(own))
+        before = arrays(model.weights)
+        with pytest.raises(ValueError, match=f"{what}.*callbacks.*Received: "):
+            model.fit(x, y, batch_size=PIECE)
+        assert_close(arrays(model.weights), before)
 
 
 # ---------------------------------------------------------------- updates and epochs

@@ -331,6 +331,66 @@ def test_any_argument_and_any_pytree_on_jax():
         np.testing.assert_allclose(gradients["scale"], 12, rtol=1e-6)
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="compiled by its static arguments")
+def test_floats_are_traced_and_what_shapes_are_made_of_is_static_on_jax():
+    traces = []
+
+    def loss(variables, piece, beta, width, squared=False, *, unit="one"):
+        traces.append(width)
+        factor = {"one": 1.0, "two": 2.0}[unit]
+        value = ops.mean(piece * ops.ones((width,)) * variables["scale"]) * beta
+        return factor * (value**2 if squared else value).real
+
+    function = accumulated_value_and_grad(loss, microbatch_size=2)
+    x, variables = np.ones((4, 1), "float32"), {"scale": np.float32(3)}
+    for number in (float, np.float32, np.float64, complex):
+        traces.clear()
+        for i in range(6):
+            beta = number(0.1 * i)
+            value, _ = function(variables, x, beta, 5)
+            np.testing.assert_allclose(value, 0.3 * i, rtol=1e-6)
+        assert len(traces) <= 1  # NumPy's and Python's may share one
+    assert float(function(variables, x, 1.0, 2, True)[0]) == 9
+    assert float(function(variables, x, 1.0, 2, np.True_, unit="two")[0]) == 18
+    assert float(function(variables, x, 1.0, np.int64(3))[0]) == 3
+    assert traces[1:] == [2, 2, 3]
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="elsewhere random states move on")
+@pytest.mark.parametrize("within", ["eager", "compiled"])
+@pytest.mark.parametrize("kind", ["typed", "raw"])
+def test_a_random_key_for_each_example_on_jax(within, kind):
+    """As the docstring shows: the masks are those of the full batch."""
+    import jax
+
+    new = {"typed": jax.random.key, "raw": jax.random.PRNGKey}[kind]
+
+    def apply(params, x, key):
+        return params["scale"] * x * jax.random.bernoulli(key, 0.5, x.shape)
+
+    def loss(params, piece, shared=None):
+        x, y, keys = piece
+        if shared is not None:
+            keys = jax.random.split(shared, len(x))
+        predictions = jax.vmap(apply, (None, 0, 0))(params, x, keys)
+        return ((predictions - y) ** 2).mean(), predictions
+
+    params = {"scale": np.float32(3)}
+    x, y = np.ones((8, 16), "float32"), np.zeros((8, 16), "float32")
+    data = x, y, jax.random.split(new(0), 8)
+    function = accumulated_value_and_grad(loss, microbatch_size=2, has_aux=True)
+    function = compiled(function) if within == "compiled" else function
+    (value, masked), gradients = function(params, data)
+    (full, expected), reference = jax.value_and_grad(loss, has_aux=True)(params, data)
+    np.testing.assert_array_equal(masked, expected)
+    np.testing.assert_allclose(value, full, rtol=1e-6)
+    np.testing.assert_allclose(gradients["scale"], reference["scale"], rtol=1e-6)
+    assert len(np.unique(masked, axis=0)) == 8
+    # What it says of a key that all pieces have.
+    (_, masked), _ = function(params, data, new(1))
+    assert len(np.unique(masked, axis=0)) == 2
+
+
 # ----------------------------------------------------------------------------- errors
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
 
 import keras
@@ -15,6 +16,7 @@ from helpers import arrays, assert_close
 from keras import layers, ops
 
 from gradient_accumulator import GradientAccumulateModel, accumulate
+from gradient_accumulator.model import accumulation_of
 
 WAYS = ({"microbatch_size": 4}, {"accum_steps": 2})
 ways = pytest.mark.parametrize("way", WAYS, ids=lambda way: next(iter(way)))
@@ -477,6 +479,81 @@ def test_a_subclass_of_gradient_accumulate_model(way):
     assert history.keys() == {"loss", "size"}
     for name, values in expected_history.items():
         assert history[name] == pytest.approx(values, rel=1e-5)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Registered(GradientAccumulateModel):
+    """Without a constructor of its own."""
+
+
+class NotRegistered(GradientAccumulateModel):
+    """Without a constructor of its own."""
+
+
+class WithCall(GradientAccumulateModel):
+    """Hands on what it does not know, as Keras recommends."""
+
+    def __init__(self, width=3, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(width)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+def saved_and_loaded(model):
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/m.keras"
+        model.save(path)
+        if type(model).__name__ == "Registered":
+            return keras.saving.load_model(path)
+        known = {kind.__name__: kind for kind in (NotRegistered, WithCall)}
+        return keras.saving.load_model(path, custom_objects=known)
+
+
+@ways
+@pytest.mark.parametrize("kind", [Registered, NotRegistered, WithCall])
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda model: type(model).from_config(model.get_config()),
+        keras.models.clone_model,
+        saved_and_loaded,
+    ],
+    ids=["from_config", "clone_model", "saved"],
+)
+def test_a_subclass_goes_on_training_in_pieces_when_it_is_copied(way, copy, kind):
+    if kind is WithCall:
+        model = kind(**way)
+        model(data()[0])
+    else:
+        plain = problems.mlp()()
+        model = kind(**way, inputs=plain.input, outputs=plain.output)
+    copied = copy(model)
+    assert isinstance(copied, kind)
+    assert accumulation_of(copied) == accumulation_of(model)
+    copied(data()[0])
+    copied.set_weights(model.get_weights())
+    for each in (model, copied):
+        fit(compile_(each), batch_size(way))
+    assert int(copied.optimizer.iterations) == 2
+    assert_close(arrays(copied.weights), arrays(model.weights))
+
+
+def test_accumulate_changes_a_functional_subclass_and_keeps_its_type():
+    plain = problems.mlp()()
+    model = Registered(accum_steps=2, inputs=plain.input, outputs=plain.output)
+    assert accumulate(model, microbatch_size=4) is model
+    assert isinstance(model, Registered)
+    assert settings(keras.models.clone_model(model)) == (None, 4, "float32")
+
+
+def test_a_subclass_saves_what_clipping_leaves_out():
+    model = WithCall(use_agc=True, agc_exclude=lambda variable: "bias" in variable.path)
+    model(data()[0])
+    copied = WithCall.from_config(model.get_config())
+    (excluded,) = accumulation_of(copied).clipping.agc_exclude
+    assert excluded.endswith("bias")
 
 
 # ------------------------------------------------------------------------- importing

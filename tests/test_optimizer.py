@@ -121,6 +121,42 @@ def test_the_policy_mixed_float16_puts_one_around(inside):
         np.testing.assert_allclose(a, b, atol=2e-3)  # float16 rounds the gradients
 
 
+@pytest.mark.parametrize("order", ["around", "both"])
+def test_a_loss_scale_optimizer_around_flushes_and_resets(order):
+    inner = keras.optimizers.SGD(1.0)
+    if order == "both":
+        inner = keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0)
+    inner = GradientAccumulateOptimizer(inner, 3)
+    scaler = keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0)
+    weight = keras.Variable(np.ones(2, "float32"))
+    scaler.build([weight])
+    step(scaler, [np.full(2, 8.0, "float32")], [weight])
+    assert scaler.inner_optimizer.pending == 1
+    scaler.reset()
+    assert scaler.inner_optimizer.pending == 0
+    for gradient, worth in (16.0, 1.0), (8.0, 3.0):
+        step(scaler, [np.full(2, gradient, "float32")], [weight], weight=worth)
+    scaler.flush()
+    assert scaler.inner_optimizer.pending == 0
+    np.testing.assert_allclose(array(weight), 1 - 1.25)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_averages_of_the_weights_are_swapped(scaled):
+    def trained(size, wrap):
+        optimizer = wrap(keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.5))
+        if scaled:
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=8)
+        model = model_of(optimizer)
+        callback = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+        fit(model, size, epochs=1, callbacks=[callback])
+        return arrays(model.weights)
+
+    plain = trained(8, lambda inner: inner)
+    ours = trained(2, lambda inner: GradientAccumulateOptimizer(inner, 4))
+    assert_close(ours, plain)
+
+
 # ------------------------------------------------------------- the ways to call `fit`
 
 
@@ -325,6 +361,58 @@ def test_pieces_without_weight_are_an_update_of_zero():
         step(optimizer, [np.ones(4, "float32")], [weight], weight=0.0)
     assert_close({"w": array(weight)}, {"w": np.ones(4)})
     assert int(array(optimizer.iterations)) == 1
+
+
+@pytest.mark.parametrize("reduction", ["MEAN", "SUM"])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("none", [0.0, "tensor"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_mean_over_nothing_counts_for_nothing(reduction, steps, none, dtype):
+    """The gradient of a piece that is all padding is 0 / 0."""
+    none = ops.zeros(()) if none == "tensor" else none
+    weight = keras.Variable(np.ones(4, "float32"), dtype=dtype)
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), steps, reduction)
+    optimizer.build([weight])
+    nothing = np.array([np.nan, np.inf, -np.inf, 1], "float32")
+    pieces = [(np.ones(4), 2.0), (nothing, none), (nothing, none)]
+    for gradient, each in pieces[-steps:]:
+        gradient = ops.cast(gradient, dtype)
+        step(optimizer, [gradient], [weight], weight=each)
+    moved = {"MEAN": 1, "SUM": 2}[reduction] if steps == 3 else 0
+    expected = np.full(4, 1.0 - moved)
+    np.testing.assert_array_equal(np.asarray(array(weight), "float32"), expected)
+
+
+def test_what_is_not_finite_of_a_piece_with_weight_is_seen():
+    scaler = keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.SGD(1.0), initial_scale=8.0
+    )
+    optimizer = GradientAccumulateOptimizer(scaler, 2)
+    weight = keras.Variable(np.ones(4, "float32"))
+    optimizer.build([weight])
+    for piece, worth in (np.nan, 1.0), (np.nan, 0.0):
+        step(optimizer, [np.full(4, piece, "float32")], [weight], weight=worth)
+    np.testing.assert_array_equal(array(weight), np.ones(4))
+    assert float(scaler.dynamic_scale.numpy()) == 4
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="slices are TensorFlow's")
+@pytest.mark.parametrize("steps", [1, 2])
+def test_slices_of_a_piece_without_weight(steps):
+    import tensorflow as tf
+
+    weight = keras.Variable(np.ones((3, 2), "float32"))
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), steps)
+    optimizer.build([weight])
+
+    def slices(value):
+        return tf.IndexedSlices(tf.fill((2, 2), value), tf.constant([1, 1]), (3, 2))
+
+    for value, each in [(1.0, 2.0), (np.nan, 0.0)][-steps:]:
+        optimizer.apply([slices(value)], [weight], weight=each)
+    moved = np.zeros((3, 2))
+    moved[1] = 2 if steps == 2 else 0
+    np.testing.assert_array_equal(array(weight), 1 - moved)
 
 
 @pytest.mark.parametrize(
@@ -565,6 +653,102 @@ def test_variables_that_change_between_compiled_functions():
     with pytest.raises(tf.errors.InvalidArgumentError, match="variables changed"):
         of_b()
     assert optimizer.pending == 1
+
+
+def compiled_calls(optimizer, variables):
+    """Makes compiled functions that `apply` gradients of 1, or flush."""
+
+    def of_tensorflow(pattern):
+        import tensorflow as tf
+
+        if pattern == "flush":
+            return tf.function(optimizer.flush)
+        gradients = [g and tf.ones(2) for g in pattern]
+        return tf.function(lambda: optimizer.apply(gradients, variables))
+
+    def of_jax(pattern):
+        import jax
+
+        @jax.jit
+        def pure(state, values):
+            if pattern == "flush":
+                return optimizer.stateless_flush(state, values)
+            gradients = [g and ops.ones((2,)) for g in pattern]
+            return optimizer.stateless_apply(state, gradients, values)
+
+        def function():
+            owned = optimizer.variables
+            new, state = pure([v.value for v in owned], [v.value for v in variables])
+            for variable, value in zip([*variables, *owned], [*new, *state]):
+                variable.assign(value)
+
+        return function
+
+    return of_tensorflow if BACKEND == "tensorflow" else of_jax
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+@pytest.mark.skipif(BACKEND == "torch", reason="runs calls as they are")
+@pytest.mark.parametrize("flushed", [False, True])
+def test_compiled_functions_with_gradients_of_other_variables(flushed):
+    """Two tasks, each of which leaves the other's variable out."""
+    inner = keras.optimizers.SGD(1.0, weight_decay=0.5)
+    optimizer = GradientAccumulateOptimizer(inner, 4 if flushed else 2)
+    a, b = variables = [keras.Variable(np.ones(2, "float32"), name=n) for n in "ab"]
+    optimizer.build(variables)
+    compiled = compiled_calls(optimizer, variables)
+    of_a, of_b = compiled((1, None)), compiled((None, 1))
+    flush = compiled("flush") if flushed else lambda: None
+    value = np.ones(2)
+    for functions in (of_a, of_b), (of_b, of_a):
+        for function in (*functions, flush):
+            function()
+        assert optimizer.pending == 0
+        value = value / 2 - 0.5  # the decay, and the mean of 1 and 0
+        for variable in variables:
+            np.testing.assert_allclose(array(variable), value)
+    if not flushed:  # what had no gradient of any piece is left alone
+        of_a()
+        of_a()
+        np.testing.assert_allclose(array(a), value / 2 - 1)
+        np.testing.assert_allclose(array(b), value)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="of `tf.function` only")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_flush_after_compiled_functions_of_other_variables(compiled):
+    """The variables of what waits, not those of the function compiled last."""
+    import tensorflow as tf
+
+    optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0, 0.5), 2)
+    a, b = variables = [keras.Variable(np.zeros(2, "float32"), name=n) for n in "ab"]
+    optimizer.build(variables)
+    of_a, of_b = (compiled_calls(optimizer, [v])((1,)) for v in variables)
+    for function in of_a, of_a, of_b, of_b, of_a:
+        function()
+    (tf.function(optimizer.flush) if compiled else optimizer.flush)()
+    assert optimizer.pending == 0
+    np.testing.assert_allclose(array(a), -2.5)
+    np.testing.assert_allclose(array(b), -1)
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+def test_no_gradient_is_none_after_loading_too():
+    def built():
+        inner = keras.optimizers.SGD(1.0, weight_decay=0.5)
+        optimizer = GradientAccumulateOptimizer(inner, 2)
+        variables = [keras.Variable(np.ones(2, "float32"), name=n) for n in "ab"]
+        optimizer.build(variables)
+        return optimizer, variables
+
+    optimizer, variables = built()
+    step(optimizer, [np.ones(2, "float32"), None], variables)
+    optimizer.save_own_variables(store := {})
+    optimizer, (a, b) = built()
+    optimizer.load_own_variables(store)
+    optimizer.flush()
+    np.testing.assert_allclose(array(a), -0.5)
+    np.testing.assert_allclose(array(b), 1)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="works elsewhere")

@@ -261,6 +261,57 @@ def test_a_nested_model_of_layers_of_ones_own():
     ]
 
 
+def branches():
+    """Two nested models, one of each kind, that share a layer."""
+    shared = layers.BatchNormalization(name="shared")
+    x = layers.Input((6,))
+    left = keras.Model(x, layers.Dense(3)(shared(layers.Dense(6)(x))), name="left")
+    right = keras.Sequential([layers.Input((6,)), shared, layers.Dense(3)])
+    return x, layers.Add()([left(x), right(x)])
+
+
+def a_part_outside():
+    """A layer of a nested model that is called beside it, before and after."""
+    x = layers.Input((6,))
+    inner = keras.Model(
+        x, layers.Dense(6)(layers.BatchNormalization(name="part")(x)), name="inner"
+    )
+    inner = keras.Sequential([layers.Input((6,)), inner], name="outer")
+    part = inner.layers[0].get_layer("part")
+    return x, part(inner(part(x)))
+
+
+def a_nested_model_twice():
+    """A nested model, in another one and beside it."""
+    x = layers.Input((6,))
+    inner = keras.Sequential(
+        [layers.Input((6,)), layers.BatchNormalization(), layers.Dense(6)], name="inner"
+    )
+    outer = keras.Model(x, layers.Dense(6)(inner(x)), name="outer")
+    return x, layers.Add()([outer(x), inner(x)])
+
+
+@pytest.mark.parametrize("graph", [branches, a_part_outside, a_nested_model_twice])
+def test_what_nested_models_share_is_shared(graph):
+    model = with_random_statistics(keras.Model(*graph()))
+    replaced = replace_batchnorm_layers(model)
+    for copy in (replaced, restore_batchnorm_layers(replaced)):
+        for each, original in zip(
+            copy._flatten_layers(), model._flatten_layers(), strict=True
+        ):
+            assert each.name == original.name
+            assert each is not original
+        assert [w.shape for w in copy.weights] == [w.shape for w in model.weights]
+        assert_inference(copy, model, inputs()["b"])
+    assert [type(x) for x in normalizations(replaced)] == [AccumBatchNormalization]
+    copy = restore_batchnorm_layers(replaced)
+    before = model.get_weights()
+    for each in (model, copy):
+        each.compile(keras.optimizers.SGD(0.01), "mse")
+        each.train_on_batch(inputs()["b"], np.ones((6, *model.output_shape[1:])))
+    assert_weights(copy, model, before)
+
+
 class NotMadeAgain(Written):
     def __init__(self, table, **kwargs):
         super().__init__(table.shape[0], **kwargs)

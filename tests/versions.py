@@ -30,9 +30,6 @@ _SINCE = {
     ),
     ("jax", (3, 10), "JAX 0.4 goes on when a callback fails"): ("exceptions",),
     ("jax", (3, 10), "optax needs a newer JAX than Keras knows"): ("optax",),
-    ("tensorflow", (3, 9), "the empty generator's first batch is taken"): (
-        "empty_generator_function",
-    ),
 }
 
 

@@ -116,6 +116,14 @@ class Statistics:
             variable.assign(ops.where(skipped, value, trainer.value(variable)))
 
 
+def in_reach(variables: list) -> list[AccumBatchNormalization]:
+    """The layers that some of the variables are trained for.
+
+    None in a call without effects, where their own variables are out of reach.
+    """
+    return [] if trainer.in_stateless_scope() else owners(variables)
+
+
 @contextmanager
 def taken_back(optimizer: Any, variables: list) -> Iterator[None]:
     """Around an optimizer's step: what layers that count moved, if it makes none.
@@ -124,8 +132,7 @@ def taken_back(optimizer: Any, variables: list) -> Iterator[None]:
         optimizer: The optimizer.
         variables: What it updates, by which the layers are known.
     """
-    # There the layers' variables are out of reach.
-    layers = [] if trainer.in_stateless_scope() else owners(variables)
+    layers = in_reach(variables)
     mark = trainer.mark(optimizer) if layers else None
     try:
         yield

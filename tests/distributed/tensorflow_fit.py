@@ -61,7 +61,7 @@ WAYS = {"microbatch_size": cut_by_keras, "accum_steps": in_order}
 
 def main(way, _, *names):
     helpers.Batches = lambda data: data
-    problems.PIECE = 4  # examples, of which both replicas have as many
+    problems.problem.PIECE = 4  # examples, of which both replicas have as many
     found = []
     for name in names:
         print(name, flush=True)

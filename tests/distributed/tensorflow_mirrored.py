@@ -1,6 +1,7 @@
 """Two replicas give what one device gives: wrapped optimizers, clipping, statistics."""
 
 import os
+import warnings
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
@@ -96,6 +97,58 @@ saved = [
 for a, b in zip(saved, sums, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
+
+# It goes on with any number of replicas, also where a variable has no gradient.
+class UnusedWeight(layers.Layer):
+    def build(self, shape):
+        self.unused = self.add_weight(shape=(3,), initializer="ones", name="unused")
+
+    def call(self, x):
+        return x
+
+
+def decayed():
+    inner = keras.optimizers.SGD(0.5, weight_decay=0.1)
+    return GradientAccumulateOptimizer(inner, 4)
+
+
+def compiled(strategy):
+    with strategy.scope():
+        model = keras.Sequential([*build().layers, UnusedWeight()])
+        model.build((None, 6))
+        model.compile(decayed(), "mse")
+        model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def go_on(model, start, stop, **arguments):
+    piece = {"batch_size": 4, "shuffle": False, "verbose": 0}
+    model.fit(x[start:stop], y[start:stop], **piece, **arguments)
+
+
+warnings.filterwarnings("ignore", "Gradients do not exist")
+uninterrupted = compiled(one)
+start = np.concatenate([w.ravel() for w in uninterrupted.get_weights()])
+go_on(uninterrupted, 0, 40)
+assert uninterrupted.optimizer.pending == 2
+uninterrupted.optimizer.flush()
+reference = np.concatenate([w.ravel() for w in uninterrupted.get_weights()])
+assert np.array_equal(reference[-3:], start[-3:])
+for saved_on, loaded_on in (STRATEGY, one), (one, STRATEGY), (STRATEGY, STRATEGY):
+    model = compiled(saved_on)
+    go_on(model, 0, 24)
+    model.optimizer.save_own_variables(store := {})
+    loaded = compiled(loaded_on)
+    loaded.set_weights(model.get_weights())
+    loaded.optimizer.load_own_variables(store)
+    assert loaded.optimizer.pending == 2
+    go_on(loaded, 24, 40)
+    loaded.optimizer.flush()
+    ours = np.concatenate([w.ravel() for w in loaded.get_weights()])
+    counts = [s.num_replicas_in_sync for s in (saved_on, loaded_on)]
+    check(f"saved and loaded on {counts} replicas", ours, reference, start)
+    assert np.array_equal(ours[-3:], start[-3:])
+
 # Clipped is the sum over replicas, once.
 clip = {"use_agc": True, "clip_factor": 0.02, "eps": 1e-2}
 
@@ -159,6 +212,21 @@ for synchronized in (False, True):
             for value in values:
                 off = np.abs(value.numpy() - np.asarray(b)).max()
                 assert off < 1e-6, f"synchronized={synchronized}, {way}: off by {off}"
+# Flushed are the pools of all replicas: of 24 examples the first 16 are an update.
+for callbacks in [], [FlushGradients()]:
+    with STRATEGY.scope():
+        keras.utils.set_random_seed(0)
+        layer = AccumBatchNormalization(accum_steps=4, momentum=0.5)
+        model = keras.Sequential([layers.Input((6,)), layer, layers.Dense(3)])
+        inner = keras.optimizers.SGD(0.1)
+        model.compile(GradientAccumulateOptimizer(inner, 4), "mse")
+    go_on(model, 0, 24, callbacks=callbacks)
+    model.optimizer.flush()
+    assert (model.optimizer.pending, layer.pending) == (0, 0)
+    expected = (x[:16].mean(axis=0) / 2 + x[16:24].mean(axis=0)) / 2
+    for value in STRATEGY.experimental_local_results(layer.moving_mean.value):
+        np.testing.assert_allclose(value.numpy(), expected, rtol=1e-5, atol=1e-6)
+
 # With a piece for each replica, all that is normalized together is the full batch.
 for normalization in (layers.BatchNormalization, AccumBatchNormalization):
     layer = normalization(momentum=0.5, synchronized=True)

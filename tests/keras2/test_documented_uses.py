@@ -175,6 +175,18 @@ def test_mixed_precision(policy, wrapper):
     assert_same(fit(model, EXAMPLES // K), fit(reference), tolerance=0.1)
 
 
+def test_a_loss_scale_optimizer_around_flushes_and_resets():
+    inner = GradientAccumulateOptimizer(optimizers.SGD(1.0), 3)
+    scaler = tf.keras.mixed_precision.LossScaleOptimizer(inner)
+    weight = tf.Variable(tf.ones(2))
+    for finish, expected in (scaler.reset, 1), (scaler.flush, 0):
+        scaler.apply_gradients([(tf.ones(2), weight)])
+        assert inner.pending == 1
+        finish()
+        assert inner.pending == 0
+        np.testing.assert_allclose(weight, expected)
+
+
 def test_adaptive_gradient_clipping_of_the_finished_gradient():
     """The re-created system clipped each piece, which is something else."""
 
@@ -275,6 +287,28 @@ def test_batch_normalization_in_a_sequential_model(wrapper):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+HDF5_IS_OLD = pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5")
+
+
+@HDF5_IS_OLD
+@pytest.mark.parametrize("way", ["flush", "reset", ".keras", ".h5"])
+def test_batch_normalization_ends_its_update_with_the_optimizer(way, tmp_path):
+    layer = AccumBatchNormalization(accum_steps=K)
+    model = compiled(normalized(layer), GradientAccumulateOptimizer("SGD", K))
+    x, y = images()
+    model.fit(x[:4], y[:4], batch_size=4, verbose=0)
+    assert (model.optimizer.pending, layer.pending) == (1, 1)
+    if way.startswith("."):
+        model.save(tmp_path / f"model{way}")
+        model = tf.keras.models.load_model(tmp_path / f"model{way}")
+        (layer,) = [x for x in model.layers if isinstance(x, AccumBatchNormalization)]
+        assert (model.optimizer.pending, layer.pending) == (1, 1)
+        model.fit(x[:8], y[:8], batch_size=4, shuffle=False, verbose=0)
+    else:
+        getattr(model.optimizer, way)()
+    assert (model.optimizer.pending, layer.pending) == (0, 0)
+
+
 def test_replace_batchnorm_layers():
     model = tf.keras.applications.MobileNetV2(
         weights=None, input_shape=(32, 32, 3), classes=4
@@ -288,6 +322,26 @@ def test_replace_batchnorm_layers():
     assert [w.name for w in replaced.weights] == [w.name for w in model.weights]
     kinds = [type(layer) for layer in replaced.layers]
     assert kinds.count(AccumBatchNormalization) == 52
+    assert layers.BatchNormalization not in kinds
+    assert_trains(wrapped(replaced), x)
+
+
+def test_replace_batchnorm_layers_that_nested_models_share():
+    x = layers.Input((6,))
+    shared = layers.BatchNormalization(name="shared")
+    left = tf.keras.Model(x, layers.Dense(6)(shared(layers.Dense(6)(x))), name="left")
+    right = tf.keras.Sequential([layers.Input((6,)), shared, left], name="right")
+    h = layers.Add()([left(shared(x)), right(x)])
+    model = tf.keras.Model(x, layers.Dense(4, "softmax")(shared(h)))
+    r = np.random.default_rng(0)
+    for w in model.weights:
+        w.assign(w + r.uniform(0.01, 0.1, w.shape))
+    replaced = replace_batchnorm_layers(model, accum_steps=K)
+    x = r.normal(size=(2, 6)).astype("float32")
+    np.testing.assert_allclose(replaced(x), model(x), atol=1e-6)
+    assert [w.name for w in replaced.weights] == [w.name for w in model.weights]
+    kinds = [type(layer) for layer in replaced._flatten_layers()]
+    assert kinds.count(AccumBatchNormalization) == 1
     assert layers.BatchNormalization not in kinds
     assert_trains(wrapped(replaced), x)
 
@@ -310,9 +364,6 @@ def test_mirrored_strategy(wrapper):
             optimizer = GradientAccumulateOptimizer(kind.Adam(0.1), K)
             model = compiled(network(), optimizer)
     assert_same(fit(model, EXAMPLES // K), reference)
-
-
-HDF5_IS_OLD = pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5")
 
 
 @HDF5_IS_OLD
@@ -419,6 +470,19 @@ def test_a_model_of_the_other_keras_raises():
     model = keras_3.Sequential([keras_3.layers.Input((2,)), keras_3.layers.Dense(1)])
     with pytest.raises(TypeError, match=r"Keras 3.*TF_USE_LEGACY_KERAS.*Received: mod"):
         accumulate(model, microbatch_size=2)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_mean_over_nothing_counts_for_nothing(steps, sparse):
+    weight = tf.Variable(tf.ones((1, 2)))
+    optimizer = GradientAccumulateOptimizer(optimizers.SGD(1.0), steps)
+    for value, worth in [(1.0, 2.0), (np.nan, tf.constant(0.0))][-steps:]:
+        gradient = tf.fill((1, 2), value)
+        if sparse:
+            gradient = tf.IndexedSlices(gradient, tf.constant([0]), (1, 2))
+        optimizer.apply_gradients([(gradient, weight)], weight=worth)
+    np.testing.assert_array_equal(weight, tf.ones((1, 2)) if steps == 1 else [[0, 0]])
 
 
 @pytest.mark.parametrize("optimizer", [3, None, tf.keras.layers.Dense])
@@ -600,3 +664,27 @@ def test_where_layers_are_replaced():
 def test_a_config_without_layers():
     with pytest.raises(ValueError, match=r"version 0\.5.* Received: config"):
         GradientAccumulateModel.from_config({"name": "model"})
+
+
+@pytest.mark.parametrize("sizes, steps, what", [
+    ((2, 2, 2, 1), None, "same number of examples"),
+    ((2, 2, 2), 9, "ended before `steps_per_epoch`"),
+])  # fmt: skip
+def test_pieces_that_are_not_what_they_should_be(sizes, steps, what):
+    x, y = data(2)
+
+    def pieces(sizes):
+        specs = tf.TensorSpec((None, 6)), tf.TensorSpec((None, 3))
+        return tf.data.Dataset.from_generator(
+            lambda: ((x, y[:n]) for n in sizes), output_signature=specs
+        )
+
+    model = network()
+    model.compile("adam", "mse")
+    accumulate(model, accum_steps=4).fit(pieces((2,) * 4), verbose=0)
+    before = values(model)
+    with pytest.raises(ValueError, match=rf"{what}.*Received: "):
+        model.fit(pieces(sizes), steps_per_epoch=steps, verbose=0)
+    for got, expected in zip(values(model), before, strict=True):
+        np.testing.assert_array_equal(got, expected)
+    assert int(model.optimizer.iterations) == 1

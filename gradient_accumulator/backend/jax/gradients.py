@@ -12,6 +12,10 @@ import numpy as np
 from gradient_accumulator.gradients import LossFunction
 from gradient_accumulator.pieces import example_count
 
+# What is traced among further arguments: what `jax.jit` traces, but for ints and bools,
+# which shapes and branches are made of.
+TRACED = (jax.Array, np.ndarray, np.inexact, float, complex)
+
 
 def value_and_grad(loss: LossFunction) -> Callable:
     """The function that `accumulated_value_and_grad` returns."""
@@ -61,10 +65,10 @@ def value_and_grad(loss: LossFunction) -> Callable:
 
 
 def _taken_apart(args, kwargs):
-    """The arrays among arguments, and what else there is, which a jitted function
-    takes as it is."""
+    """The arrays and floats among arguments, and what else there is, which a jitted
+    function takes as it is."""
     leaves, structure = jax.tree.flatten((args, kwargs))
-    is_array = [isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves]
+    is_array = [isinstance(leaf, TRACED) for leaf in leaves]
     arrays = [leaf for leaf, is_one in zip(leaves, is_array) if is_one]
     rest = [None if is_one else leaf for leaf, is_one in zip(leaves, is_array)]
     return arrays, (structure, tuple(is_array), tuple(rest))

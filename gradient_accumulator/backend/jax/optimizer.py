@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import keras
+import numpy as np
 
 from gradient_accumulator.backend.common import added, new_accumulator
 
@@ -21,18 +22,23 @@ def add_local_variable(optimizer: Any, shape: tuple, **kwargs) -> keras.Variable
 
 
 def add(pairs: list, factor: Any) -> None:
-    """Add gradients, times `factor`, to their accumulators."""
+    """Add gradients, times `factor`, to their accumulators.
+
+    A factor that was given, no `float`, may be 0, and nothing is then added: a mean
+    over nothing is not a number, nor is 0 times it.
+    """
     for held, gradient in pairs:
         gradient = jnp.asarray(gradient).astype(held.dtype)
-        held.assign(held.value + gradient * jnp.asarray(factor, held.dtype))
+        product = gradient * jnp.asarray(factor, held.dtype)
+        if not isinstance(factor, float):
+            product = jnp.where(factor == 0, 0, product)
+        held.assign(held.value + product)
 
 
-def add_and_update(
-    pairs: list, factor: Any, predicate: Callable, update: Callable, changing: Callable
-) -> None:
-    """Add a piece, and call `update`, which assigns `changing()`, if it is the last."""
+def add_and_update(pairs: list, factor: Any, update: Callable) -> None:
+    """Add a piece, and call `update`, which updates if it is the last."""
     with added(add, pairs, factor, not isinstance(factor, jax.core.Tracer)):
-        when(predicate, update, changing)
+        update()
 
 
 @contextmanager
@@ -115,9 +121,14 @@ def when(predicate: Callable, function: Callable, variables: Callable) -> None:
 flush = when
 
 
-def read(variable: keras.Variable) -> int | None:
+def everywhere(function: Callable, variable: keras.Variable) -> None:
+    """Call a function on each replica that has the variable, from a callback."""
+    function()
+
+
+def read(variable: keras.Variable) -> np.ndarray | None:
     """A counter's value; None where it is not known while a function is compiled."""
-    return None if is_traced(variable) else int(variable.value)
+    return None if is_traced(variable) else np.asarray(variable.value)
 
 
 def is_traced(variable: keras.Variable) -> bool:

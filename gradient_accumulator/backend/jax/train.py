@@ -10,7 +10,7 @@ import keras
 
 from gradient_accumulator.backend.jax.replicas import active_replicas, check_in_step
 from gradient_accumulator.backend.jax.update import make_update
-from gradient_accumulator.pieces import Accumulation, Epoch, cut
+from gradient_accumulator.pieces import Accumulation, Epoch, checked, cut
 
 KERAS_DRAWS_TO_BUILD = True  # whether `fit` builds the model from a batch of its data
 
@@ -31,8 +31,10 @@ def make_train_function(
         logs = None
         for _ in range(steps_per_execution):
             with _kept_on_failure(model, state):
+                epoch.check_begun()
                 try:
-                    pieces = epoch.draw(iterator, accumulation.accum_steps or 1)
+                    batches = map(checked, iterator)
+                    pieces = epoch.draw(batches, accumulation.accum_steps or 1)
                 except StopIteration:
                     if logs is None:
                         raise

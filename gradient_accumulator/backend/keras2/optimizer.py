@@ -121,7 +121,8 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
             skip_gradients_aggregation: Whether replicas have summed the gradients that
                 are given, which they may not have.
             weight: What the piece is worth, a number or a scalar tensor, not negative.
-                If not given, 1.
+                If not given, 1. What weighs 0 adds nothing, also if its gradient is not
+                finite.
 
         Returns:
             The number of updates so far.
@@ -182,12 +183,12 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
     def _is_built(self):
         return self._built
 
-    def _new_counter(self):
+    def _new_counter(self, name, shape):
         return trainer.add_variable(
             self,
-            (),
+            shape,
             "int32",
-            "pending",
+            name,
             aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
         )
 
@@ -213,6 +214,8 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
         scaler = _scaler_that_calls(self)
         if scaler is None:
             return
+        # Which a model compiled under mixed_float16 has as its optimizer.
+        scaler.flush, scaler.reset = self.flush, self.reset
         if isinstance(self.inner_optimizer, _LossScaleOptimizer):
             # Keras puts one around under the policy mixed_float16. One is enough.
             scaler.get_scaled_loss = self.get_scaled_loss
@@ -290,6 +293,11 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
             )
         for variable, weight in zip(variables, weights):
             variable.assign(weight)
+        self._loaded()
+
+    def load_own_variables(self, store):
+        super().load_own_variables(store)
+        self._loaded()
 
     def get_config(self):
         config = {

@@ -24,6 +24,8 @@ A_MODEL = "a Keras 2 model, a `tf.keras.Model`"
 # a model that loaded as a plain one would go on training with pieces as batches.
 FUNCTIONAL_NAME = "GradientAccumulateModel"
 
+# Marks methods that Keras takes for its own.
+default: Any = importlib.import_module(f"{_ROOT}.utils.generic_utils").default
 Functional: Any = importlib.import_module(f"{_ENGINE}.functional").Functional
 StatelessScope = keras.StatelessScope
 
@@ -75,16 +77,24 @@ def copy_adapted(original: Any, layer: Any) -> None:
         layer.finalize_state()
 
 
-def same_inputs(model: Any) -> Any:
-    """New inputs for a functional model, with the names of its own."""
-    return tf.nest.map_structure(
-        lambda tensor: keras.Input(
-            batch_shape=tensor.shape,
-            dtype=tensor.dtype,
-            name=tensor._keras_history.layer.name,
-        ),
-        model.input,
-    )
+def same_inputs(model: Any, made: dict[int, Any]) -> Any:
+    """Inputs for a copy of a functional model, with the names of its own.
+
+    Args:
+        model: The functional model.
+        made: Input layers of copies by the `id` of their originals; new ones are added.
+    """
+
+    def same(tensor):
+        layer = tensor._keras_history.layer
+        if id(layer) not in made:
+            new = keras.Input(
+                batch_shape=tensor.shape, dtype=tensor.dtype, name=layer.name
+            )
+            made[id(layer)] = new._keras_history.layer
+        return made[id(layer)].output
+
+    return tf.nest.map_structure(same, model.input)
 
 
 def has_static_inputs(model: Any) -> bool:
@@ -123,6 +133,18 @@ def value(variable: tf.Variable) -> tf.Tensor:
 def native(variable: tf.Variable) -> tf.Variable:
     """TensorFlow's own variable."""
     return variable
+
+
+def moved_by_pieces(model: Any) -> list:
+    """What forward passes move: seeds, statistics and the like.
+
+    Not what a frozen layer created as trainable, which may be most of a model.
+    """
+    return [v for v in model.non_trainable_variables if not v.trainable]
+
+
+def metrics_variables(model: Any) -> list:
+    return [v for metric in model.metrics for v in metric.variables]
 
 
 def path(variable: Any) -> str:

@@ -49,10 +49,12 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
     Two facts about what is wrapped. With a `LossScaleOptimizer`, inside or around, the
     gradients of one update are scaled by one scale, and one that is not finite skips
     the whole update and lowers the scale once; Keras itself puts one around under the
-    policy `mixed_float16`. On TensorFlow, the sparse gradients of embeddings are added
-    to a dense sum, so that rows that occur several times are merged; Keras's optimizers
-    do not merge them, and square the parts of such a row where they should square its
-    sum.
+    policy `mixed_float16`. One around has `flush` and `reset` too, and a `weight` in
+    its `apply` and `stateless_apply`, but not in `apply_gradients`; `pending` is found
+    by its `inner_optimizer`. On TensorFlow, the sparse gradients of embeddings are
+    added to a dense sum, so that rows that occur several times are merged; Keras's
+    optimizers do not merge them, and square the parts of such a row where they should
+    square its sum.
 
     Args:
         optimizer: The optimizer to wrap: a name, a config, or any Keras 3 optimizer.
@@ -125,7 +127,8 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
                 not given, those that the optimizer was built with.
             weight: What the piece is worth, a number or a scalar tensor, not negative:
                 what its loss was divided by, such as its number of tokens. If not
-                given, 1.
+                given, 1. What weighs 0 adds nothing, also where its gradient is not
+                finite.
 
         Raises:
             ValueError: If variables change before the update is complete, or gradients
@@ -196,9 +199,9 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
         self.inner_optimizer.build(variables)
         super().build(variables)
 
-    def _new_counter(self):
+    def _new_counter(self, name, shape):
         return self.add_variable(
-            (), dtype="int", name="pending", aggregation="only_first_replica"
+            shape, dtype="int", name=name, aggregation="only_first_replica"
         )
 
     def _scales(self, optimizer):
@@ -281,6 +284,11 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
         self.inner_optimizer.finalize_variable_values(var_list)
 
     @property
+    def _model_variables_moving_average(self):
+        # Keras's `SwapEMAWeights` looks through the outer optimizer, which may scale.
+        return self.inner_optimizer._model_variables_moving_average
+
+    @property
     def loss_scale_factor(self):
         return self.inner_optimizer.loss_scale_factor
 
@@ -307,6 +315,8 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
         It would drop a piece that is not finite without a word. Here it gets the
         finished sum of scaled gradients instead: what it does on a full batch.
         """
+        # Which a model compiled under mixed_float16 has as its optimizer.
+        scaler.flush, scaler.reset = self.flush, self.reset
         if isinstance(self.inner_optimizer, keras.optimizers.LossScaleOptimizer):
             # Keras puts one around under the policy mixed_float16. One is enough.
             scaler.scale_loss = self.scale_loss
@@ -358,10 +368,7 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
 
     def load_own_variables(self, store):
         super().load_own_variables(store)
-        if self._accumulators:
-            # What is not saved: any variable may have had a gradient, and a weight.
-            self._connected = set(range(len(self._accumulators)))
-            self._weighed = True
+        self._loaded()
 
 
 def _optimizer(identifier: Any) -> keras.optimizers.Optimizer:

@@ -15,6 +15,7 @@ from keras.src import backend
 from keras.src.losses import loss as losses
 from keras.src.models.functional import Functional as Functional
 from keras.src.trainers.trainer import Trainer
+from keras.src.utils.python_utils import default as default
 
 A_MODEL = "a Keras 3 model, a `keras.Model`"
 
@@ -90,14 +91,22 @@ def copy_adapted(original: Any, layer: Any) -> None:
             layer.load_assets(folder)
 
 
-def same_inputs(model: keras.Model) -> Any:
-    """New inputs for a functional model, with the names of its own."""
+def same_inputs(model: keras.Model, made: dict[int, Any]) -> Any:
+    """Inputs for a copy of a functional model, with the names of its own.
+
+    Args:
+        model: The functional model.
+        made: Input layers of copies by the `id` of their originals; new ones are added.
+    """
 
     def same(tensor):
         layer = tensor._keras_history.operation
-        return keras.Input(
-            batch_shape=tensor.shape, dtype=tensor.dtype, name=layer.name
-        )
+        if id(layer) not in made:
+            new = keras.Input(
+                batch_shape=tensor.shape, dtype=tensor.dtype, name=layer.name
+            )
+            made[id(layer)] = new._keras_history.operation
+        return made[id(layer)].output
 
     return keras.tree.map_structure(same, model.input)
 
@@ -135,6 +144,19 @@ def value(variable: keras.Variable) -> Any:
 def native(variable: keras.Variable) -> Any:
     """The backend's own variable."""
     return variable.value
+
+
+def moved_by_pieces(model: keras.Model) -> list:
+    """What forward passes move: seeds, statistics and the like.
+
+    Not what a frozen layer created as trainable, which may be most of a model.
+    """
+    frozen = {id(v) for layer in layers_of(model) for v in layer._trainable_variables}
+    return [v for v in model.non_trainable_variables if id(v) not in frozen]
+
+
+def metrics_variables(model: keras.Model) -> list:
+    return model.metrics_variables
 
 
 def path(variable: Any) -> str:

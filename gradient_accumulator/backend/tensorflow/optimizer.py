@@ -17,39 +17,58 @@ from gradient_accumulator.backend.tensorflow.replicas import finite_together
 from gradient_accumulator.backend.tensorflow.replicas import total as total_of
 
 
-def _of_each_replica(next_creator, **kwargs):
-    kwargs["synchronization"] = tf.VariableSynchronization.ON_READ
-    kwargs["aggregation"] = tf.VariableAggregation.SUM
-    return next_creator(**kwargs)
+def _of_each_replica(aggregation: tf.VariableAggregation) -> AbstractContextManager:
+    """Where variables are made that each replica has its own value of.
+
+    It is their sum or mean that is saved, and from which as many replicas as there are
+    then take what gives it again.
+    """
+
+    def create(next_creator, **kwargs):
+        kwargs["synchronization"] = tf.VariableSynchronization.ON_READ
+        kwargs["aggregation"] = aggregation
+        return next_creator(**kwargs)
+
+    return tf.variable_creator_scope(create)
 
 
 def accumulator(optimizer: Any, variable: keras.Variable, dtype: str):
     """A variable that sums one variable's gradients, on each replica its own.
 
-    Replicas are summed when it is saved, and by the wrapped optimizer, once an update.
+    The wrapped optimizer sums over replicas, once an update.
     """
-    with tf.variable_creator_scope(_of_each_replica):
+    with _of_each_replica(tf.VariableAggregation.SUM):
         return new_accumulator(optimizer, variable, dtype)
 
 
 def add_local_variable(optimizer: Any, shape: tuple, **kwargs) -> keras.Variable:
-    """A variable of an optimizer that each replica has its own value of."""
-    with tf.variable_creator_scope(_of_each_replica):
+    """A variable of an optimizer that each replica has its own value of.
+
+    It is what gradients weigh, of losses divided by the number of replicas: the mean.
+    """
+    with _of_each_replica(tf.VariableAggregation.MEAN):
         return trainer.add_variable(optimizer, shape, **kwargs)
 
 
 def add(pairs: list, factor: Any) -> None:
-    """Add gradients, times `factor`, to their accumulators."""
+    """Add gradients, times `factor`, to their accumulators.
+
+    A factor that was given, no `float`, may be 0, and nothing is then added: a mean
+    over nothing is not a number, nor is 0 times it.
+    """
     for held, gradient in pairs:
         value = trainer.native(held)
         alpha = tf.cast(factor, value.dtype)
         if not isinstance(gradient, tf.IndexedSlices):
+            delta = tf.cast(gradient, value.dtype)
+            if not isinstance(factor, float):
+                delta = tf.where(alpha == 0, tf.zeros_like(delta), delta)
             # One operation for the product and the sum.
             tf.raw_ops.ResourceApplyGradientDescent(
-                var=value.handle, alpha=-alpha, delta=tf.cast(gradient, value.dtype)
+                var=value.handle, alpha=-alpha, delta=delta
             )
             continue
-        parts = tf.cast(gradient.values, value.dtype) * alpha
+        parts = tf.math.multiply_no_nan(tf.cast(gradient.values, value.dtype), alpha)
         if tf.distribute.get_strategy().num_replicas_in_sync == 1:
             value.scatter_add(tf.IndexedSlices(parts, gradient.indices))
         else:
@@ -57,12 +76,10 @@ def add(pairs: list, factor: Any) -> None:
             value.assign_add(rows)
 
 
-def add_and_update(
-    pairs: list, factor: Any, predicate: Callable, update: Callable, changing: Callable
-) -> None:
-    """Add a piece, and call `update`, which assigns `changing()`, if it is the last."""
+def add_and_update(pairs: list, factor: Any, update: Callable) -> None:
+    """Add a piece, and call `update`, which updates if it is the last."""
     with added(add, pairs, factor, tf.executing_eagerly()):
-        when(predicate, update, changing)
+        update()
 
 
 @contextmanager
@@ -150,22 +167,35 @@ def _branch(predicate, function):
 
 def flush(predicate: Callable, function: Callable, variables: Callable) -> None:
     """As `when`, from where a callback is called."""
-    value = trainer.native(variables()[0])
-    strategy = getattr(value, "distribute_strategy", None)
-    if strategy is None or strategy.num_replicas_in_sync == 1:
+    variable = variables()[0]
+    if _is_single(variable):
         _branch(predicate, function)
-    elif tf.distribute.in_cross_replica_context() or not tf.distribute.has_strategy():
-        with strategy.scope():
-            strategy.run(tf.function(lambda: when(predicate, function, variables)))
     else:
-        when(predicate, function, variables)
+        everywhere(lambda: when(predicate, function, variables), variable)
 
 
-def read(variable: keras.Variable) -> int | None:
+def everywhere(function: Callable, variable: keras.Variable) -> None:
+    """Call a function on each replica that has the variable, from a callback."""
+    outside = (
+        tf.distribute.in_cross_replica_context() or not tf.distribute.has_strategy()
+    )
+    if _is_single(variable) or not outside:
+        function()
+        return
+    strategy = trainer.native(variable).distribute_strategy
+    with strategy.scope():
+        strategy.run(tf.function(function))
+
+
+def _is_single(variable: keras.Variable) -> bool:
+    strategy = getattr(trainer.native(variable), "distribute_strategy", None)
+    return strategy is None or strategy.num_replicas_in_sync == 1
+
+
+def read(variable: keras.Variable) -> np.ndarray:
     """A counter's value."""
     with tf.init_scope():
-        # As a NumPy number: of a tensor, autograph's `int` is a tensor.
-        return int(tf.convert_to_tensor(trainer.native(variable)).numpy())
+        return np.asarray(tf.convert_to_tensor(trainer.native(variable)).numpy())
 
 
 def is_traced(variable: keras.Variable) -> bool:

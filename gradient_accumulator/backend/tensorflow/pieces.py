@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -13,7 +14,7 @@ import tensorflow as tf
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras
-from gradient_accumulator.pieces import first_input, leaves, map_leaves
+from gradient_accumulator.pieces import check_shapes, first_input, leaves, map_leaves
 
 
 @dataclass
@@ -32,6 +33,49 @@ class Pieces:
     count: int | None = None  # how many there are, if the graph is for so many
     state: Any = ()
     following: Callable[[tf.Tensor, Any], Any] = lambda k, state: state  # for piece k
+    # What the optimizer waits for, after so many pieces:
+    complete: Callable[[tf.Tensor], Any] = lambda count: tf.no_op()
+
+
+class Checks:
+    """Checks that are made while a graph runs, and whose errors the host raises."""
+
+    def __init__(self):
+        self.error: ValueError | None = None
+
+    def that(self, holds: tf.Tensor, otherwise: Callable, *values: tf.Tensor) -> Any:
+        """What is to be waited for: nothing, or a call of a function that may raise.
+
+        Args:
+            holds: If so, it is not called.
+            otherwise: Function of the values, as arrays.
+            *values: Tensors.
+        """
+
+        def call(*values):
+            try:
+                otherwise(*(value.numpy() for value in values))
+            except ValueError as error:
+                self.error = error
+                raise
+            return True
+
+        return tf.cond(
+            holds,
+            lambda: tf.constant(True),
+            lambda: tf.py_function(call, values, tf.bool),
+        )
+
+    @contextmanager
+    def raised(self) -> Iterator[None]:
+        """Around a run of the graph."""
+        try:
+            yield
+        except tf.errors.OpError:
+            error, self.error = self.error, None
+            if error is None:
+                raise
+            raise error from None
 
 
 def _known(
@@ -98,14 +142,40 @@ def hold(pieces: tuple, count: tf.Tensor | int, skip_empty: bool) -> Pieces:
 
 
 def stream(
-    first: tf.experimental.Optional, iterator: tf.data.Iterator, count: tf.Tensor
+    checks: Checks,
+    ended_early: Callable,
+    first: tf.experimental.Optional,
+    iterator: tf.data.Iterator,
+    count: tf.Tensor,
 ) -> Pieces:
-    """At most `count` pieces, each drawn while the one before is trained on."""
+    """At most `count` pieces, each drawn while the one before is trained on.
+
+    Args:
+        checks: What raises on the host.
+        ended_early: What does, if it must, of the number of pieces if it is less.
+        first: The first piece.
+        iterator: What the others are drawn from.
+        count: A number.
+    """
     element = iterator.element_spec
     spec = keras.tree.map_structure(without_optional, element)
+    inner_shapes = [leaf.shape[1:] for leaf in leaves(spec)]
+    known = {leaf.shape[0] for leaf in leaves(spec)}
+
+    def piece(optional):
+        return keras.tree.map_structure(without_optional, optional.get_value())
+
+    def check(sizes):
+        check_shapes([(int(n), *shape) for n, shape in zip(sizes, inner_shapes)])
 
     def read(k, optional):
-        return keras.tree.map_structure(without_optional, optional.get_value())
+        data = piece(optional)
+        if None not in known or len(inner_shapes) == 1:
+            return data
+        sizes = tf.stack([tf.shape(leaf)[0] for leaf in leaves(data)])
+        alike = tf.reduce_all(sizes == sizes[0])
+        with tf.control_dependencies([checks.that(alike, check, sizes)]):
+            return map_leaves(tf.identity, data)
 
     def following(k, optional):
         return tf.cond(
@@ -114,7 +184,7 @@ def stream(
             lambda: tf.experimental.Optional.empty(element),
         )
 
-    size = size_of(read(0, first))
+    size = size_of(piece(first))
     return Pieces(
         map_leaves(symbolic, spec),
         is_even(spec),
@@ -123,6 +193,7 @@ def stream(
         read=read,
         state=first,
         following=following,
+        complete=lambda drawn: checks.that(drawn >= count, ended_early, drawn),
     )
 
 

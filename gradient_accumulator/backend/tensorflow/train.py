@@ -17,6 +17,7 @@ from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras
 from gradient_accumulator.backend.statistics import apart
 from gradient_accumulator.backend.tensorflow.pieces import (
+    Checks,
     cut,
     hold,
     is_even,
@@ -36,9 +37,12 @@ from gradient_accumulator.backend.tensorflow.update import run_update, waits
 from gradient_accumulator.pieces import (
     Accumulation,
     Epoch,
+    check_shapes,
+    checked,
     example_count,
     leaves,
     map_leaves,
+    shapes_of,
 )
 
 KERAS_DRAWS_TO_BUILD = False  # whether `fit` builds the model from a batch of its data
@@ -52,6 +56,7 @@ def make_train_function(
     steps = trainer.number_of(trainer.steps_per_execution(model))
 
     def train_function(iterator):
+        epoch.check_begun()
         logs = None
         for _ in range(steps):
             check_in_step(updates.strategy, epoch.number, epoch.updates, False)
@@ -62,13 +67,15 @@ def make_train_function(
                 if logs is None:
                     raise
                 break
-            state = model.non_trainable_variables
+            state = trainer.moved_by_pieces(model)
+            if updates.replicas == 1:  # several would have to sum theirs, to read them
+                state += trainer.metrics_variables(model)
             before = [trainer.native(variable).read_value() for variable in state]
             try:
                 with answering():
                     logs = update()
             except BaseException:
-                # The pieces before the failing one moved seeds and statistics.
+                # The pieces before the failing one moved it.
                 for variable, value in zip(state, before):
                     variable.assign(value)
                 raise
@@ -104,6 +111,7 @@ class _Updates:
         self.key = ""  # of the graphs for such batches
         self.streams = False  # whether a graph draws its pieces, one by one
         self.unrolled = waits(model)
+        self.checks = Checks()
 
     def draw(self, iterator: Iterator) -> Callable[[], dict]:
         """What makes the next update.
@@ -129,12 +137,7 @@ class _Updates:
             if all(leaf.shape.rank is not None for leaf in leaves(spec)):
                 self.spec = spec
         self.key = str(self.spec)
-        self.streams = (
-            self.spec is not None
-            and not self.model.run_eagerly
-            # If the data ends before, an update that lacks pieces is not applied.
-            and self.epoch.steps is None
-        )
+        self.streams = self.spec is not None and not self.model.run_eagerly
 
     def _of_batch(self, batch, microbatch_size):
         batch = _tensors(batch)
@@ -154,6 +157,9 @@ class _Updates:
 
     def _of_pieces(self, pieces):
         pieces = [_tensors(piece) for piece in pieces]
+        for piece in pieces:
+            for local in self._locals(piece):
+                checked(local)
         self._build(pieces[0])
         if self.unrolled:
             for piece in pieces:
@@ -170,6 +176,7 @@ class _Updates:
         return lambda: self._run(hold_all, signature, tuple(pieces), count)[0]
 
     def _of_iterator(self, iterator):
+        check_shapes(shapes_of(self.spec))
         pieces = self.epoch.draw(_optionals(iterator), self.accum_steps)
         first = next(pieces.iterator)
         if not self.built:
@@ -187,12 +194,20 @@ class _Updates:
         )
         count = tf.constant(pieces.count)
 
+        def streamed(*data):
+            return stream(self.checks, self._ended_early, *data)
+
         def update():
-            logs, drawn = self._run(stream, signature, first, iterator, count)
+            with self.checks.raised():
+                logs, drawn = self._run(streamed, signature, first, iterator, count)
             self.epoch.seen += int(drawn) - 1  # the first is counted
             return logs
 
         return update
+
+    def _ended_early(self, drawn):
+        if self.epoch.steps is not None:
+            self.epoch.raise_ended_early(self.epoch.seen + int(drawn) - 1)
 
     def _locals(self, data):
         """What each replica gets of distributed data."""

@@ -70,7 +70,11 @@ def run_update(model, accumulation, pieces, losses):
             ),
         )
     # Nothing of the optimizer runs before all pieces are done: one may yet fail.
-    done = tf.group(*dense, *(held.flow for pair in slices for held in pair))
+    done = tf.group(
+        *dense,
+        *(held.flow for pair in slices for held in pair),
+        pieces.complete(count),
+    )
     with tf.name_scope("apply_gradients"), tf.control_dependencies([done]):
         correction = None
         if pieces.sizes is None:

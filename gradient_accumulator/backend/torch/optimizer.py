@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import keras
+import numpy as np
 import torch
 
 from gradient_accumulator.backend.common import added, new_accumulator
@@ -21,7 +22,11 @@ def add_local_variable(optimizer: Any, shape: tuple, **kwargs) -> keras.Variable
 
 @torch.no_grad()
 def add(pairs: list, factor: Any) -> None:
-    """Add gradients, times `factor`, to their accumulators."""
+    """Add gradients, times `factor`, to their accumulators.
+
+    A factor that was given, no `float`, may be 0, and nothing is then added: a mean
+    over nothing is not a number, nor is 0 times it.
+    """
     together: dict[tuple, tuple[list, list]] = {}
     for held, gradient in pairs:
         value = held.value
@@ -33,19 +38,19 @@ def add(pairs: list, factor: Any) -> None:
         added.append(gradient)
     for sums, added in together.values():
         if isinstance(factor, torch.Tensor):
-            torch._foreach_add_(
-                sums, torch._foreach_mul(added, factor.to(sums[0].dtype))
-            )
+            factor_of = factor.to(sums[0])
+            products = torch._foreach_mul(added, factor_of)
+            for product in products:
+                product.masked_fill_(factor_of == 0, 0)
+            torch._foreach_add_(sums, products)
         else:
             torch._foreach_add_(sums, added, alpha=factor)
 
 
-def add_and_update(
-    pairs: list, factor: Any, predicate: Callable, update: Callable, changing: Callable
-) -> None:
-    """Add a piece, and call `update`, which assigns `changing()`, if it is the last."""
+def add_and_update(pairs: list, factor: Any, update: Callable) -> None:
+    """Add a piece, and call `update`, which updates if it is the last."""
     with added(add, pairs, factor, not torch.compiler.is_compiling()):
-        when(predicate, update, changing)
+        update()
 
 
 @contextmanager
@@ -115,9 +120,14 @@ def when(predicate: Callable, function: Callable, variables: Callable) -> None:
 flush = when
 
 
-def read(variable: keras.Variable) -> int:
+def everywhere(function: Callable, variable: keras.Variable) -> None:
+    """Call a function on each replica that has the variable, from a callback."""
+    function()
+
+
+def read(variable: keras.Variable) -> np.ndarray:
     """A counter's value."""
-    return int(variable.value)
+    return variable.value.numpy(force=True)
 
 
 def is_traced(variable: keras.Variable) -> bool:

@@ -15,7 +15,7 @@ from gradient_accumulator import normalizers
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.torch import replicas
 from gradient_accumulator.backend.torch.update import clear_gradients, make_update
-from gradient_accumulator.pieces import Accumulation, Epoch, Pieces, cut
+from gradient_accumulator.pieces import Accumulation, Epoch, Pieces, checked, cut
 
 KERAS_DRAWS_TO_BUILD = True  # whether `fit` builds the model from a batch of its data
 
@@ -35,6 +35,7 @@ def make_train_function(
 
     def train_function(data):
         nonlocal update, processes, alike
+        epoch.check_begun()
         if processes != replicas.count():
             update = make_update(model, accumulation)
             processes, alike = replicas.count(), False
@@ -50,13 +51,13 @@ def make_train_function(
         else:
             later = others[0]
             pieces = Pieces(itertools.chain([first], later.iterator), later.count)
-        state = model.non_trainable_variables
+        state = trainer.moved_by_pieces(model) + trainer.metrics_variables(model)
         before = [variable.value.detach().clone() for variable in state]
         try:
             with replicas.together(False):
                 return update(pieces)
         except BaseException:
-            # The pieces before the failing one moved seeds and statistics.
+            # The pieces before the failing one moved it.
             with torch.no_grad():
                 for variable, value in zip(state, before):
                     variable.assign(value)
@@ -147,7 +148,7 @@ def _drawing(epoch: Epoch, group: int) -> Iterator[None]:
 
 
 def _groups(batches: Iterable, epoch: Epoch, group: int) -> Iterator:
-    batches = iter(batches)
+    batches = map(checked, batches)
     while True:
         try:
             pieces = epoch.draw(batches, group)

@@ -1,0 +1,88 @@
+"""Regularizers, and losses that layers and models add."""
+
+from api import keras, layers, ops
+
+from .data import CLASSES, FEATURES, token_sequences, vectors, weighted
+from .losses import slow, squared
+from .models import Written, dense_steps, mlp, of_tokens, seeded, written
+from .problem import add
+
+add("regularizer_of_weights", mlp(kernel_regularizer=keras.regularizers.L2(0.05)),
+    lambda: weighted(vectors()))  # fmt: skip
+add(
+    "regularizer_of_weights_loss_sum",
+    mlp(kernel_regularizer=keras.regularizers.L1L2(0.05, 0.05)),
+    vectors,
+    arguments=squared("sum"),
+    optimizer=slow,
+)
+add("regularizer_of_activity", mlp(activity_regularizer=keras.regularizers.L2(0.1)),
+    lambda: weighted(vectors()))  # fmt: skip
+add(
+    "regularizer_of_activity_masked",
+    of_tokens(
+        lambda: layers.Dense(
+            6, activation="tanh", activity_regularizer=keras.regularizers.L1(0.1)
+        ),
+        dense_steps(),
+    ),
+    token_sequences,
+)
+add(
+    "regularizers_of_both",
+    mlp(
+        kernel_regularizer=keras.regularizers.L2(0.05),
+        activity_regularizer=keras.regularizers.L1(0.1),
+    ),
+    vectors,
+    arguments=squared("mean_with_sample_weight"),
+)
+add(
+    "regularizer_orthogonal",
+    mlp(kernel_regularizer=keras.regularizers.OrthogonalRegularizer(0.05)),
+    vectors,
+)
+
+
+class MeanOverExamples(Written):
+    """Adds a scalar loss, a mean over the examples."""
+
+    def call(self, x):
+        y = super().call(x)
+        self.add_loss(0.5 * ops.mean(ops.square(y - x[:, :CLASSES])))
+        return y
+
+
+class LossOfEachExample(Written):
+    """Adds one loss an example, which Keras sums."""
+
+    def call(self, x):
+        y = super().call(x)
+        self.add_loss(0.1 * ops.mean(ops.square(y - x[:, :CLASSES]), axis=-1))
+        return y
+
+
+class AddsLoss(layers.Layer):
+    def call(self, x):
+        self.add_loss(0.3 * ops.mean(ops.square(x)))
+        return x
+
+
+@seeded
+def layer_adds_loss():
+    x = layers.Input((FEATURES,))
+    h = AddsLoss()(layers.Dense(8, activation="tanh")(x))
+    return keras.Model(x, layers.Dense(CLASSES)(h))
+
+
+def without_targets():
+    return [(x,) for x, _ in vectors()]
+
+
+add("add_loss_mean", written(MeanOverExamples), lambda: weighted(vectors()))
+add("add_loss_of_each_example", written(LossOfEachExample), vectors)
+add("add_loss_in_a_layer", layer_adds_loss, vectors)
+add("add_loss_only_mean", written(MeanOverExamples), without_targets,
+    arguments=dict)  # fmt: skip
+add("add_loss_only_of_each_example", written(LossOfEachExample), without_targets,
+    arguments=dict)  # fmt: skip

@@ -1,0 +1,108 @@
+"""Full batches: vectors, tokens, images, weights."""
+
+import numpy as np
+
+SIZES = (12, 7)  # examples of the full batches of one epoch
+FEATURES, CLASSES, STEPS, TOKENS = 6, 3, 6, 20
+
+
+def random(seed=0):
+    return np.random.default_rng(seed)
+
+
+def normal(r, *shape):
+    return r.normal(size=shape).astype("float32")
+
+
+def each_size(make, sizes=SIZES, seed=0):
+    """`make(generator, examples)` for each full batch."""
+    r = random(seed)
+    return [make(r, count) for count in sizes]
+
+
+def vectors(outputs=CLASSES):
+    return each_size(lambda r, n: (normal(r, n, FEATURES), normal(r, n, outputs)))
+
+
+def labelled(classes=CLASSES):
+    return each_size(
+        lambda r, n: (normal(r, n, FEATURES), r.integers(0, classes, n).astype("int32"))
+    )
+
+
+def one_hot():
+    return [(x, np.eye(CLASSES, dtype="float32")[y]) for x, y in labelled()]
+
+
+def uneven(r, *shape):
+    """Sample weights between 0.1 and 5, a third of them zero."""
+    weights = r.uniform(0.1, 5.0, shape) * (r.uniform(size=shape) > 0.33)
+    return weights.astype("float32")
+
+
+def weighted(batches, weights=lambda r, x, y: uneven(r, len(y))):
+    r = random(1)
+    return [(x, y, weights(r, x, y)) for x, y in batches]
+
+
+def zero_from(start, stop, batches=None):
+    """Weights that are zero from example `start` to `stop` of every full batch."""
+    batches = weighted(vectors(), lambda r, x, y: r.uniform(0.5, 2, len(y)))
+    for _, _, weights in batches:
+        weights[start:stop] = 0
+    return [(x, y, w.astype("float32")) for x, y, w in batches]
+
+
+def tokens(r, count, shortest=1):
+    """Token numbers from 1; each row ends in zeros, which `mask_zero` masks."""
+    x = r.integers(1, TOKENS, (count, STEPS))
+    lengths = r.integers(shortest, STEPS + 1, count)
+    lengths[0] = STEPS
+    return (x * (np.arange(STEPS) < lengths[:, None])).astype("int32")
+
+
+def token_sequences(outputs=2):
+    return each_size(lambda r, n: (tokens(r, n), normal(r, n, STEPS, outputs)))
+
+
+def uneven_rows(r, count):
+    """Weights of examples, for every step of theirs: beside a mask Keras wants both.
+
+    In float64, which Keras copies: weights in float32 are multiplied by the mask in
+    place on PyTorch, in plain Keras too, before the metrics see them.
+    """
+    return np.repeat(uneven(r, count, 1), STEPS, axis=1).astype("float64")
+
+
+def weighted_rows(batches):
+    return weighted(batches, lambda r, x, y: uneven_rows(r, len(x)))
+
+
+def empty_rows(batches, start, stop):
+    """Makes the rows `start` to `stop` of every batch fully masked."""
+    for x, *_ in batches:
+        x[start:stop] = 0
+    return batches
+
+
+def float_sequences(outputs=2):
+    def make(r, n):
+        x = normal(r, n, STEPS, 4) * (tokens(r, n) > 0)[..., None]
+        return x, normal(r, n, STEPS, outputs)
+
+    return each_size(make)
+
+
+def images():
+    return each_size(
+        lambda r, n: (
+            normal(r, n, 8, 8, 2),
+            r.integers(0, CLASSES, n).astype("int32"),
+        )
+    )
+
+
+def classified_tokens():
+    return each_size(
+        lambda r, n: (tokens(r, n), r.integers(0, CLASSES, n).astype("int32"))
+    )

@@ -1,0 +1,151 @@
+"""Subclassed models and metrics."""
+
+from api import KERAS_2, keras, ops
+
+from .data import (
+    CLASSES,
+    FEATURES,
+    STEPS,
+    each_size,
+    normal,
+    one_hot,
+    tokens,
+    vectors,
+    weighted,
+    weighted_rows,
+)
+from .models import Written, classifier, dense_steps, mlp, of_tokens, seeded, written
+from .optimizers import OPTIMIZERS
+from .problem import add
+
+
+class OwnComputeLoss(Written):
+    """A loss of its own, a mean over the examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden.kernel_regularizer = keras.regularizers.L2(0.05)
+
+    def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
+        return ops.mean(ops.square(y - y_pred)) + sum(self.losses)
+
+
+class MoreComputeLoss(Written):
+    """The compiled loss and another one."""
+
+    def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
+        training = {} if KERAS_2 else {"training": training}
+        loss = super().compute_loss(x, y, y_pred, sample_weight, **training)
+        return loss + 0.2 * ops.mean(ops.abs(y_pred))
+
+
+class OwnComputeMetrics(Written):
+    """A metric that `compile` knows nothing about."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = keras.metrics.Mean(name="size")
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        logs = super().compute_metrics(x, y, y_pred, sample_weight)
+        self.size.update_state(ops.mean(ops.abs(y_pred), axis=-1))
+        return {**logs, "size": self.size.result()}
+
+
+class OfNamedInputs(Written):
+    """Its `call` takes a nested structure and `training`."""
+
+    def call(self, inputs, training=False):
+        a, (b, c) = inputs["a"], inputs["rest"]
+        y = super().call(a + b * c)
+        return {"y": y, "double": 2.0 * y}
+
+
+def nested_batches():
+    def make(r, n):
+        x = {
+            "a": normal(r, n, FEATURES),
+            "rest": (normal(r, n, FEATURES), normal(r, n, 1)),
+        }
+        return x, {"y": normal(r, n, CLASSES), "double": normal(r, n, CLASSES)}
+
+    return each_size(make)
+
+
+@seeded
+def of_named_inputs():
+    model = OfNamedInputs()
+    model(nested_batches()[0][0])
+    return model
+
+
+add("subclass", written(Written), lambda: weighted(vectors()),
+    optimizer=OPTIMIZERS["adam"])  # fmt: skip
+add("subclass_compute_loss", written(OwnComputeLoss), vectors, arguments=dict)
+add("subclass_compute_loss_calls_super", written(MoreComputeLoss), vectors)
+add(
+    "subclass_compute_metrics",
+    written(OwnComputeMetrics),
+    vectors,
+    arguments=lambda: {"loss": "mse", "metrics": ["mae"]},
+)
+add(
+    "subclass_nested_inputs",
+    of_named_inputs,
+    nested_batches,
+    arguments=lambda: {"loss": {"y": "mse", "double": "mae"}},
+)
+
+
+def mean_absolute(y, y_pred):
+    return ops.mean(ops.abs(y - y_pred), axis=-1)
+
+
+add(
+    "metrics",
+    classifier,
+    lambda: weighted(one_hot()),
+    arguments=lambda: {
+        "loss": "categorical_crossentropy",
+        "metrics": [
+            "accuracy",
+            mean_absolute,
+            keras.metrics.AUC(num_thresholds=20, name="auc"),
+            # Keras 2's needs to know the shape of the targets.
+            *([] if KERAS_2 else [keras.metrics.F1Score(name="f1")]),
+            keras.metrics.TopKCategoricalAccuracy(2, name="top"),
+        ],
+        "weighted_metrics": [
+            "accuracy",
+            keras.metrics.AUC(num_thresholds=20, name="auc_weighted"),
+            keras.metrics.CategoricalCrossentropy(name="cce_weighted"),
+        ],
+    },
+)
+add(
+    "metrics_masked",
+    of_tokens(dense_steps(CLASSES, "softmax")),
+    lambda: weighted_rows(
+        each_size(
+            lambda r, n: (
+                tokens(r, n),
+                r.integers(0, CLASSES, (n, STEPS)).astype("int32"),
+            )
+        )
+    ),
+    arguments=lambda: {
+        "loss": "sparse_categorical_crossentropy",
+        "metrics": ["accuracy"],
+        "weighted_metrics": ["accuracy"],
+    },
+)
+add(
+    "metrics_of_mean_with_sample_weight",
+    mlp(),
+    lambda: weighted(vectors()),
+    arguments=lambda: {
+        "loss": keras.losses.MeanSquaredError(reduction="mean_with_sample_weight"),
+        "metrics": ["mae"],
+        "weighted_metrics": ["mae"],
+    },
+)

@@ -1,0 +1,276 @@
+"""Variables: frozen, shared, sparse, without a gradient, of half precision."""
+
+import numpy as np
+from api import keras, layers, ops
+
+from .data import (
+    CLASSES,
+    FEATURES,
+    STEPS,
+    TOKENS,
+    classified_tokens,
+    each_size,
+    normal,
+    tokens,
+    vectors,
+    weighted,
+)
+from .losses import logits, squared
+from .models import Written, dense_steps, mlp, of_tokens, seeded, written
+from .optimizers import FEATURES_OF_OPTIMIZERS, OPTIMIZERS, loss_scaled, of_class
+from .problem import PIECE, add, sgd
+
+
+def frozen(name):
+    @seeded
+    def build():
+        model = mlp()()
+        model.get_layer(name).trainable = False
+        return model
+
+    return build
+
+
+def set_trainable(name, value):
+    def stage(model):
+        model.get_layer(name).trainable = value
+
+    return stage
+
+
+add("frozen_layer", frozen("hidden"), vectors)
+add(
+    "unfrozen_between_two_fits",
+    frozen("hidden"),
+    vectors,
+    stages=(None, set_trainable("hidden", True)),
+)
+add(
+    "frozen_between_two_fits",
+    mlp(),
+    vectors,
+    stages=(None, set_trainable("head", False)),
+)
+
+
+@seeded
+def shared_layer():
+    a, b = layers.Input((FEATURES,)), layers.Input((FEATURES,))
+    encode = layers.Dense(5, activation="tanh")
+    h = layers.Concatenate()([encode(a), encode(b)])
+    return keras.Model([a, b], layers.Dense(1)(h))
+
+
+add(
+    "shared_layer",
+    shared_layer,
+    lambda: each_size(
+        lambda r, n: (
+            (normal(r, n, FEATURES), normal(r, n, FEATURES)),
+            normal(r, n, 1),
+        )
+    ),
+)
+
+flat_tokens = of_tokens(
+    lambda: layers.GlobalAveragePooling1D(), dense_steps(CLASSES), mask_zero=False
+)
+for _name in ("sgd_momentum", "adam", "adagrad", "rmsprop"):
+    add(
+        f"embedding_{_name}",
+        flat_tokens,
+        classified_tokens,
+        arguments=logits(),
+        optimizer=OPTIMIZERS[_name],
+    )
+for _name in ("clipnorm", "global_clipnorm", "clipvalue"):
+    add(
+        f"embedding_{_name}",
+        flat_tokens,
+        classified_tokens,
+        arguments=logits(),
+        optimizer=lambda _name=_name, **overrides: sgd(
+            **FEATURES_OF_OPTIMIZERS[_name], **overrides
+        ),
+    )
+
+
+class TiedEmbedding(keras.Model):
+    """The embedding's table is also the last layer's kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = layers.Embedding(
+            TOKENS, 5, embeddings_initializer="glorot_uniform"
+        )
+
+    def call(self, x):
+        return ops.matmul(self.table(x), ops.transpose(self.table.embeddings))
+
+
+add(
+    "embedding_tied_to_the_head",
+    written(TiedEmbedding, (1, STEPS)),
+    lambda: each_size(lambda r, n: (tokens(r, n), tokens(r, n))),
+    arguments=lambda: {
+        "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    },
+)
+
+
+class UnusedWeight(Written):
+    """Has a variable that no loss depends on."""
+
+    def build(self, shape):
+        self.build_layers(shape)
+        self.unused = self.add_weight(shape=(3,), initializer="ones", name="unused")
+
+
+add(
+    "gradient_none_on_all_pieces",
+    written(UnusedWeight),
+    vectors,
+    optimizer=lambda **overrides: sgd(weight_decay=0.1, **overrides),
+)
+
+
+class Gated(Written):
+    """A branch that runs only if an example of the batch needs it."""
+
+    def build(self, shape):
+        self.build_layers(shape)
+        self.branch = layers.Dense(CLASSES)
+        self.branch.build(shape)
+
+    def call(self, x):
+        y = super().call(x)
+        needed = x[:, :1] > 0
+        if bool(ops.any(needed)):
+            y = y + self.branch(x) * ops.cast(needed, "float32")
+        return y
+
+
+def gated_batches(none_needed=False):
+    """Only examples of the second piece need the branch."""
+    batches = vectors()
+    for x, _ in batches:
+        x[:, 0] = -np.abs(x[:, 0])
+        x[PIECE : PIECE + 2, 0] *= -1
+    if none_needed:
+        batches[1][0][:, 0] = -np.abs(batches[1][0][:, 0])
+    return batches
+
+
+EAGER = {
+    "arguments": lambda: {"loss": "mse", "run_eagerly": True},
+    "backends": ("tensorflow", "torch"),
+    "because": "JAX traces: a branch cannot depend on the data there",
+}
+add("gradient_none_on_some_pieces", written(Gated), gated_batches, **EAGER)
+add(
+    "gradient_none_on_all_pieces_of_one_update",
+    written(Gated),
+    lambda: gated_batches(none_needed=True),
+    **EAGER,
+)
+
+
+class CountsExamples(layers.Layer):
+    """Keeps a sum over all the examples that it has seen, and uses it."""
+
+    def build(self, shape):
+        self.seen = self.add_weight(
+            shape=(), initializer="zeros", trainable=False, name="seen"
+        )
+
+    def call(self, x, training=False):
+        if training:
+            self.seen.assign_add(ops.sum(ops.ones_like(x[:, 0])))
+        return x
+
+
+@seeded
+def counting():
+    x = layers.Input((FEATURES,))
+    h = CountsExamples()(layers.Dense(8, activation="tanh")(x))
+    return keras.Model(x, layers.Dense(CLASSES)(h))
+
+
+add("state_travels_from_piece_to_piece", counting, vectors)
+
+
+@seeded
+def float8():
+    model = keras.Sequential(
+        [
+            layers.Input((16,)),
+            # A float8 layer rounds its bias, and so the bias's gradient, to bfloat16.
+            layers.Dense(16, activation="tanh", use_bias=False),
+            layers.Dense(16, use_bias=False),
+        ]
+    )
+    for layer in model.layers:
+        layer.quantize("float8")
+    return model
+
+
+add(
+    "float8_overwrite_with_gradient",
+    float8,
+    lambda: each_size(lambda r, n: (normal(r, n, 16), normal(r, n, 16))),
+)
+
+
+def of_policy(policy):
+    """Numbers that the half precisions hold exactly, so that sums are exact too."""
+
+    @seeded
+    def build():
+        layer = layers.Dense(2, use_bias=False, dtype=policy)
+        model = keras.Sequential([layers.Input((4,)), layer])
+        layer.kernel.assign([[1, -1], [0.5, 0], [0, 1], [-1, 0.5]])
+        return model
+
+    return build
+
+
+class Product(keras.losses.Loss):
+    """Linear in the prediction: its gradient is the target."""
+
+    def call(self, y_true, y_pred):
+        return ops.sum(y_true * y_pred, axis=-1)
+
+
+def small_integers():
+    def make(r, n):
+        return (
+            r.integers(-1, 2, (n, 4)).astype("float32"),
+            r.integers(-1, 2, (n, 2)).astype("float32"),
+        )
+
+    return each_size(make, sizes=(16, 8))
+
+
+POLICIES = {
+    "bfloat16": of_class("SGD", learning_rate=0.5),
+    "mixed_bfloat16": of_class("SGD", learning_rate=0.5),
+    "mixed_float16": loss_scaled(initial_scale=4.0),
+}
+for _policy, _optimizer in POLICIES.items():
+    add(
+        f"policy_{_policy}",
+        of_policy(_policy),
+        small_integers,
+        arguments=lambda: {"loss": Product()},
+        optimizer=_optimizer,
+    )
+add(
+    "float64",
+    mlp(),
+    lambda: weighted(vectors()),
+    arguments=squared("sum"),
+    optimizer=of_class("Adam", learning_rate=0.1),
+    floatx="float64",
+    backends=("tensorflow",),
+    because="JAX needs a flag of the process; Keras on PyTorch computes in float32",
+)

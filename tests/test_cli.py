@@ -1,0 +1,157 @@
+"""The command line: what it refuses, what it advises, and how Ctrl-C ends it.
+
+Each test starts the command in a process of its own, so one backend is enough.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import pytest
+
+import gradient_accumulator
+from gradient_accumulator import cli
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="the same on every backend"
+)
+SECONDS = 120  # that a process may take
+# As the installed script does it. The command tells by its name that it may not import
+# Keras. Pretended are packages that are there and that are not.
+COMMAND = """
+import signal, sys, types
+sys.argv[0] = "gradient-accumulator"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
+sys.modules.update({name: types.SimpleNamespace(__spec__=name) for name in %r})
+sys.modules.update(dict.fromkeys(%r))
+from gradient_accumulator.cli import main
+sys.exit(main())
+"""
+
+
+def start(arguments, folder, present=(), absent=(), **environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND % (present, absent), *arguments],
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(gradient_accumulator.__file__).parents[1]),
+            "COLUMNS": "200",
+            **environment,
+        },
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(arguments, folder, **settings):
+    """The exit status, and what went to stdout and to stderr."""
+    with start(arguments, folder, **settings) as process:
+        try:
+            out, err = process.communicate(timeout=SECONDS)
+        finally:
+            process.kill()
+    return process.returncode, out, err
+
+
+def test_help(tmp_path):
+    code, out, err = run(["demo", "--help"], tmp_path)
+    assert (code, err) == (0, "")
+    for option in ("--backend", "--size", "--epochs", "--output"):
+        assert option in out
+
+
+def test_help_knows_the_backend_of_the_environment(tmp_path):
+    options = cli.build_parser().parse_args(["demo"])
+    assert options.backend == "tensorflow"
+    code, _, err = run(["demo"], tmp_path, absent=("jax",), KERAS_BACKEND="jax")
+    assert code == 1
+    assert "jax" in err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "COMMAND"),
+        (["train"], "'train'"),
+        (["demo", "--backend", "numpy"], "'numpy'"),
+        (["demo", "--size", "huge"], "'huge'"),
+        (["demo", "--epochs", "0"], "Expected a positive int. Received: '0'"),
+        (["demo", "--output", "a.txt"], "ends in .png, .pdf, .svg. Received: 'a.txt'"),
+        (
+            ["demo", "--output", "missing/a.png"],
+            "Expected a file in a folder that exists. Received: 'missing/a.png'",
+        ),
+        (
+            ["demo", "--output", "folder.png"],
+            "Expected a file, not a folder. Received: 'folder.png'",
+        ),
+    ],
+)
+def test_bad_arguments(arguments, message, tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    code, out, err = run(arguments, tmp_path)
+    assert (code, out) == (2, "")
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "absent, extras",
+    [
+        (("jax",), "jax"),
+        (("nilearn", "matplotlib", "rich"), "demo"),
+        (("rich",), "demo"),
+        (("matplotlib", "jax"), "demo,jax"),
+    ],
+)
+def test_what_is_not_installed_is_advised(absent, extras, tmp_path):
+    present = {*cli.DEMO_PACKAGES, "jax"} - {*absent}
+    code, out, err = run(
+        ["demo", "--backend", "jax"], tmp_path, present=(*present,), absent=absent
+    )
+    assert (code, out) == (1, "")
+    assert err == (
+        f"error: the demonstration needs {', '.join(absent)}. "
+        f"Install with: pip install 'gradient-accumulator[{extras}]'\n"
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.skipif(
+    cli.missing("tensorflow") is not None, reason=str(cli.missing("tensorflow"))
+)
+def test_ctrl_c_leaves_nothing_behind(tmp_path):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    arguments = ["demo", "--size", "small", "--backend", "tensorflow"]
+    with start(arguments, tmp_path, TMPDIR=str(temporary)) as process:
+        try:
+            training = wait_for_child(process)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=SECONDS)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert "Interrupted." in err
+    assert "Traceback" not in err
+    assert not Path(f"/proc/{training}").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]
+
+
+def wait_for_child(process):
+    """The process that trains, once it has come as far as to import Keras."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end and process.poll() is None:
+        for child in children.read_text().split():
+            if "tensorflow" in Path(f"/proc/{child}/maps").read_text():
+                return child
+        time.sleep(0.05)
+    raise AssertionError(f"nothing trains; exit status {process.poll()}")
