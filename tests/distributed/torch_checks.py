@@ -1,6 +1,8 @@
 """A process of `torchrun`: the checks that the arguments name."""
 
 import datetime
+import functools
+import itertools
 import math
 import os
 import sys
@@ -23,10 +25,28 @@ r = np.random.default_rng(0)
 X = r.normal(size=(48, 6)).astype("float32")
 Y = np.tanh(X[:, :3]).astype("float32")
 RANK, COUNT = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+TIMEOUT = datetime.timedelta(seconds=120)
+GROUPS = itertools.count()
+
+
+@functools.cache
+def store():
+    """Where processes meet: one for all checks. A store of each check's own would be
+    at the same address, and a process could meet the one that is about to end."""
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        COUNT,
+        is_master=RANK == 0,
+        timeout=TIMEOUT,
+    )
 
 
 def begin():
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
+    own = dist.PrefixStore(str(next(GROUPS)), store())
+    dist.init_process_group(
+        "gloo", store=own, rank=RANK, world_size=COUNT, timeout=TIMEOUT
+    )
 
 
 def build(normalization=None):

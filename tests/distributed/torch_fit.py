@@ -45,7 +45,7 @@ def own_data(problem, way, rank):
 def main(way, *names):
     # Before processes know of each other, plain Keras trains as in one.
     references = {name: train(named(name), named(name).batches()) for name in names}
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
     found = []
     for name, reference in references.items():
         print(name, flush=True)  # the last one, if a process hangs

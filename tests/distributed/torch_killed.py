@@ -25,7 +25,7 @@ class Remember(keras.callbacks.Callback):
 
 
 def main(folder, kill, file):
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
     keras.utils.set_random_seed(0)
     model = keras.Sequential([layers.Input((6,)), layers.Dense(8), layers.Dense(3)])
     model.compile(keras.optimizers.Adam(0.05), "mse")
