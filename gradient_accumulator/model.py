@@ -148,7 +148,12 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
         trainer.check_compiled(model)
         _reset_statistics(model)
         arguments = FitArguments(model, args, kwargs)
-        epoch.restart(arguments.get("steps_per_epoch"), fitting=True)
+        length = _known_length(arguments.get("x"))
+        epoch.restart(
+            arguments.get("steps_per_epoch"),
+            fitting=True,
+            sized=length is not None and length >= 0,
+        )
         _check_not_empty(arguments)
         if engine.KERAS_DRAWS_TO_BUILD:
             _build_from_first(model, accumulation, arguments)
@@ -163,6 +168,7 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
         try:
             with (
                 _added(callback, arguments, model),
+                trainer.counted_as_drawn(epoch),
                 engine.fitting(model, epoch, accum_steps or 1),
             ):
                 return arguments.call()

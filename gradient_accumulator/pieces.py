@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -193,11 +194,23 @@ class Epoch:
     """
 
     def __init__(self, steps: int | None = None):
+        # Called where an update takes fewer batches than asked, of how many fewer.
+        self.uncount: Callable[[int], None] = lambda batches: None
         self.restart(steps)
 
-    def restart(self, steps: int | None = None, fitting: bool = False) -> None:
-        """Begin a call of `fit`, or of `train_on_batch`."""
+    def restart(
+        self, steps: int | None = None, fitting: bool = False, sized: bool = False
+    ) -> None:
+        """Begin a call of `fit`, or of `train_on_batch`.
+
+        Args:
+            steps: `steps_per_epoch` as the user gave it to `fit`, or None.
+            fitting: Whether it is a call of `fit`.
+            sized: Whether the data tells its length: if that is too little Keras warns,
+                and trains on what there is.
+        """
         self.steps = steps
+        self.sized = sized
         self.fitting = fitting
         self.updates = 0
         self.begin()
@@ -224,10 +237,14 @@ class Epoch:
 
         Raises:
             StopIteration: If nothing is left, which ends Keras's epoch.
-            ValueError: If there never was anything; later, if the data ends in the
-                middle of an update although `steps_per_epoch` asks for more.
+            ValueError: If there never was anything; later, if data that does not tell
+                its length ends in the middle of an update although `steps_per_epoch`
+                asks for more.
         """
-        count = self.left(count)
+        left = self.left(count)
+        if left < count:
+            self.uncount(count - left)
+        count = left
         batches = itertools.islice(iterator, count)
         first = list(itertools.islice(batches, 1))
         if not first:
@@ -243,7 +260,7 @@ class Epoch:
             self.seen += 1
             yield batch
         if asked and self.steps is not None:
-            self.raise_ended_early(self.seen)
+            self.ended_early(self.seen)
 
     def check_begun(self) -> None:
         """Raise in an update of `fit` if nobody told where its epoch begins."""
@@ -263,9 +280,18 @@ class Epoch:
 
     def check_complete(self) -> None:
         if self.steps is not None and self.seen < self.steps:
-            self.raise_ended_early(self.seen)
+            self.ended_early(self.seen)
 
-    def raise_ended_early(self, seen: int) -> None:
+    def ended_early(self, seen: int) -> None:
+        if self.sized:
+            # Keras does only where an update would begin.
+            warnings.warn(
+                "The data ended in the middle of an update, which took the pieces "
+                f"that there were: `steps_per_epoch` asks for {self.steps} batches, "
+                f"and {seen} were left.",
+                stacklevel=2,
+            )
+            return
         raise ValueError(
             "The data ended before `steps_per_epoch` batches were drawn, and the last "
             "update was not applied if it lacked pieces. Give more data, or a smaller "

@@ -546,27 +546,43 @@ def test_an_epochs_last_update_takes_the_pieces_that_are_left():
     assert_close(arrays(model.weights), arrays(reference.weights))
 
 
-def test_nothing_crosses_an_epochs_end_of_an_infinite_generator():
+def joined(batches, numbers):
+    return tuple(np.concatenate([batches[i][k] for i in numbers]) for k in (0, 1))
+
+
+def forever(batches):
+    while True:
+        yield from batches
+
+
+@pytest.mark.parametrize("source", ["arrays", "py_dataset", "infinite_generator"])
+def test_steps_per_epoch_that_are_no_whole_updates(source):
     """Epochs of five pieces, three an update: 3 + 2, and no piece is lost."""
-    batches = problems.cut(data(10 * PIECE), PIECE)
-    taken = []
-
-    def forever():
-        while True:
-            for number, batch in enumerate(batches):
-                taken.append(number)
-                yield batch
-
+    x, y = data(10 * PIECE)
+    batches = problems.cut((x, y), PIECE)
     model = accumulate(compiled(), accum_steps=3)
-    fit(model, forever(), steps_per_epoch=5, epochs=2)
-
-    def joined(numbers):
-        return tuple(np.concatenate([batches[i][k] for i in numbers]) for k in (0, 1))
-
+    given = {
+        "arrays": lambda: {"x": x, "y": y, "batch_size": PIECE},
+        "py_dataset": lambda: {"x": Batches(batches)},
+        "infinite_generator": lambda: {"x": forever(batches)},
+    }[source]()
+    fit(model, **given, steps_per_epoch=5, epochs=2)
     reference = compiled()
-    updates = [joined(n) for n in ([0, 1, 2], [3, 4], [5, 6, 7], [8, 9])]
+    updates = [joined(batches, n) for n in ([0, 1, 2], [3, 4], [5, 6, 7], [8, 9])]
     fit(reference, Batches(updates))
     assert int(model.optimizer.iterations) == 4
+    assert_close(arrays(model.weights), arrays(reference.weights))
+
+
+def test_data_of_known_length_that_ends_in_an_update_of_steps_per_epoch():
+    """As in an epoch without `steps_per_epoch`: it takes the pieces that are left."""
+    x, y = data(7 * PIECE)
+    model = accumulate(compiled(), accum_steps=3)
+    with pytest.warns(UserWarning, match="asks for 8 batches, and 7 were left"):
+        fit(model, x, y, batch_size=PIECE, steps_per_epoch=8)
+    reference = compiled()
+    fit(reference, x, y, batch_size=3 * PIECE)
+    assert int(model.optimizer.iterations) == 3
     assert_close(arrays(model.weights), arrays(reference.weights))
 
 

@@ -59,7 +59,7 @@ def add_piece(
             for value, seed in zip(non_trainable, is_seed)
         ]
         with together(model):
-            sums, after, own, _ = add_piece(
+            sums, moved, own, _ = add_piece(
                 kinds,
                 tuple(sums),
                 trainable,
@@ -70,19 +70,19 @@ def add_piece(
                 share,
                 None if factors is None else factors[0],
             )
-        after = [
-            old.at[1].set(new[1]) if seed else new
-            for old, new, seed in zip(non_trainable, after, is_seed)
+        moved = [
+            old.at[1].set(new[1]) if seed and new is not None else new
+            for old, new, seed in zip(non_trainable, moved, is_seed)
         ]
-        return jax.tree.map(lambda value: value[None], (*sums, own)), after
+        return jax.tree.map(lambda value: value[None], (*sums, own)), moved
 
     on_each = replicas.on_each(
         run, (True, False, False, False, True, False, True), (True, False)
     )
-    sums, non_trainable = on_each(
+    sums, moved = on_each(
         sums, trainable, non_trainable, optimizer, data, share, factors
     )
-    return sums, non_trainable, metrics, {}
+    return sums, moved, metrics, {}
 
 
 def reduce(model, sums, metrics):

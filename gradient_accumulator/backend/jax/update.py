@@ -68,7 +68,7 @@ def make_update(model, accumulation, epoch):
         pieces = programs.weighed(pieces, trainable, non_trainable)
         sums = programs.zeros()
         for piece, share, kinds, factors in pieces:
-            sums, non_trainable, metrics, own_logs = programs.add_piece(
+            sums, moved, metrics, own_logs = programs.add_piece(
                 kinds,
                 sums,
                 trainable,
@@ -79,6 +79,9 @@ def make_update(model, accumulation, epoch):
                 number(share / programs.devices),
                 factors,
             )
+            non_trainable = [
+                old if new is None else new for old, new in zip(non_trainable, moved)
+            ]
         check(pieces.count)
         sums, metrics = programs.reduce(sums, metrics)
         trainable, optimizer, metrics, logs, after = programs.apply(
@@ -248,7 +251,11 @@ def _add_piece(
     share,
     factors,
 ):
-    """Add a piece's part of the full batch's gradient, and its metrics."""
+    """Add a piece's part of the full batch's gradient, and its metrics.
+
+    Of variables that are not trained only what the piece has moved is returned, else
+    None: a compiled function would copy all frozen weights for every piece.
+    """
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     weigh = None if factors is None else normalizers.weighing(kinds, factors)
 
@@ -271,9 +278,9 @@ def _add_piece(
             return model.optimizer.scale_loss(worth), (loss, y_pred, *state)
 
     with jax.named_scope("accumulate_gradients"):
-        gradients, (loss, y_pred, non_trainable, metrics) = jax.grad(
-            worth, has_aux=True
-        )(trainable)
+        gradients, (loss, y_pred, after, metrics) = jax.grad(worth, has_aux=True)(
+            trainable
+        )
         accumulators, total = sums
         accumulators = [
             _add(accumulator, gradient.astype(accumulator.dtype), variable)
@@ -281,13 +288,17 @@ def _add_piece(
                 accumulators, gradients, model.trainable_variables
             )
         ]
-    with _variables(model, trainable, non_trainable, metrics) as scope:
+    with _variables(model, trainable, after, metrics) as scope:
         own_logs = trainer.update_metrics(
             model, (x, y, y_pred, sample_weight), loss, normalizers.examples(data)
         )
     metrics = [scope.get_current_value(v) for v in model.metrics_variables]
     sums = accumulators, total + loss.astype(total.dtype) * share
-    return sums, non_trainable, metrics, own_logs
+    moved = [
+        None if new is old else new
+        for old, new in zip(non_trainable, after, strict=True)
+    ]
+    return sums, moved, metrics, own_logs
 
 
 def _optimizer_variables(model, values):

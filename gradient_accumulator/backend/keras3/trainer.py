@@ -14,6 +14,7 @@ import numpy as np
 from keras.src import backend
 from keras.src.losses import loss as losses
 from keras.src.models.functional import Functional as Functional
+from keras.src.trainers.epoch_iterator import EpochIterator
 from keras.src.trainers.trainer import Trainer
 from keras.src.utils.python_utils import default as default
 
@@ -276,6 +277,35 @@ def number_of(steps: Any) -> int:
 
 def count_update(model: keras.Model) -> None:
     """What Keras counts for callbacks."""
+
+
+@contextmanager
+def counted_as_drawn(epoch: Any) -> Iterator[None]:
+    """Around `fit`: its iterator counts the batches that updates took.
+
+    Keras counts `steps_per_execution` for each, and goes on with the data in the next
+    epoch, also where the last update of `steps_per_epoch` took fewer.
+
+    Args:
+        epoch: An `Epoch`, which calls its `uncount`.
+    """
+    original, nothing = EpochIterator.__init__, epoch.uncount
+
+    def __init__(self, *args, **kwargs):
+        EpochIterator.__init__ = original  # the next one is for validation data
+        original(self, *args, **kwargs)
+
+        def uncount(batches):
+            self._steps_seen -= batches
+
+        epoch.uncount = uncount
+
+    EpochIterator.__init__ = __init__
+    try:
+        yield
+    finally:
+        EpochIterator.__init__ = original
+        epoch.uncount = nothing
 
 
 def build(model: keras.Model, data: Any) -> None:

@@ -207,7 +207,7 @@ class _Updates:
 
     def _ended_early(self, drawn):
         if self.epoch.steps is not None:
-            self.epoch.raise_ended_early(self.epoch.seen + int(drawn) - 1)
+            self.epoch.ended_early(self.epoch.seen + int(drawn) - 1)
 
     def _locals(self, data):
         """What each replica gets of distributed data."""
