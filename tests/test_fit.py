@@ -423,6 +423,36 @@ def test_pieces_are_drawn_when_it_is_their_turn(steps):
     assert max(ahead) <= 3  # Keras and its backends draw a little ahead
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="a TensorFlow graph")
+@ways
+def test_what_pieces_are_worth_takes_no_forward_pass(way):
+    """Cross-entropy asserts that the predictions' shape is right, which needs them."""
+    import tensorflow as tf
+
+    passes = []
+
+    class Watch(layers.Layer):
+        def call(self, x):
+            with tf.control_dependencies(
+                [tf.py_function(lambda: passes.append(1), [], [])]
+            ):
+                return tf.identity(x)
+
+    @problems.seeded
+    def build():
+        x = layers.Input((problems.FEATURES,))
+        return keras.Model(x, layers.Dense(problems.CLASSES)(Watch()(x)))
+
+    loss = keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, ignore_class=-1, reduction="mean_with_sample_weight"
+    )
+    model = compiled(way, build, loss=loss, jit_compile=False)
+    x, _ = data()
+    y = np.arange(COUNT) % (problems.CLASSES + 1) - 1
+    fit(model, x, y, batch_size=size(way))
+    assert len(passes) == PIECES
+
+
 def test_a_piece_larger_than_the_batch_is_one_piece():
     results = []
     for microbatch_size in (None, 100):

@@ -7,6 +7,7 @@ hold the activations of all of them.
 from __future__ import annotations
 
 import warnings
+from contextlib import contextmanager
 from functools import partial
 
 import tensorflow as tf
@@ -249,14 +250,34 @@ def _factors(model, pieces, kinds):
 
     denominators = None
     if normalizers.NORMALIZED in kinds:
-        denominators = tf.map_fn(
-            measure,
-            tf.range(tf.size(pieces.sizes)),
-            parallel_iterations=1,
-            fn_output_signature=tf.TensorSpec((len(kinds),), normalizers.dtype()),
-        )
+        with _only_what_is_used():
+            denominators = tf.map_fn(
+                measure,
+                tf.range(tf.size(pieces.sizes)),
+                parallel_iterations=1,
+                fn_output_signature=tf.TensorSpec((len(kinds),), normalizers.dtype()),
+            )
     shares = tf.cast(pieces.sizes, pieces.expected.dtype) / pieces.expected
     return normalizers.factors(denominators, shares, kinds)
+
+
+@contextmanager
+def _only_what_is_used():
+    """Where a loop runs nothing but what its results need.
+
+    Else an assertion about the shape of predictions, which Keras's cross-entropy makes,
+    runs for its own sake, and with it the forward pass.
+    """
+    if tf.executing_eagerly():
+        yield
+        return
+    graph = tf.compat.v1.get_default_graph()
+    before = graph._add_control_dependencies
+    graph._add_control_dependencies = False
+    try:
+        yield
+    finally:
+        graph._add_control_dependencies = before
 
 
 def _add_piece(model, variables, statistics, sums, kinds, dense, data, share, factors):
