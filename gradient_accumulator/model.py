@@ -152,7 +152,10 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
         epoch.restart(
             arguments.get("steps_per_epoch"),
             fitting=True,
-            sized=length is not None and length >= 0,
+            # Alone, a process could not take fewer pieces than the others.
+            sized=length is not None
+            and length >= 0
+            and not engine.replicas.several_processes(model),
         )
         _check_not_empty(arguments)
         if engine.KERAS_DRAWS_TO_BUILD:
@@ -235,7 +238,7 @@ class _EpochCallback(keras.callbacks.Callback):
         self.ended(self.epoch)
         self.epoch.check_not_empty()
         # Of other data Keras knows the length, and warns.
-        if self.endless and not self.model.stop_training:
+        if self.endless and not self.epoch.sized and not self.model.stop_training:
             self.epoch.check_complete()
 
 

@@ -206,8 +206,8 @@ class Epoch:
         Args:
             steps: `steps_per_epoch` as the user gave it to `fit`, or None.
             fitting: Whether it is a call of `fit`.
-            sized: Whether the data tells its length: if that is too little Keras warns,
-                and trains on what there is.
+            sized: Whether data that is too little for `steps_per_epoch` is trained on,
+                with a warning, as Keras does where data tells its length.
         """
         self.steps = steps
         self.sized = sized

@@ -585,22 +585,39 @@ def forever(batches):
         yield from batches
 
 
+EXECUTIONS = [1] if BACKEND == "torch" else [1, 3]  # Keras has no others there
+
+
+@pytest.mark.parametrize("executions", EXECUTIONS)
 @pytest.mark.parametrize("source", ["arrays", "py_dataset", "infinite_generator"])
-def test_steps_per_epoch_that_are_no_whole_updates(source):
-    """Epochs of five pieces, three an update: 3 + 2, and no piece is lost."""
-    x, y = data(10 * PIECE)
+def test_steps_per_epoch_that_are_no_whole_updates(source, executions):
+    """Epochs of seven pieces, two an update: the fourth has one, and none is lost."""
+    x, y = data(14 * PIECE)
     batches = problems.cut((x, y), PIECE)
-    model = accumulate(compiled(), accum_steps=3)
+    several = {} if executions == 1 else {"steps_per_execution": executions}
+    model = accumulate(compiled(**several), accum_steps=2)
     given = {
         "arrays": lambda: {"x": x, "y": y, "batch_size": PIECE},
         "py_dataset": lambda: {"x": Batches(batches)},
         "infinite_generator": lambda: {"x": forever(batches)},
     }[source]()
-    fit(model, **given, steps_per_epoch=5, epochs=2)
+    fit(model, **given, steps_per_epoch=7, epochs=2)
     reference = compiled()
-    updates = [joined(batches, n) for n in ([0, 1, 2], [3, 4], [5, 6, 7], [8, 9])]
-    fit(reference, Batches(updates))
-    assert int(model.optimizer.iterations) == 4
+    updates = [[k, k + 1] for k in (0, 2, 4)] + [[6]]
+    updates += [[7 + k for k in update] for update in updates]
+    fit(reference, Batches([joined(batches, update) for update in updates]))
+    assert int(model.optimizer.iterations) == 8
+    assert_close(arrays(model.weights), arrays(reference.weights))
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras has one step an execution there")
+def test_full_batches_that_are_no_whole_executions():
+    x, y = data(8 * FULL)
+    model = compiled("microbatch_size", steps_per_execution=3)
+    fit(model, x, y, batch_size=FULL, steps_per_epoch=4, epochs=2)
+    reference = compiled()
+    fit(reference, x, y, batch_size=FULL)
+    assert int(model.optimizer.iterations) == 8
     assert_close(arrays(model.weights), arrays(reference.weights))
 
 

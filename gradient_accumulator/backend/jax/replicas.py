@@ -115,6 +115,11 @@ def waited_for(function: Callable) -> Callable:
     return run
 
 
+def several_processes(model: keras.Model) -> bool:
+    """Whether other processes have some of a model's replicas."""
+    return jax.process_count() > 1
+
+
 def check_in_step(epoch: int, update: int, pieces: int) -> None:
     """Raise in all processes if they are not at the same place in their training.
 

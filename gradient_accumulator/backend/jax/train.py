@@ -29,7 +29,7 @@ def make_train_function(
 
     def train_function(state, iterator):
         logs = None
-        for _ in range(steps_per_execution):
+        for number in range(steps_per_execution):
             with _kept_on_failure(model, state):
                 epoch.check_begun()
                 try:
@@ -38,6 +38,9 @@ def make_train_function(
                 except StopIteration:
                     if logs is None:
                         raise
+                    # The rest of what Keras counted for this call.
+                    rest = steps_per_execution - 1 - number
+                    epoch.uncount(rest * (accumulation.accum_steps or 1))
                     break
                 if accumulation.microbatch_size is not None:
                     (batch,) = pieces.iterator

@@ -41,7 +41,7 @@ class Checks:
     """Checks that are made while a graph runs, and whose errors the host raises."""
 
     def __init__(self):
-        self.error: ValueError | None = None
+        self.error: Exception | None = None
 
     def that(self, holds: tf.Tensor, otherwise: Callable, *values: tf.Tensor) -> Any:
         """What is to be waited for: nothing, or a call of a function that may raise.
@@ -55,7 +55,7 @@ class Checks:
         def call(*values):
             try:
                 otherwise(*(value.numpy() for value in values))
-            except ValueError as error:
+            except Exception as error:
                 self.error = error
                 raise
             return True

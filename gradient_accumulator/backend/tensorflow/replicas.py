@@ -37,6 +37,11 @@ def in_replica() -> bool:
     return replica is not None and replica.num_replicas_in_sync > 1
 
 
+def several_processes(model: Any) -> bool:
+    """Whether other processes have some of a model's replicas."""
+    return several_workers(model.distribute_strategy)
+
+
 def several_workers(strategy: tf.distribute.Strategy) -> bool:
     """Whether other processes have some of the replicas."""
     return strategy.extended._in_multi_worker_mode()

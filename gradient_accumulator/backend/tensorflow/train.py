@@ -58,7 +58,7 @@ def make_train_function(
     def train_function(iterator):
         epoch.check_begun()
         logs = None
-        for _ in range(steps):
+        for number in range(steps):
             check_in_step(updates.strategy, epoch.number, epoch.updates, False)
             try:
                 with answering():
@@ -66,6 +66,8 @@ def make_train_function(
             except StopIteration:
                 if logs is None:
                     raise
+                # The rest of what Keras counted for this call.
+                epoch.uncount((steps - 1 - number) * updates.accum_steps)
                 break
             state = trainer.moved_by_pieces(model)
             if updates.replicas == 1:  # several would have to sum theirs, to read them

@@ -24,6 +24,11 @@ def count(group: Any = None) -> int:
     return dist.get_world_size(group)
 
 
+def several_processes(model: Any) -> bool:
+    """Whether other processes have some of a model's replicas."""
+    return count() > 1
+
+
 def total(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's sum over all processes; the tensor itself where there is one."""
     if count() == 1:
