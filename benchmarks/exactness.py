@@ -118,6 +118,8 @@ def main() -> None:
         if sys.argv[1] not in problem.name:
             continue
         found = {"name": problem.name}
+        # Keras keeps the policy of the first dtype that it was asked for.
+        keras.backend.clear_session()
         try:
             full = helpers.train(problem, problem.batches())
         except Exception as error:
