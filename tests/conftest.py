@@ -3,9 +3,11 @@
 import gc
 import os
 
+import xla
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# On JAX most of the tests' time is LLVM's, for programs that run a few times.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if os.environ.get("KERAS_BACKEND") == "jax":
+    xla.compile_quickly()
 
 import pytest
 from api import KERAS_2, keras

@@ -1,9 +1,10 @@
 """Four devices of one process: the checks that the arguments name."""
 
-import os
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+import xla
+
+xla.add_flags("--xla_force_host_platform_device_count=4")
 
 import keras
 import numpy as np

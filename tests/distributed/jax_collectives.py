@@ -7,15 +7,17 @@ exchanges, each as its kind and its number of values on a device.
 
 import json
 import math
-import os
 import re
 import sys
 from pathlib import Path
 
+import xla
+
 FOLDER = Path(sys.argv[1])
-os.environ["XLA_FLAGS"] = (
-    f"--xla_force_host_platform_device_count=4 --xla_dump_to={FOLDER} "
-    "--xla_dump_hlo_as_text"
+xla.add_flags(
+    "--xla_force_host_platform_device_count=4",
+    f"--xla_dump_to={FOLDER}",
+    "--xla_dump_hlo_as_text",
 )
 
 import keras

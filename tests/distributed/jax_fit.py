@@ -3,10 +3,11 @@
 Arguments: how data is handed in, the number of devices, then the names of problems.
 """
 
-import os
 import sys
 
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={sys.argv[2]}"
+import xla
+
+xla.add_flags(f"--xla_force_host_platform_device_count={sys.argv[2]}")
 
 import keras
 from helpers import differences, named, train
