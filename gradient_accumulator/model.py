@@ -139,6 +139,11 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
         return model
 
     epoch = Epoch()
+    draw_arrays = None
+    if accumulation.microbatch_size is not None:
+        draw_arrays = partial(
+            engine.draw_arrays, model, epoch, accumulation.microbatch_size
+        )
     steps_per_execution: list[Any] = []  # the user's, while `fit` sets up its own
 
     def fit(*args, **kwargs):
@@ -171,7 +176,7 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
         try:
             with (
                 _added(callback, arguments, model),
-                trainer.counted_as_drawn(epoch),
+                trainer.drawing(epoch, draw_arrays),
                 engine.fitting(model, epoch, accum_steps or 1),
             ):
                 return arguments.call()

@@ -179,7 +179,20 @@ def cut(
     def piece(start, stop):
         return map_leaves(lambda array: take(array, start, stop), data)
 
-    examples = example_count(data)
+    return pieces_of(example_count(data), microbatch_size, piece, devices)
+
+
+def pieces_of(
+    examples: int, microbatch_size: int, piece: Callable, devices: int = 1
+) -> Pieces:
+    """The pieces of a full batch that need not be there as a whole.
+
+    Args:
+        examples: Number of examples in the full batch.
+        microbatch_size: Number of examples in a piece.
+        piece: Function of the first and last (exclusive) example of a piece.
+        devices: As for `cut`.
+    """
     size = examples // devices
     starts = range(0, size, microbatch_size)
     pieces = (piece(start, min(start + microbatch_size, size)) for start in starts)
@@ -211,6 +224,8 @@ class Epoch:
         """
         self.steps = steps
         self.sized = sized
+        # Of full batches whose pieces are drawn, one after the other:
+        self.sizes: list[int] = []
         self.fitting = fitting
         self.updates = 0
         self.begin()

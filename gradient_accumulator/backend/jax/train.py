@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import keras
 
 from gradient_accumulator.backend.jax.replicas import active_replicas, check_in_step
 from gradient_accumulator.backend.jax.update import make_update
-from gradient_accumulator.pieces import Accumulation, Epoch, checked, cut
+from gradient_accumulator.pieces import (
+    Accumulation,
+    Epoch,
+    Pieces,
+    checked,
+    cut,
+    map_leaves,
+    pieces_of,
+)
 
 KERAS_DRAWS_TO_BUILD = True  # whether `fit` builds the model from a batch of its data
 
@@ -26,6 +35,7 @@ def make_train_function(
         )
     update = make_update(model, accumulation, epoch)
     steps_per_execution = model.steps_per_execution
+    cuts = accumulation.microbatch_size is not None
 
     def train_function(state, iterator):
         logs = None
@@ -33,7 +43,7 @@ def make_train_function(
             with _kept_on_failure(model, state):
                 epoch.check_begun()
                 try:
-                    batches = map(checked, iterator)
+                    batches = iterator if cuts else map(checked, iterator)
                     pieces = epoch.draw(batches, accumulation.accum_steps or 1)
                 except StopIteration:
                     if logs is None:
@@ -42,7 +52,7 @@ def make_train_function(
                     rest = steps_per_execution - 1 - number
                     epoch.uncount(rest * (accumulation.accum_steps or 1))
                     break
-                if accumulation.microbatch_size is not None:
+                if cuts:
                     (batch,) = pieces.iterator
                     pieces = _cut(batch, accumulation.microbatch_size)
                 logs, state = update(state, pieces)
@@ -71,6 +81,8 @@ def _kept_on_failure(model: keras.Model, state: tuple) -> Iterator[None]:
 
 
 def _cut(batch, microbatch_size):
+    if isinstance(batch, Pieces):  # of arrays
+        return batch
     replicas = active_replicas(batch)
     if replicas is None:
         return cut(batch, microbatch_size, _take)
@@ -88,6 +100,40 @@ def _take(array, start, stop):
 def fitting(model: keras.Model, epoch: Epoch, group: int) -> Iterator[None]:
     """Around `fit`: here the train function draws its pieces itself."""
     yield
+
+
+def draw_arrays(
+    model: keras.Model, epoch: Epoch, microbatch_size: int, arrays: Any
+) -> None:
+    """Let `fit` draw pieces from its arrays, not full batches.
+
+    Args:
+        model: A compiled model.
+        epoch: Where `fit` stands.
+        microbatch_size: Number of examples in a piece.
+        arrays: `Arrays`, of one of Keras's iterators.
+    """
+    if keras.distribution.distribution() is not None:
+        return  # each device gets its part of a full batch
+    inputs = arrays.sliceable("jax")
+
+    def taken(numbers):
+        return map_leaves(
+            lambda array: array.convert_to_jax_compatible(array[numbers]), inputs
+        )
+
+    def batches():
+        for (numbers,) in arrays.numbers("get_jax_iterator"):
+            if not epoch.number:  # Keras draws to build the model
+                yield arrays.symbolic(taken(slice(0, 1)))
+            yield pieces_of(
+                len(numbers),
+                microbatch_size,
+                lambda start, stop, numbers=numbers: taken(numbers[start:stop]),
+            )
+
+    # A piece goes to the device when it is its turn.
+    arrays.iterator._get_iterator = batches
 
 
 def epoch_ended(epoch: Epoch) -> None:

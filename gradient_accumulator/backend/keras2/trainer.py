@@ -311,8 +311,8 @@ def number_of(steps: Any) -> int:
 
 
 @contextmanager
-def counted_as_drawn(epoch: Any) -> Iterator[None]:
-    """Around `fit`, which counts anew in each epoch, so that nothing is to be done."""
+def drawing(epoch: Any, draw_arrays: Callable | None) -> Iterator[None]:
+    """Around `fit`, which counts anew in each epoch, and cuts full batches."""
     yield
 
 

@@ -18,15 +18,17 @@ from keras.src.trainers.epoch_iterator import EpochIterator
 from keras.src.trainers.trainer import Trainer
 from keras.src.utils.python_utils import default as default
 
+from gradient_accumulator.backend.keras3.arrays import arrays_of
+
 A_MODEL = "a Keras 3 model, a `keras.Model`"
 
 # Of a functional model that accumulates. Keras saves where a class is from and its
 # name: of its own class, which loads the file where this package is not imported.
 FUNCTIONAL_NAME = Functional.__name__
 
-StatelessScope = backend.StatelessScope
+StatelessScope: Any = backend.StatelessScope
 in_stateless_scope = backend.in_stateless_scope
-compute_output_spec = backend.compute_output_spec
+compute_output_spec: Any = backend.compute_output_spec
 get_mask = backend.get_keras_mask
 set_mask = backend.set_keras_mask
 
@@ -280,14 +282,15 @@ def count_update(model: keras.Model) -> None:
 
 
 @contextmanager
-def counted_as_drawn(epoch: Any) -> Iterator[None]:
-    """Around `fit`: its iterator counts the batches that updates took.
+def drawing(epoch: Any, draw_arrays: Callable | None) -> Iterator[None]:
+    """Around `fit`: how its iterator draws and counts batches.
 
-    Keras counts `steps_per_execution` for each, and goes on with the data in the next
-    epoch, also where the last update of `steps_per_epoch` took fewer.
+    Keras counts `steps_per_execution` for each update, and goes on with the data in the
+    next epoch, also where the last update of `steps_per_epoch` took fewer.
 
     Args:
         epoch: An `Epoch`, which calls its `uncount`.
+        draw_arrays: Function of `Arrays`, called if those are the data, or None.
     """
     original, nothing = EpochIterator.__init__, epoch.uncount
 
@@ -299,6 +302,9 @@ def counted_as_drawn(epoch: Any) -> Iterator[None]:
             self._steps_seen -= batches
 
         epoch.uncount = uncount
+        arrays = arrays_of(self)
+        if draw_arrays is not None and arrays is not None:
+            draw_arrays(arrays)
 
     EpochIterator.__init__ = __init__
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator import normalizers
@@ -112,6 +114,7 @@ class _Updates:
         self.spec: Any = None  # what its batches are, or None
         self.key = ""  # of the graphs for such batches
         self.streams = False  # whether a graph draws its pieces, one by one
+        self.drawn = 0  # full batches, of arrays
         self.unrolled = waits(model)
         self.checks = Checks()
 
@@ -124,6 +127,8 @@ class _Updates:
         if iterator is not self.iterator():
             self._look_at(iterator)
         if self.microbatch_size is not None:
+            if self.epoch.sizes:
+                return self._of_arrays(iterator, self.microbatch_size)
             (batch,) = self.epoch.draw(iterator, 1).iterator
             return self._of_batch(batch, self.microbatch_size)
         if self.streams:
@@ -133,6 +138,7 @@ class _Updates:
 
     def _look_at(self, iterator):
         self.iterator = weakref.ref(iterator)
+        self.drawn = 0
         self.spec = None
         if self.replicas == 1 and isinstance(iterator, tf.data.Iterator):
             spec = keras.tree.map_structure(without_optional, iterator.element_spec)
@@ -141,8 +147,29 @@ class _Updates:
         self.key = str(self.spec)
         self.streams = self.spec is not None and not self.model.run_eagerly
 
+    def _of_arrays(self, iterator, microbatch_size):
+        (first,) = self.epoch.draw(_optionals(iterator), 1).iterator
+        size = self.epoch.sizes[self.drawn]
+        self.drawn += 1
+        count = math.ceil(size / microbatch_size)
+        if self._streams(first):
+            return lambda: self._stream(first, iterator, count)[0]
+        pieces = itertools.chain([first], _optionals(iterator))
+        batch = keras.tree.map_structure(
+            _joined,
+            *(piece.get_value() for piece in itertools.islice(pieces, count)),
+            none_is_leaf=False,
+        )
+        return self._of_batch(batch, microbatch_size)
+
     def _of_batch(self, batch, microbatch_size):
         batch = _tensors(batch)
+        if any(isinstance(leaf, tf.SparseTensor) for leaf in leaves(batch)):
+            raise ValueError(
+                "TensorFlow does not cut sparse tensors in pieces. Give `fit` the "
+                "pieces, and say how many make an update with `accum_steps`. "
+                f"Received: microbatch_size={microbatch_size} and a tf.SparseTensor"
+            )
         for local in self._locals(batch):
             # A replica may have nothing of an epoch's last batch.
             if self.replicas == 1 or size_of(local):
@@ -181,31 +208,40 @@ class _Updates:
         check_shapes(shapes_of(self.spec))
         pieces = self.epoch.draw(_optionals(iterator), self.accum_steps)
         first = next(pieces.iterator)
-        if not self.built:
-            self._build(_tensors(first.get_value()))
-        losses = self._losses(map_leaves(symbolic, self.spec))
-        if not losses.by_examples(is_even(self.spec)):
-            self.streams = False
+        if not self._streams(first):
             others = [piece.get_value() for piece in pieces.iterator]
             return self._of_pieces([first.get_value(), *others])
+
+        def update():
+            logs, drawn = self._stream(first, iterator, pieces.count)
+            self.epoch.seen += int(drawn) - 1  # the first is counted
+            return logs
+
+        return update
+
+    def _streams(self, first):
+        """Whether a graph can draw the pieces: nothing has to know all of them."""
+        if self.streams:
+            if not self.built:
+                self._build(_tensors(first.get_value()))
+            losses = self._losses(map_leaves(symbolic, self.spec))
+            self.streams = losses.by_examples(is_even(self.spec))
+        return self.streams
+
+    def _stream(self, first, iterator, count):
+        """The logs of an update whose pieces its graph draws, and their number."""
         element = iterator.element_spec
         signature = (
             tf.OptionalSpec(element),
             tf.data.IteratorSpec(element),
             tf.TensorSpec((), tf.int32),
         )
-        count = tf.constant(pieces.count)
 
         def streamed(*data):
             return stream(self.checks, self._ended_early, *data)
 
-        def update():
-            with self.checks.raised():
-                logs, drawn = self._run(streamed, signature, first, iterator, count)
-            self.epoch.seen += int(drawn) - 1  # the first is counted
-            return logs
-
-        return update
+        with self.checks.raised():
+            return self._run(streamed, signature, first, iterator, tf.constant(count))
 
     def _ended_early(self, drawn):
         if self.epoch.steps is not None:
@@ -297,6 +333,10 @@ def _tensors(batch):
     )
 
 
+def _joined(*arrays):
+    return tf.concat(arrays, axis=0)
+
+
 @contextmanager
 def fitting(model: keras.Model, epoch: Epoch, group: int) -> Iterator[None]:
     """Around `fit`: here the train function draws its pieces itself.
@@ -328,6 +368,39 @@ def _in_step(model, epoch, name, at_end=True):
         return getattr(type(model), name)(model)
 
     return method
+
+
+def draw_arrays(
+    model: keras.Model, epoch: Epoch, microbatch_size: int, arrays: Any
+) -> None:
+    """Let `fit` draw pieces from its arrays, not full batches.
+
+    Args:
+        model: A compiled model.
+        epoch: Where `fit` stands.
+        microbatch_size: Number of examples in a piece.
+        arrays: `Arrays`, of one of Keras's iterators.
+    """
+    if model.distribute_strategy.num_replicas_in_sync > 1:
+        return  # each gets its part of a full batch
+    inputs = keras.tree.lists_to_tuples(arrays.sliceable("tensorflow"))
+    if not all(isinstance(leaf, (np.ndarray, tf.Tensor)) for leaf in leaves(inputs)):
+        return  # sparse or ragged
+    batches = arrays.numbers("get_tf_dataset")
+
+    def in_pieces(numbers):
+        starts = tf.data.Dataset.range(0, tf.size(numbers, tf.int64), microbatch_size)
+        return starts.map(lambda start: numbers[start : start + microbatch_size])
+
+    def examples(numbers, inputs):
+        return map_leaves(lambda array: tf.gather(array, numbers), inputs)
+
+    pieces = tf.data.Dataset.zip(
+        batches.flat_map(in_pieces), tf.data.Dataset.from_tensors(inputs).repeat()
+    ).map(examples, num_parallel_calls=tf.data.AUTOTUNE)
+    pieces = pieces.with_options(batches.options()).prefetch(tf.data.AUTOTUNE)
+    arrays.adapter.get_tf_dataset = lambda: pieces
+    epoch.sizes = arrays.sizes
 
 
 def epoch_ended(epoch: Epoch) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import keras
 import keras.src.backend.torch.trainer as keras_trainer
@@ -15,7 +16,14 @@ from gradient_accumulator import normalizers
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.torch import replicas
 from gradient_accumulator.backend.torch.update import clear_gradients, make_update
-from gradient_accumulator.pieces import Accumulation, Epoch, Pieces, checked, cut
+from gradient_accumulator.pieces import (
+    Accumulation,
+    Epoch,
+    Pieces,
+    checked,
+    cut,
+    pieces_of,
+)
 
 KERAS_DRAWS_TO_BUILD = True  # whether `fit` builds the model from a batch of its data
 
@@ -69,6 +77,8 @@ def make_train_function(
 
 
 def _cut(batch, microbatch_size):
+    if isinstance(batch, Pieces):  # of arrays
+        return batch
     if replicas.count() > 1 and normalizers.examples(batch) == 0:
         # Other processes have the last batch's examples.
         return Pieces(iter([batch]), 1, examples=0)
@@ -138,7 +148,9 @@ def _drawing(epoch: Epoch, group: int) -> Iterator[None]:
             keras_trainer.TorchEpochIterator = original
 
         def _get_iterator(self):
-            return _groups(super()._get_iterator(), epoch, group)
+            # At once: to begin an epoch draws from PyTorch's seed.
+            batches = iter(super()._get_iterator())
+            return _groups(batches, epoch, group)
 
     keras_trainer.TorchEpochIterator = EpochIterator
     try:
@@ -147,8 +159,8 @@ def _drawing(epoch: Epoch, group: int) -> Iterator[None]:
         keras_trainer.TorchEpochIterator = original
 
 
-def _groups(batches: Iterable, epoch: Epoch, group: int) -> Iterator:
-    batches = map(checked, batches)
+def _groups(batches: Iterator, epoch: Epoch, group: int) -> Iterator:
+    batches = (b if isinstance(b, Pieces) else checked(b) for b in batches)
     while True:
         try:
             pieces = epoch.draw(batches, group)
@@ -159,6 +171,52 @@ def _groups(batches: Iterable, epoch: Epoch, group: int) -> Iterator:
         if group > 1:
             yield pieces
             yield from [None] * (group - 2)
+
+
+class _InPieces(torch.utils.data.Dataset):
+    """Gives the pieces of a batch, where another data set gives the batch.
+
+    Args:
+        batches: A function of examples' numbers that returns the batch of them.
+        microbatch_size: Number of examples in a piece.
+    """
+
+    def __init__(self, batches: Callable[[list], Any], microbatch_size: int):
+        self.batches = batches
+        self.microbatch_size = microbatch_size
+
+    def __getitems__(self, numbers):
+        def piece(start, stop):
+            return self.batches(numbers[start:stop])
+
+        return pieces_of(len(numbers), self.microbatch_size, piece)
+
+
+def draw_arrays(
+    model: keras.Model, epoch: Epoch, microbatch_size: int, arrays: Any
+) -> None:
+    """Let `fit` draw pieces from its arrays, not full batches.
+
+    Args:
+        model: A compiled model.
+        epoch: Where `fit` stands.
+        microbatch_size: Number of examples in a piece.
+        arrays: `Arrays`, of one of Keras's iterators.
+    """
+    batches = arrays.adapter.get_torch_dataloader()
+    examples = batches.dataset.__getitems__
+
+    def collate(pieces):
+        # Without an epoch Keras draws to build the model.
+        return pieces if epoch.number else arrays.symbolic(examples([0]))
+
+    pieces = torch.utils.data.DataLoader(
+        _InPieces(examples, microbatch_size),
+        batch_sampler=batches.batch_sampler,
+        collate_fn=collate,
+    )
+    # A piece goes to the device when it is its turn.
+    arrays.adapter.get_torch_dataloader = lambda: pieces
 
 
 def epoch_ended(epoch: Epoch) -> None:

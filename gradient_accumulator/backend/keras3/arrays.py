@@ -1,0 +1,70 @@
+"""Arrays given to `fit`: pieces are drawn from them, and no full batch is made.
+
+Keras's adapter of arrays still decides which examples a full batch has, and in which
+order: they are those of plain training.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import keras
+import numpy as np
+from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
+from keras.src.trainers.data_adapters.array_slicing import convert_to_sliceable
+from keras.src.trainers.epoch_iterator import EpochIterator
+
+
+class Arrays:
+    """The arrays that one of Keras's iterators draws full batches from.
+
+    Args:
+        iterator: The iterator, which is told to draw something else.
+    """
+
+    def __init__(self, iterator: EpochIterator):
+        self.iterator = iterator
+        self.adapter = iterator.data_adapter
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of examples of each full batch, in their order."""
+        last = self.adapter.partial_batch_size
+        whole = self.adapter.num_batches - bool(last)
+        return [self.adapter.batch_size] * whole + ([last] if last else [])
+
+    def sliceable(self, backend: str) -> Any:
+        """The arrays as Keras takes examples out of them for a backend, nested."""
+        return convert_to_sliceable(self.adapter._inputs, target_backend=backend)
+
+    def numbers(self, get: str) -> Any:
+        """What a method of the adapter returns, but with numbers for examples.
+
+        Args:
+            get: The method's name, such as "get_tf_dataset".
+        """
+        adapter = copy.copy(self.adapter)
+        adapter._inputs = (np.arange(sum(self.sizes)),)
+        return getattr(adapter, get)()
+
+    def symbolic(self, examples: Any) -> Any:
+        """What is known of the first full batch without its values.
+
+        Args:
+            examples: Some examples, as the model gets them.
+        """
+
+        def of_batch(array):
+            if array is None:
+                return None
+            dtype = keras.backend.standardize_dtype(array.dtype)
+            return keras.KerasTensor((self.sizes[0], *array.shape[1:]), dtype)
+
+        return keras.tree.map_structure(of_batch, examples)
+
+
+def arrays_of(iterator: EpochIterator) -> Arrays | None:
+    """The arrays that an iterator draws from; None for any other data."""
+    is_of_arrays = isinstance(iterator.data_adapter, ArrayDataAdapter)
+    return Arrays(iterator) if is_of_arrays else None
