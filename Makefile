@@ -54,7 +54,7 @@ demo: $(DEMO_READY)
 test: $(BACKENDS:%=test-%)
 
 test-full:
-	$(MAKE) test PYTEST_ARGS="-m 'full or not full'"
+	OPTIMIZED=1 $(MAKE) test PYTEST_ARGS="-m 'full or not full'"
 
 $(BACKENDS:%=test-%): test-%: $(TEST_READY)
 	KERAS_BACKEND=$* $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)

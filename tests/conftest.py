@@ -3,11 +3,11 @@
 import gc
 import os
 
-import xla
+import quickly
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if os.environ.get("KERAS_BACKEND") == "jax":
-    xla.compile_quickly()
+    quickly.jax()
 
 import pytest
 from api import KERAS_2, keras
@@ -43,6 +43,8 @@ def pytest_configure(config):
 def pytest_sessionstart(session):
     if KERAS_2:
         _make_two_devices()
+    if keras.backend.backend() == "tensorflow":
+        quickly.tensorflow()
     # Clearing a session collects garbage: not among what importing has made.
     gc.collect()
     gc.freeze()

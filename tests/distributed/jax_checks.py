@@ -2,9 +2,9 @@
 
 import sys
 
-import xla
+import quickly
 
-xla.add_flags("--xla_force_host_platform_device_count=4")
+quickly.add_flags("--xla_force_host_platform_device_count=4")
 
 import keras
 import numpy as np

@@ -11,10 +11,10 @@ import re
 import sys
 from pathlib import Path
 
-import xla
+import quickly
 
 FOLDER = Path(sys.argv[1])
-xla.add_flags(
+quickly.add_flags(
     "--xla_force_host_platform_device_count=4",
     f"--xla_dump_to={FOLDER}",
     "--xla_dump_hlo_as_text",

@@ -5,9 +5,9 @@ Arguments: how data is handed in, the number of devices, then the names of probl
 
 import sys
 
-import xla
+import quickly
 
-xla.add_flags(f"--xla_force_host_platform_device_count={sys.argv[2]}")
+quickly.add_flags(f"--xla_force_host_platform_device_count={sys.argv[2]}")
 
 import keras
 from helpers import differences, named, train
