@@ -5,6 +5,7 @@ a few times. `OPTIMIZED=1` (`make test-full`) has them compiled as users' progra
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 
 # Of XLA on processors: what it spends most of its time on.
 FLAGS = (
@@ -36,7 +37,20 @@ def add_flags(*flags):
 
 
 def tensorflow():
-    if WANTED:
-        import tensorflow as tf
+    _optimize_graphs(not WANTED)
 
-        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+
+@contextmanager
+def optimized_graphs():
+    """TensorFlow as users have it, which drops what nothing needs."""
+    _optimize_graphs(True)
+    try:
+        yield
+    finally:
+        tensorflow()
+
+
+def _optimize_graphs(yes):
+    import tensorflow as tf
+
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": not yes})

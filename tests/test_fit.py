@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import problems
 import pytest
+import quickly
 from helpers import Batches, arrays, assert_close
 from keras import layers, ops
 from versions import VERSION, unless_plain_fails
@@ -543,7 +544,8 @@ def test_what_pieces_are_worth_takes_no_forward_pass(way):
     model = compiled(way, build, loss=loss, jit_compile=False)
     x, _ = data()
     y = np.arange(COUNT) % (problems.CLASSES + 1) - 1
-    fit(model, x, y, batch_size=size(way))
+    with quickly.optimized_graphs():
+        fit(model, x, y, batch_size=size(way))
     assert len(passes) == PIECES
 
 
@@ -620,6 +622,18 @@ def test_no_update_crosses_an_epochs_end_in_a_fit_of_its_own(own):
     assert int(model.optimizer.iterations) == 4
     # Keras on TensorFlow draws ahead.
     assert taken == 10 or BACKEND == "tensorflow"
+
+
+@ways
+def test_own_fit_that_evaluates_first(way):
+    if BACKEND == "torch" and way == "accum_steps":
+        pytest.skip("Keras's `evaluate` has one step an execution there")
+
+    def evaluates_first(self, x, y, **kwargs):
+        self.evaluate(x, y, batch_size=FULL, verbose=0)
+        return super(problems.Written, self).fit(x, y, **kwargs)
+
+    both(way, of_arrays, with_fit(evaluates_first), epochs=2)
 
 
 def test_own_fit_is_given_callbacks_where_it_wants_them():

@@ -281,6 +281,15 @@ def count_update(model: keras.Model) -> None:
     """What Keras counts for callbacks."""
 
 
+def is_of_training(arguments: dict) -> bool:
+    """Whether an `EpochIterator` with these arguments is for `fit` to train on.
+
+    That for validation data, and those of `evaluate` and `predict`, take no weights of
+    classes.
+    """
+    return "class_weight" in arguments
+
+
 @contextmanager
 def drawing(epoch: Any, draw_arrays: Callable | None) -> Iterator[None]:
     """Around `fit`: how its iterator draws and counts batches.
@@ -295,7 +304,10 @@ def drawing(epoch: Any, draw_arrays: Callable | None) -> Iterator[None]:
     original, nothing = EpochIterator.__init__, epoch.uncount
 
     def __init__(self, *args, **kwargs):
-        EpochIterator.__init__ = original  # the next one is for validation data
+        if not is_of_training(kwargs):
+            original(self, *args, **kwargs)
+            return
+        EpochIterator.__init__ = original
         original(self, *args, **kwargs)
 
         def uncount(batches):

@@ -144,13 +144,14 @@ def _drawing(epoch: Epoch, group: int) -> Iterator[None]:
     class EpochIterator(keras_trainer.TorchEpochIterator):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            # The next one that `fit` makes is for validation data.
-            keras_trainer.TorchEpochIterator = original
+            self.trains = trainer.is_of_training(kwargs)
+            if self.trains:
+                keras_trainer.TorchEpochIterator = original
 
         def _get_iterator(self):
             # At once: to begin an epoch draws from PyTorch's seed.
             batches = iter(super()._get_iterator())
-            return _groups(batches, epoch, group)
+            return _groups(batches, epoch, group) if self.trains else batches
 
     keras_trainer.TorchEpochIterator = EpochIterator
     try:
