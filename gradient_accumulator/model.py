@@ -154,7 +154,7 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
         _reset_statistics(model)
         arguments = FitArguments(model, args, kwargs)
         length = _known_length(arguments.get("x"))
-        epoch.restart(
+        call = epoch.of_call(
             arguments.get("steps_per_epoch"),
             fitting=True,
             # Alone, a process could not take fewer pieces than the others.
@@ -175,18 +175,16 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
             callback.begin = partial(trainer.begin, handed, accum_steps)
         try:
             with (
+                call,
+                _not_empty(epoch),
                 _added(callback, arguments, model),
-                trainer.drawing(epoch, draw_arrays),
+                trainer.drawing(model, epoch, draw_arrays),
                 engine.fitting(model, epoch, accum_steps or 1),
             ):
                 return arguments.call()
-        except StopIteration:  # Keras found nothing to build the model from
-            epoch.check_not_empty()
-            raise
         finally:
             trainer.set_steps_per_execution(model, steps)
             steps_per_execution.clear()
-            epoch.restart()
 
     def make_train_function(force=False):
         if steps_per_execution:
@@ -210,7 +208,8 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
         _check_optimizer(model)
         trainer.check_compiled(model)
         _reset_statistics(model)
-        return type(model).train_on_batch(model, *args, **kwargs)
+        with epoch.of_call():
+            return type(model).train_on_batch(model, *args, **kwargs)
 
     for name, method in zip(_METHODS, (fit, make_train_function, train_on_batch)):
         # Attributes of the object: its class, and what is saved of it, stay plain.
@@ -268,6 +267,16 @@ def _added(
     # First, so that the others do not see the end of an epoch that failed.
     arguments.set("callbacks", [callback, *callbacks])
     yield
+
+
+@contextmanager
+def _not_empty(epoch: Epoch) -> Iterator[None]:
+    """Says so where Keras finds nothing to build the model from."""
+    try:
+        yield
+    except StopIteration:
+        epoch.check_not_empty()
+        raise
 
 
 def _check_not_empty(arguments: FitArguments) -> None:

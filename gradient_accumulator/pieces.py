@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,6 +211,19 @@ class Epoch:
         # Called where an update takes fewer batches than asked, of how many fewer.
         self.uncount: Callable[[int], None] = lambda batches: None
         self.restart(steps)
+
+    @contextmanager
+    def of_call(self, *arguments: Any, **named: Any) -> Iterator[None]:
+        """Around a call of `fit` or `train_on_batch`: `restart`, and back in the end.
+
+        A callback of one call may make another.
+        """
+        before = dict(vars(self))
+        self.restart(*arguments, **named)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
 
     def restart(
         self, steps: int | None = None, fitting: bool = False, sized: bool = False

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
 import keras
+import numpy as np
 
+from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.jax.replicas import active_replicas, check_in_step
 from gradient_accumulator.backend.jax.update import make_update
 from gradient_accumulator.pieces import (
@@ -17,6 +20,7 @@ from gradient_accumulator.pieces import (
     Pieces,
     checked,
     cut,
+    leaves,
     map_leaves,
     pieces_of,
 )
@@ -103,37 +107,56 @@ def fitting(model: keras.Model, epoch: Epoch, group: int) -> Iterator[None]:
 
 
 def draw_arrays(
-    model: keras.Model, epoch: Epoch, microbatch_size: int, arrays: Any
-) -> None:
-    """Let `fit` draw pieces from its arrays, not full batches.
+    model: keras.Model, epoch: Epoch, microbatch_size: int, iterator: Any, arrays: Any
+) -> tuple[Any, str, Callable] | None:
+    """How `fit` is to draw pieces from its arrays, not full batches.
 
     Args:
         model: A compiled model.
         epoch: Where `fit` stands.
         microbatch_size: Number of examples in a piece.
-        arrays: `Arrays`, of one of Keras's iterators.
+        iterator: Keras's iterator.
+        arrays: The `Arrays` that it draws from.
+
+    Returns:
+        An object, and the name and value of an attribute that it is to have; None if
+        full batches are drawn.
     """
     if keras.distribution.distribution() is not None:
-        return  # each device gets its part of a full batch
-    inputs = arrays.sliceable("jax")
+        return None  # each device gets its part of a full batch
+    first = _taken(arrays.sliceable("jax"), slice(1))
+    if not all(isinstance(array, np.ndarray) for array in leaves(first)):
+        return None  # sparse
 
-    def taken(numbers):
-        return map_leaves(
-            lambda array: array.convert_to_jax_compatible(array[numbers]), inputs
-        )
+    def get_iterator():
+        # As far ahead as Keras draws, for NumPy's random state to be the same.
+        with trainer.with_attribute(iterator, "data_adapter", arrays.numbers()):
+            drawn = type(iterator)._get_iterator(iterator)
+        return _in_pieces(epoch, microbatch_size, arrays, drawn)
 
-    def batches():
-        for (numbers,) in arrays.numbers("get_jax_iterator"):
-            if not epoch.number:  # Keras draws to build the model
-                yield arrays.symbolic(taken(slice(0, 1)))
-            yield pieces_of(
-                len(numbers),
-                microbatch_size,
-                lambda start, stop, numbers=numbers: taken(numbers[start:stop]),
-            )
+    return iterator, "_get_iterator", get_iterator
 
-    # A piece goes to the device when it is its turn.
-    arrays.iterator._get_iterator = batches
+
+def _in_pieces(epoch, microbatch_size, arrays, drawn):
+    """The pieces of one full batch after the other, of whose examples are numbers."""
+    inputs = arrays.sliceable("jax")  # in each epoch, for callbacks may change arrays
+    for (numbers,) in drawn:
+        if not epoch.number:  # Keras draws to build the model
+            yield arrays.symbolic(_taken(inputs, slice(1)))
+            continue
+        # A piece goes to the device when it is its turn.
+        piece = partial(_piece, inputs, np.asarray(numbers))
+        yield pieces_of(len(numbers), microbatch_size, piece)
+
+
+def _piece(inputs, numbers, start, stop):
+    return _taken(inputs, numbers[start:stop])
+
+
+def _taken(sliceable, numbers):
+    return map_leaves(
+        lambda array: array.convert_to_jax_compatible(array[numbers]), sliceable
+    )
 
 
 def epoch_ended(epoch: Epoch) -> None:

@@ -17,15 +17,14 @@ from keras.src.trainers.epoch_iterator import EpochIterator
 
 
 class Arrays:
-    """The arrays that one of Keras's iterators draws full batches from.
+    """Arrays that Keras draws full batches from.
 
     Args:
-        iterator: The iterator, which is told to draw something else.
+        adapter: What it does it by.
     """
 
-    def __init__(self, iterator: EpochIterator):
-        self.iterator = iterator
-        self.adapter = iterator.data_adapter
+    def __init__(self, adapter: ArrayDataAdapter):
+        self.adapter = adapter
 
     @property
     def sizes(self) -> list[int]:
@@ -38,15 +37,11 @@ class Arrays:
         """The arrays as Keras takes examples out of them for a backend, nested."""
         return convert_to_sliceable(self.adapter._inputs, target_backend=backend)
 
-    def numbers(self, get: str) -> Any:
-        """What a method of the adapter returns, but with numbers for examples.
-
-        Args:
-            get: The method's name, such as "get_tf_dataset".
-        """
+    def numbers(self) -> ArrayDataAdapter:
+        """The same adapter of the examples' numbers."""
         adapter = copy.copy(self.adapter)
         adapter._inputs = (np.arange(sum(self.sizes)),)
-        return getattr(adapter, get)()
+        return adapter
 
     def symbolic(self, examples: Any) -> Any:
         """What is known of the first full batch without its values.
@@ -66,5 +61,5 @@ class Arrays:
 
 def arrays_of(iterator: EpochIterator) -> Arrays | None:
     """The arrays that an iterator draws from; None for any other data."""
-    is_of_arrays = isinstance(iterator.data_adapter, ArrayDataAdapter)
-    return Arrays(iterator) if is_of_arrays else None
+    adapter = iterator.data_adapter
+    return Arrays(adapter) if isinstance(adapter, ArrayDataAdapter) else None

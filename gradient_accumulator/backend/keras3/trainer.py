@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -281,30 +282,42 @@ def count_update(model: keras.Model) -> None:
     """What Keras counts for callbacks."""
 
 
-def is_of_training(arguments: dict) -> bool:
-    """Whether an `EpochIterator` with these arguments is for `fit` to train on.
+def made_to_train(model: keras.Model, arguments: dict) -> bool:
+    """Whether an `EpochIterator` is for the `fit` of a model to train on.
 
-    That for validation data, and those of `evaluate` and `predict`, take no weights of
-    classes.
+    Called by its constructor. In the meantime others may be made: by a model's own
+    `fit` that evaluates first, by other models and other threads.
+
+    Args:
+        model: The model.
+        arguments: The constructor's. That for validation data has no `class_weight`.
     """
-    return "class_weight" in arguments
+    frame = sys._getframe(1)
+    while frame.f_back and isinstance(frame.f_locals.get("self"), EpochIterator):
+        frame = frame.f_back
+    return "class_weight" in arguments and frame.f_locals.get("self") is model
 
 
 @contextmanager
-def drawing(epoch: Any, draw_arrays: Callable | None) -> Iterator[None]:
+def drawing(
+    model: keras.Model, epoch: Any, draw_arrays: Callable | None
+) -> Iterator[None]:
     """Around `fit`: how its iterator draws and counts batches.
 
     Keras counts `steps_per_execution` for each update, and goes on with the data in the
     next epoch, also where the last update of `steps_per_epoch` took fewer.
 
     Args:
-        epoch: An `Epoch`, which calls its `uncount`.
-        draw_arrays: Function of `Arrays`, called if those are the data, or None.
+        model: The model.
+        epoch: An `Epoch` of this call of `fit`, which calls its `uncount`.
+        draw_arrays: Function of the iterator and `Arrays`, called if those are its
+            data, that returns which attribute of what gets another value, or None.
     """
-    original, nothing = EpochIterator.__init__, epoch.uncount
+    original = EpochIterator.__init__
+    replaced = ExitStack()
 
     def __init__(self, *args, **kwargs):
-        if not is_of_training(kwargs):
+        if not made_to_train(model, kwargs):
             original(self, *args, **kwargs)
             return
         EpochIterator.__init__ = original
@@ -316,14 +329,17 @@ def drawing(epoch: Any, draw_arrays: Callable | None) -> Iterator[None]:
         epoch.uncount = uncount
         arrays = arrays_of(self)
         if draw_arrays is not None and arrays is not None:
-            draw_arrays(arrays)
+            replacement = draw_arrays(self, arrays)
+            if replacement is not None:
+                replaced.enter_context(with_attribute(*replacement))
 
     EpochIterator.__init__ = __init__
     try:
-        yield
+        # The data is not to be held by what refers to itself.
+        with replaced:
+            yield
     finally:
         EpochIterator.__init__ = original
-        epoch.uncount = nothing
 
 
 def build(model: keras.Model, data: Any) -> None:

@@ -114,7 +114,8 @@ class _Updates:
         self.spec: Any = None  # what its batches are, or None
         self.key = ""  # of the graphs for such batches
         self.streams = False  # whether a graph draws its pieces, one by one
-        self.drawn = 0  # full batches, of arrays
+        # How many full batches of arrays an iterator has given.
+        self.drawn: Any = weakref.WeakKeyDictionary()
         self.unrolled = waits(model)
         self.checks = Checks()
 
@@ -138,7 +139,6 @@ class _Updates:
 
     def _look_at(self, iterator):
         self.iterator = weakref.ref(iterator)
-        self.drawn = 0
         self.spec = None
         if self.replicas == 1 and isinstance(iterator, tf.data.Iterator):
             spec = keras.tree.map_structure(without_optional, iterator.element_spec)
@@ -149,8 +149,9 @@ class _Updates:
 
     def _of_arrays(self, iterator, microbatch_size):
         (first,) = self.epoch.draw(_optionals(iterator), 1).iterator
-        size = self.epoch.sizes[self.drawn]
-        self.drawn += 1
+        number = self.drawn.get(iterator, 0)
+        self.drawn[iterator] = number + 1
+        size = self.epoch.sizes[number]
         count = math.ceil(size / microbatch_size)
         if self._streams(first):
             return lambda: self._stream(first, iterator, count)[0]
@@ -158,7 +159,6 @@ class _Updates:
         batch = keras.tree.map_structure(
             _joined,
             *(piece.get_value() for piece in itertools.islice(pieces, count)),
-            none_is_leaf=False,
         )
         return self._of_batch(batch, microbatch_size)
 
@@ -334,7 +334,7 @@ def _tensors(batch):
 
 
 def _joined(*arrays):
-    return tf.concat(arrays, axis=0)
+    return None if arrays[0] is None else tf.concat(arrays, axis=0)
 
 
 @contextmanager
@@ -371,22 +371,27 @@ def _in_step(model, epoch, name, at_end=True):
 
 
 def draw_arrays(
-    model: keras.Model, epoch: Epoch, microbatch_size: int, arrays: Any
-) -> None:
-    """Let `fit` draw pieces from its arrays, not full batches.
+    model: keras.Model, epoch: Epoch, microbatch_size: int, iterator: Any, arrays: Any
+) -> tuple[Any, str, Callable] | None:
+    """How `fit` is to draw pieces from its arrays, not full batches.
 
     Args:
         model: A compiled model.
-        epoch: Where `fit` stands.
+        epoch: Where `fit` stands, which is told the sizes of the full batches.
         microbatch_size: Number of examples in a piece.
-        arrays: `Arrays`, of one of Keras's iterators.
+        iterator: Keras's iterator.
+        arrays: The `Arrays` that it draws from.
+
+    Returns:
+        An object, and the name and value of an attribute that it is to have; None if
+        full batches are drawn.
     """
     if model.distribute_strategy.num_replicas_in_sync > 1:
-        return  # each gets its part of a full batch
+        return None  # each gets its part of a full batch
     inputs = keras.tree.lists_to_tuples(arrays.sliceable("tensorflow"))
     if not all(isinstance(leaf, (np.ndarray, tf.Tensor)) for leaf in leaves(inputs)):
-        return  # sparse or ragged
-    batches = arrays.numbers("get_tf_dataset")
+        return None  # sparse or ragged
+    batches = arrays.numbers().get_tf_dataset()
 
     def in_pieces(numbers):
         starts = tf.data.Dataset.range(0, tf.size(numbers, tf.int64), microbatch_size)
@@ -399,8 +404,8 @@ def draw_arrays(
         batches.flat_map(in_pieces), tf.data.Dataset.from_tensors(inputs).repeat()
     ).map(examples, num_parallel_calls=tf.data.AUTOTUNE)
     pieces = pieces.with_options(batches.options()).prefetch(tf.data.AUTOTUNE)
-    arrays.adapter.get_tf_dataset = lambda: pieces
     epoch.sizes = arrays.sizes
+    return arrays.adapter, "get_tf_dataset", lambda: pieces
 
 
 def epoch_ended(epoch: Epoch) -> None:

@@ -94,7 +94,7 @@ def fitting(model: keras.Model, epoch: Epoch, group: int) -> Iterator[None]:
         epoch: Where `fit` stands.
         group: Number of batches in an update.
     """
-    with _drawing(epoch, group), _logging(model, epoch):
+    with _drawing(model, epoch, group), _logging(model, epoch):
         yield
     replicas.check_in_step(epoch.number, epoch.updates, True)
 
@@ -133,7 +133,7 @@ def _logging(model: keras.Model, epoch: Epoch) -> Iterator[None]:
 
 
 @contextmanager
-def _drawing(epoch: Epoch, group: int) -> Iterator[None]:
+def _drawing(model: keras.Model, epoch: Epoch, group: int) -> Iterator[None]:
     """Keras's iterator draws one piece at a time, no more than an epoch has.
 
     Keras draws in groups of `steps_per_execution`, and warns where the data ends within
@@ -144,7 +144,7 @@ def _drawing(epoch: Epoch, group: int) -> Iterator[None]:
     class EpochIterator(keras_trainer.TorchEpochIterator):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self.trains = trainer.is_of_training(kwargs)
+            self.trains = trainer.made_to_train(model, kwargs)
             if self.trains:
                 keras_trainer.TorchEpochIterator = original
 
@@ -194,30 +194,39 @@ class _InPieces(torch.utils.data.Dataset):
 
 
 def draw_arrays(
-    model: keras.Model, epoch: Epoch, microbatch_size: int, arrays: Any
-) -> None:
-    """Let `fit` draw pieces from its arrays, not full batches.
+    model: keras.Model, epoch: Epoch, microbatch_size: int, iterator: Any, arrays: Any
+) -> tuple[Any, str, Callable] | None:
+    """How `fit` is to draw pieces from its arrays, not full batches.
 
     Args:
         model: A compiled model.
         epoch: Where `fit` stands.
         microbatch_size: Number of examples in a piece.
-        arrays: `Arrays`, of one of Keras's iterators.
+        iterator: Keras's iterator.
+        arrays: The `Arrays` that it draws from.
+
+    Returns:
+        An object, and the name and value of an attribute that it is to have; None if
+        full batches are drawn.
     """
-    batches = arrays.adapter.get_torch_dataloader()
-    examples = batches.dataset.__getitems__
 
-    def collate(pieces):
-        # Without an epoch Keras draws to build the model.
-        return pieces if epoch.number else arrays.symbolic(examples([0]))
+    def get_torch_dataloader():
+        # In each epoch, for callbacks may change arrays.
+        batches = type(arrays.adapter).get_torch_dataloader(arrays.adapter)
+        examples = batches.dataset.__getitems__
 
-    pieces = torch.utils.data.DataLoader(
-        _InPieces(examples, microbatch_size),
-        batch_sampler=batches.batch_sampler,
-        collate_fn=collate,
-    )
-    # A piece goes to the device when it is its turn.
-    arrays.adapter.get_torch_dataloader = lambda: pieces
+        def collate(pieces):
+            # Without an epoch Keras draws to build the model.
+            return pieces if epoch.number else arrays.symbolic(examples([0]))
+
+        # A piece goes to the device when it is its turn.
+        return torch.utils.data.DataLoader(
+            _InPieces(examples, microbatch_size),
+            batch_sampler=batches.batch_sampler,
+            collate_fn=collate,
+        )
+
+    return arrays.adapter, "get_torch_dataloader", get_torch_dataloader
 
 
 def epoch_ended(epoch: Epoch) -> None:
