@@ -88,6 +88,22 @@ def configured(name, value):
         change(before)
 
 
+ALIKE = ("loss_", "schedule_", "constraint_", "reduction_sum_")
+
+
+def has_alike(problem, *also):
+    """Whether others draw and weigh pieces as this problem does.
+
+    Only where every test is traced anew, which takes long: not all ways are then tried.
+
+    Args:
+        problem: The problem.
+        *also: Beginnings of names of more problems that are alike.
+    """
+    traced = keras.backend.backend() == "tensorflow" and not KERAS_2
+    return traced and problem.name.startswith((*ALIKE, *also))
+
+
 def named(name):
     return next(p for p in problems.PROBLEMS if p.name == name)
 

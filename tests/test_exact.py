@@ -3,17 +3,13 @@
 import numpy as np
 import problems
 import pytest
-from api import KERAS_2, keras, ops
-from helpers import assert_alike, in_pieces, moved, plain
+from api import keras, ops
+from helpers import assert_alike, has_alike, in_pieces, moved, plain
 from versions import unless_plain_fails
 
 from gradient_accumulator import accumulate
 
 WAYS = ("microbatch_size", "accum_steps")
-# Problems that do not differ in how pieces are drawn and weighed, by the beginnings of
-# their names: where every test is traced anew, each is trained in one of the ways only.
-SIMILAR = ("loss_", "optimizer_", "schedule_", "constraint_", "reduction_sum_")
-TRACED = keras.backend.backend() == "tensorflow" and not KERAS_2
 
 
 def cases():
@@ -24,8 +20,7 @@ def cases():
                 pytest.mark.xdist_group(problem.name),
                 unless_plain_fails(problem.name),
             ]
-            other = WAYS[number % 2] != way
-            if TRACED and other and problem.name.startswith(SIMILAR):
+            if WAYS[number % 2] != way and has_alike(problem, "optimizer_"):
                 marks.append(pytest.mark.full)
             yield pytest.param(problem, way, marks=marks, id=f"{problem}-{way}")
 

@@ -3,7 +3,15 @@
 import problems
 import pytest
 from api import KERAS_2, keras
-from helpers import assert_alike, assert_same, even, moved, train, with_optimizer
+from helpers import (
+    assert_alike,
+    assert_same,
+    even,
+    has_alike,
+    moved,
+    train,
+    with_optimizer,
+)
 from versions import unless_plain_fails
 
 from gradient_accumulator import GradientAccumulateOptimizer
@@ -90,7 +98,13 @@ def merging(optimizer):
 @pytest.mark.parametrize(
     "problem",
     [
-        pytest.param(problem, marks=unless_plain_fails(problem.name))
+        pytest.param(
+            problem,
+            marks=[
+                unless_plain_fails(problem.name),
+                *([pytest.mark.full] if has_alike(problem) else []),
+            ],
+        )
         for problem in problems.here()
         if equal(problem)
     ],
