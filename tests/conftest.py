@@ -64,6 +64,15 @@ def pytest_report_header():
 
 
 @pytest.fixture(autouse=True)
+def drawn_in_pieces(request, monkeypatch):
+    """Small arrays too, but in tests that are about those."""
+    if not KERAS_2 and "small_arrays" not in request.keywords:
+        from gradient_accumulator.backend.keras3 import arrays
+
+        monkeypatch.setattr(arrays, "LARGE", 0)
+
+
+@pytest.fixture(autouse=True)
 def same_seeds():
     keras.utils.set_random_seed(0)
     yield

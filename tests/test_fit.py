@@ -235,6 +235,15 @@ def test_arrays_are_in_the_order_of_plain_training(shuffle, arguments):
     assert_close(trained, plain)
 
 
+@pytest.mark.small_arrays
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_small_arrays_are_in_the_order_of_plain_training(shuffle):
+    trained, plain = [
+        trained_on_arrays(way, 21, shuffle=shuffle) for way in ("microbatch_size", None)
+    ]
+    assert_close(trained, plain)
+
+
 @pytest.mark.parametrize("shuffle", [True, "batch"])
 def test_shuffled_rows_are_those_of_plain_training(shuffle):
     """Also within a batch, and so is what is drawn afterwards from the same seeds."""

@@ -7,6 +7,7 @@ order: they are those of plain training.
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import keras
@@ -14,6 +15,10 @@ import numpy as np
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from keras.src.trainers.data_adapters.array_slicing import convert_to_sliceable
 from keras.src.trainers.epoch_iterator import EpochIterator
+
+# Values in a full batch, 1 MiB of float32, from which on its pieces are drawn. To draw
+# a small one at once takes less time, and no memory to speak of.
+LARGE = 2**18
 
 
 class Arrays:
@@ -60,6 +65,15 @@ class Arrays:
 
 
 def arrays_of(iterator: EpochIterator) -> Arrays | None:
-    """The arrays that an iterator draws from; None for any other data."""
+    """The arrays that an iterator draws from, if full batches of them are large.
+
+    None for any other data.
+    """
     adapter = iterator.data_adapter
-    return Arrays(adapter) if isinstance(adapter, ArrayDataAdapter) else None
+    if not isinstance(adapter, ArrayDataAdapter):
+        return None
+    arrays = [
+        array for array in keras.tree.flatten(adapter._inputs) if array is not None
+    ]
+    values = sum(math.prod(array.shape[1:]) for array in arrays)
+    return Arrays(adapter) if values * adapter.batch_size >= LARGE else None
