@@ -20,7 +20,6 @@ from gradient_accumulator.pieces import (
     Pieces,
     checked,
     cut,
-    leaves,
     map_leaves,
     pieces_of,
 )
@@ -109,24 +108,11 @@ def fitting(model: keras.Model, epoch: Epoch, group: int) -> Iterator[None]:
 def draw_arrays(
     model: keras.Model, epoch: Epoch, microbatch_size: int, iterator: Any, arrays: Any
 ) -> tuple[Any, str, Callable] | None:
-    """How `fit` is to draw pieces from its arrays, not full batches.
-
-    Args:
-        model: A compiled model.
-        epoch: Where `fit` stands.
-        microbatch_size: Number of examples in a piece.
-        iterator: Keras's iterator.
-        arrays: The `Arrays` that it draws from.
-
-    Returns:
-        An object, and the name and value of an attribute that it is to have; None if
-        full batches are drawn.
-    """
+    """How `fit` draws pieces, not full batches: see `trainer.drawing`."""
     if keras.distribution.distribution() is not None:
         return None  # each device gets its part of a full batch
-    first = _taken(arrays.sliceable("jax"), slice(1))
-    if not all(isinstance(array, np.ndarray) for array in leaves(first)):
-        return None  # sparse
+    if arrays.sparse:
+        return None
 
     def get_iterator():
         # As far ahead as Keras draws, for NumPy's random state to be the same.

@@ -14,6 +14,11 @@ import keras
 import numpy as np
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from keras.src.trainers.data_adapters.array_slicing import convert_to_sliceable
+from keras.src.trainers.data_adapters.data_adapter_utils import (
+    is_jax_sparse,
+    is_scipy_sparse,
+    is_tensorflow_sparse,
+)
 from keras.src.trainers.epoch_iterator import EpochIterator
 
 # Values in a full batch, 1 MiB of float32, from which on its pieces are drawn. To draw
@@ -37,6 +42,16 @@ class Arrays:
         last = self.adapter.partial_batch_size
         whole = self.adapter.num_batches - bool(last)
         return [self.adapter.batch_size] * whole + ([last] if last else [])
+
+    @property
+    def sparse(self) -> bool:
+        """Whether some are."""
+        return any(
+            is_scipy_sparse(array)
+            or is_jax_sparse(array)
+            or is_tensorflow_sparse(array)
+            for array in keras.tree.flatten(self.adapter._inputs)
+        )
 
     def sliceable(self, backend: str) -> Any:
         """The arrays as Keras takes examples out of them for a backend, nested."""

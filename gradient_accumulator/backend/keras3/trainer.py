@@ -310,8 +310,11 @@ def drawing(
     Args:
         model: The model.
         epoch: An `Epoch` of this call of `fit`, which calls its `uncount`.
-        draw_arrays: Function of the iterator and `Arrays`, called if those are its
-            data, that returns which attribute of what gets another value, or None.
+        draw_arrays: A backend's `draw_arrays`, already given the model, `epoch` and the
+            number of examples in a piece; or None. Called with the iterator and the
+            `Arrays` that it draws from, if they are its data. Returns an object, and
+            the name and value of an attribute that it is to have meanwhile, for pieces
+            to be drawn; None if full batches are.
     """
     original = EpochIterator.__init__
     replaced = ExitStack()

@@ -373,18 +373,9 @@ def _in_step(model, epoch, name, at_end=True):
 def draw_arrays(
     model: keras.Model, epoch: Epoch, microbatch_size: int, iterator: Any, arrays: Any
 ) -> tuple[Any, str, Callable] | None:
-    """How `fit` is to draw pieces from its arrays, not full batches.
+    """How `fit` draws pieces, not full batches: see `trainer.drawing`.
 
-    Args:
-        model: A compiled model.
-        epoch: Where `fit` stands, which is told the sizes of the full batches.
-        microbatch_size: Number of examples in a piece.
-        iterator: Keras's iterator.
-        arrays: The `Arrays` that it draws from.
-
-    Returns:
-        An object, and the name and value of an attribute that it is to have; None if
-        full batches are drawn.
+    `epoch` is told the sizes of the full batches.
     """
     if model.distribute_strategy.num_replicas_in_sync > 1:
         return None  # each gets its part of a full batch

@@ -196,19 +196,7 @@ class _InPieces(torch.utils.data.Dataset):
 def draw_arrays(
     model: keras.Model, epoch: Epoch, microbatch_size: int, iterator: Any, arrays: Any
 ) -> tuple[Any, str, Callable] | None:
-    """How `fit` is to draw pieces from its arrays, not full batches.
-
-    Args:
-        model: A compiled model.
-        epoch: Where `fit` stands.
-        microbatch_size: Number of examples in a piece.
-        iterator: Keras's iterator.
-        arrays: The `Arrays` that it draws from.
-
-    Returns:
-        An object, and the name and value of an attribute that it is to have; None if
-        full batches are drawn.
-    """
+    """How `fit` draws pieces, not full batches: see `trainer.drawing`."""
 
     def get_torch_dataloader():
         # In each epoch, for callbacks may change arrays.
