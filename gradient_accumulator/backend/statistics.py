@@ -9,6 +9,7 @@ from typing import Any
 
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras, ops
+from gradient_accumulator.backend.attributes import with_attribute
 from gradient_accumulator.layers import (
     AccumBatchNormalization,
     owners,
@@ -41,7 +42,7 @@ def apart(model: keras.Model) -> Iterator[None]:
     """Around forward passes of which only shapes are wanted: nobody waits."""
     with ExitStack() as stack:
         for layer in normalizations(model):
-            alone = trainer.with_attribute(layer, "synchronized", False)
+            alone = with_attribute(layer, "synchronized", False)
             stack.enter_context(alone)
         yield
 
@@ -51,11 +52,11 @@ def together(model: keras.Model) -> Iterator[None]:
     """Around forward passes of devices that normalize by the examples of all."""
     with ExitStack() as stack:
         for layer in normalizations(model):
-            synchronized = trainer.with_attribute(layer, "synchronized", True)
+            synchronized = with_attribute(layer, "synchronized", True)
             if not isinstance(layer, AccumBatchNormalization):
                 # Keras's does not know of devices that each have their part.
                 moments = partial(synchronized_moments, layer)
-                synchronized = trainer.with_attribute(layer, "_moments", moments)
+                synchronized = with_attribute(layer, "_moments", moments)
             stack.enter_context(synchronized)
         yield
 

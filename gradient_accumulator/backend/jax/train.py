@@ -11,7 +11,7 @@ import jax
 import keras
 import numpy as np
 
-from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.attributes import with_attribute
 from gradient_accumulator.backend.jax.replicas import active_replicas, check_in_step
 from gradient_accumulator.backend.jax.update import make_update
 from gradient_accumulator.pieces import (
@@ -116,7 +116,7 @@ def draw_arrays(
 
     def get_iterator():
         # As far ahead as Keras draws, for NumPy's random state to be the same.
-        with trainer.with_attribute(iterator, "data_adapter", arrays.numbers()):
+        with with_attribute(iterator, "data_adapter", arrays.numbers()):
             drawn = type(iterator)._get_iterator(iterator)
         return _in_pieces(epoch, microbatch_size, arrays, drawn)
 

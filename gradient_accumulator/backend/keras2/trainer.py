@@ -13,6 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from gradient_accumulator.backend.attributes import with_attribute
 from gradient_accumulator.backend.keras2.names import keras
 
 _ENGINE = keras.Model.__module__.rpartition(".")[0]
@@ -102,21 +103,6 @@ def has_static_inputs(model: Any) -> bool:
     return type(model).call is Functional.call and all(
         None not in tensor.shape[1:] for tensor in model.inputs
     )
-
-
-@contextmanager
-def with_attribute(instance: Any, name: str, value: Any) -> Iterator[None]:
-    """The instance with another attribute, of its own, that nothing tracks."""
-    own = name in instance.__dict__
-    before = instance.__dict__.get(name)
-    instance.__dict__[name] = value
-    try:
-        yield
-    finally:
-        if own:
-            instance.__dict__[name] = before
-        else:
-            del instance.__dict__[name]
 
 
 # ------------------------------------------------------------------ variables

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,11 +14,12 @@ import numpy as np
 from keras.src import backend
 from keras.src.losses import loss as losses
 from keras.src.models.functional import Functional as Functional
-from keras.src.trainers.epoch_iterator import EpochIterator
 from keras.src.trainers.trainer import Trainer
 from keras.src.utils.python_utils import default as default
 
-from gradient_accumulator.backend.keras3.arrays import arrays_of
+from gradient_accumulator.backend.attributes import with_attribute
+from gradient_accumulator.backend.keras3.drawing import drawing as drawing
+from gradient_accumulator.backend.keras3.drawing import made_to_train as made_to_train
 
 A_MODEL = "a Keras 3 model, a `keras.Model`"
 
@@ -120,21 +120,6 @@ def has_static_inputs(model: keras.Model) -> bool:
     return type(model).call is Functional.call and all(
         None not in tensor.shape[1:] for tensor in model.inputs
     )
-
-
-@contextmanager
-def with_attribute(instance: Any, name: str, value: Any) -> Iterator[None]:
-    """The instance with another attribute, of its own."""
-    own = name in instance.__dict__
-    before = instance.__dict__.get(name)
-    setattr(instance, name, value)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(instance, name, before)
-        else:
-            delattr(instance, name)
 
 
 def is_variable(thing: Any) -> bool:
@@ -280,69 +265,6 @@ def number_of(steps: Any) -> int:
 
 def count_update(model: keras.Model) -> None:
     """What Keras counts for callbacks."""
-
-
-def made_to_train(model: keras.Model, arguments: dict) -> bool:
-    """Whether an `EpochIterator` is for the `fit` of a model to train on.
-
-    Called by its constructor. In the meantime others may be made: by a model's own
-    `fit` that evaluates first, by other models and other threads.
-
-    Args:
-        model: The model.
-        arguments: The constructor's. That for validation data has no `class_weight`.
-    """
-    frame = sys._getframe(1)
-    while frame.f_back and isinstance(frame.f_locals.get("self"), EpochIterator):
-        frame = frame.f_back
-    return "class_weight" in arguments and frame.f_locals.get("self") is model
-
-
-@contextmanager
-def drawing(
-    model: keras.Model, epoch: Any, draw_arrays: Callable | None
-) -> Iterator[None]:
-    """Around `fit`: how its iterator draws and counts batches.
-
-    Keras counts `steps_per_execution` for each update, and goes on with the data in the
-    next epoch, also where the last update of `steps_per_epoch` took fewer.
-
-    Args:
-        model: The model.
-        epoch: An `Epoch` of this call of `fit`, which calls its `uncount`.
-        draw_arrays: A backend's `draw_arrays`, already given the model, `epoch` and the
-            number of examples in a piece; or None. Called with the iterator and the
-            `Arrays` that it draws from, if they are its data. Returns an object, and
-            the name and value of an attribute that it is to have meanwhile, for pieces
-            to be drawn; None if full batches are.
-    """
-    original = EpochIterator.__init__
-    replaced = ExitStack()
-
-    def __init__(self, *args, **kwargs):
-        if not made_to_train(model, kwargs):
-            original(self, *args, **kwargs)
-            return
-        EpochIterator.__init__ = original
-        original(self, *args, **kwargs)
-
-        def uncount(batches):
-            self._steps_seen -= batches
-
-        epoch.uncount = uncount
-        arrays = arrays_of(self)
-        if draw_arrays is not None and arrays is not None:
-            replacement = draw_arrays(self, arrays)
-            if replacement is not None:
-                replaced.enter_context(with_attribute(*replacement))
-
-    EpochIterator.__init__ = __init__
-    try:
-        # The data is not to be held by what refers to itself.
-        with replaced:
-            yield
-    finally:
-        EpochIterator.__init__ = original
 
 
 def build(model: keras.Model, data: Any) -> None:

@@ -17,6 +17,7 @@ import tensorflow as tf
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras
+from gradient_accumulator.backend.attributes import with_attribute
 from gradient_accumulator.backend.statistics import apart
 from gradient_accumulator.backend.tensorflow.pieces import (
     Checks,
@@ -347,7 +348,7 @@ def fitting(model: keras.Model, epoch: Epoch, group: int) -> Iterator[None]:
     with ExitStack() as stack:
 
         def replace(name, function):
-            stack.enter_context(trainer.with_attribute(model, name, function))
+            stack.enter_context(with_attribute(model, name, function))
 
         replace("_maybe_symbolic_build", lambda **_: None)
         # Before an epoch and after it workers sum their metrics, which none can alone.

@@ -14,6 +14,7 @@ import torch
 
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.attributes import with_attribute
 from gradient_accumulator.backend.torch import replicas
 from gradient_accumulator.backend.torch.update import clear_gradients, make_update
 from gradient_accumulator.pieces import (
@@ -126,8 +127,8 @@ def _logging(model: keras.Model, epoch: Epoch) -> Iterator[None]:
             evaluating = False
 
     with (
-        trainer.with_attribute(model, "get_metrics_result", get_metrics_result),
-        trainer.with_attribute(model, "evaluate", evaluate),
+        with_attribute(model, "get_metrics_result", get_metrics_result),
+        with_attribute(model, "evaluate", evaluate),
     ):
         yield
 
