@@ -9,8 +9,9 @@ from typing import Any
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras, ops
 from gradient_accumulator.backend.statistics import normalizations
+from gradient_accumulator.checks import check_is_model
+from gradient_accumulator.fitting import accumulate_as, accumulation_of
 from gradient_accumulator.layers import AccumBatchNormalization
-from gradient_accumulator.model import accumulate_as, accumulation_of, check_is_model
 from gradient_accumulator.pieces import check_positive_int
 
 

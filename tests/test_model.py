@@ -16,7 +16,7 @@ from helpers import arrays, assert_close
 from keras import layers, ops
 
 from gradient_accumulator import GradientAccumulateModel, accumulate
-from gradient_accumulator.model import accumulation_of
+from gradient_accumulator.fitting import accumulation_of
 
 WAYS = ({"microbatch_size": 4}, {"accum_steps": 2})
 ways = pytest.mark.parametrize("way", WAYS, ids=lambda way: next(iter(way)))

@@ -1,0 +1,98 @@
+"""What cannot train in pieces, and what to do instead."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from gradient_accumulator.accumulator import check_not_accumulating
+from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.api import KERAS_2, keras
+
+
+def check_backend() -> None:
+    """Raise if another backend is asked for than the one that Keras runs on."""
+    if KERAS_2:  # which has one
+        return
+    wanted = os.environ.get("KERAS_BACKEND")
+    running = keras.backend.backend()
+    if wanted and wanted != running:
+        raise ValueError(
+            "The environment variable KERAS_BACKEND was changed after Keras was "
+            "imported, which has no effect: set it before, in a new process. "
+            f"Received: KERAS_BACKEND={wanted!r}, keras.backend.backend()={running!r}"
+        )
+
+
+def check_is_model(model: Any) -> None:
+    """Raise if it is no model of Keras 3's."""
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            f"Argument `model` must be {trainer.A_MODEL}.{_of_the_other(model)} "
+            f"Received: model={model} (of type {type(model)})"
+        )
+
+
+def _of_the_other(model):
+    """What to say of a model of the Keras that is not in use."""
+    modules = [cls.__module__ + "." for cls in type(model).__mro__]
+
+    def is_of(*packages):
+        return any(module.startswith(packages) for module in modules)
+
+    if KERAS_2 and is_of("keras."):
+        return (
+            " This is a model of Keras 3's, and TF_USE_LEGACY_KERAS selects Keras 2 in "
+            "this process: unset it, or build the model with `import tf_keras`."
+        )
+    if not KERAS_2 and is_of("tf_keras.", "tensorflow.python.keras."):
+        return (
+            " This is a Keras 2 model (tf_keras): set TF_USE_LEGACY_KERAS=1 before "
+            "TensorFlow is imported, in a new process, or build it with `import keras`."
+        )
+    return ""
+
+
+def check_model(model: Any) -> None:
+    """Raise if it is no model, or one whose train step is not known."""
+    check_is_model(model)
+    for name, is_known in (
+        (
+            "train_step",
+            trainer.has_known_train_step(model) and "train_step" not in model.__dict__,
+        ),
+        (
+            "make_train_function",
+            trainer.is_keras_own(type(model).make_train_function),
+        ),
+    ):
+        if not is_known:
+            raise ValueError(
+                f"A model with its own `{name}` cannot train in pieces: what it does "
+                "with a batch is not known. Override `compute_loss` and "
+                "`compute_metrics` instead, or accumulate in the optimizer, with "
+                "`GradientAccumulateOptimizer(optimizer, accum_steps=...)`. "
+                f"Received: model={model} (of type {type(model)})"
+            )
+    check_layers(model)
+
+
+def check_layers(model: keras.Model) -> None:
+    """Raise if a layer keeps a state for each example of a batch."""
+    for layer in trainer.layers_of(model):
+        if getattr(layer, "stateful", False) and isinstance(
+            layer, (keras.layers.RNN, keras.layers.Bidirectional)
+        ):
+            raise ValueError(
+                "A stateful RNN cannot train in pieces: the state that it keeps for "
+                "each example of the batch would go from one piece's examples to the "
+                f"next piece's. Use `stateful=False`. Received: layer={layer}"
+            )
+
+
+def check_optimizer(model: keras.Model) -> None:
+    """Raise if the model's optimizer accumulates by itself."""
+    check_not_accumulating(
+        getattr(model, "optimizer", None),
+        "The model accumulates, and so does its optimizer.",
+    )
