@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import gc
 import re
+import weakref
 
 import numpy as np
 import problems
@@ -248,3 +250,34 @@ def with_optimizer(problem, change):
         return change(problem.optimizer(**overrides))
 
     return dataclasses.replace(problem, optimizer=optimizer)
+
+
+@contextlib.contextmanager
+def no_collector():
+    """What cycles hold stays, but for who calls Python's collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def counting_activations(alive):
+    """A model that notes how many activations of earlier calls are still there.
+
+    `Add` on PyTorch leaves what it adds in a cycle.
+    """
+    seen = []
+
+    class Watch(keras.layers.Layer):
+        def call(self, x, training=False):
+            if training and x.device.type != "meta":  # Keras's, to learn of shapes
+                alive.append(sum(reference() is not None for reference in seen))
+                seen.append(weakref.ref(x))
+            return x
+
+    keras.utils.set_random_seed(0)
+    x = keras.Input((problems.FEATURES,))
+    branches = [keras.layers.Dense(problems.CLASSES)(x) for _ in range(2)]
+    return keras.Model(x, keras.layers.Add()([Watch()(branches[0]), branches[1]]))

@@ -7,6 +7,7 @@ import numpy as np
 import problems
 import pytest
 import test_exact_random  # noqa: F401  Hypothesis's profiles
+from helpers import counting_activations, no_collector
 from hypothesis import given
 from hypothesis import strategies as st
 from keras import ops
@@ -451,3 +452,14 @@ def test_arrays_with_different_numbers_of_examples():
     function = accumulated_value_and_grad(mean(predict), microbatch_size=2)
     with pytest.raises(ValueError, match=r"same number of examples.*Received: "):
         function(variables, (x, y[:5], weights))
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="others' functions are pure, or traced")
+def test_a_pieces_activations_are_gone_before_the_next():
+    alive = []
+    model = counting_activations(alive)
+    loss = mean(lambda _, x: model(x, training=True))
+    function = accumulated_value_and_grad(loss, microbatch_size=3)
+    with no_collector():
+        function(model.trainable_variables, batch(9, 0))
+    assert alive == [0] * 3

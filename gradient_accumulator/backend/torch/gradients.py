@@ -10,6 +10,7 @@ import torch
 
 from gradient_accumulator.backend.torch.modules import reducing
 from gradient_accumulator.backend.torch.sums import Sum
+from gradient_accumulator.backend.torch.update import free_activations
 from gradient_accumulator.gradients import LossFunction
 from gradient_accumulator.pieces import cut, example_count
 
@@ -53,6 +54,7 @@ def value_and_grad(loss: LossFunction) -> Callable:
                 if denominator is not None:
                     weight = weight + torch.as_tensor(denominator).detach()
                 auxes.append(aux)
+                free_activations()
             total, weight = _over(processes, total, weight)
             correction = None if denominator is None else _inverse(weight, size)
             if correction is not None and processes.count > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from functools import partial
 
@@ -57,6 +58,7 @@ def make_update(model, accumulation):
             loss = loss + worth
             for sum_ in sums:
                 sum_.add()
+            free_activations()
         if own_metrics and not drawn:
             with replicas.together():
                 own_logs = model.get_metrics_result()  # the others wait for it
@@ -140,3 +142,12 @@ def _apply(model, clipping, variables, gradients):
 def clear_gradients(variables):
     for variable in variables:
         variable.value.grad = None
+
+
+def free_activations():
+    """Called after a piece: its activations are not to be there in the next.
+
+    Keras leaves some in cycles (a model's inputs, what a layer merges), which Python
+    would collect some pieces later. This piece's are of the youngest generation.
+    """
+    gc.collect(0)
