@@ -1,0 +1,207 @@
+"""Arrays in `fit`: of large ones pieces are drawn, and full batches never are."""
+
+import gc
+import weakref
+
+import keras
+import numpy as np
+import problems
+import pytest
+from fitting import (
+    BACKEND,
+    COUNT,
+    FULL,
+    PIECE,
+    both,
+    compiled,
+    data,
+    fit,
+    has_values,
+    size,
+)
+from helpers import arrays, assert_close
+from keras import layers, ops
+
+WEIGHTS = np.linspace(0, 1, 21)
+
+
+def trained_on_arrays(way, count, **arguments):
+    """Trains on arrays, which Keras may shuffle by its seed."""
+    x, y = data(count)
+    loss = keras.losses.MeanSquaredError(arguments.pop("reduction", "mean"))
+    eagerly = arguments.pop("run_eagerly", False)
+    model = compiled(
+        way,
+        optimizer=keras.optimizers.SGD(0.02, 0.9),
+        loss=loss,
+        weighted_metrics=["mae"],
+        run_eagerly=eagerly,
+    )
+    keras.utils.set_random_seed(7)
+    history = fit(model, x, y, batch_size=size(way), epochs=3, **arguments)
+    return {
+        **arrays([*model.weights, *model.optimizer.variables]),
+        **{name: np.array(values) for name, values in history.history.items()},
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"sample_weight": WEIGHTS},
+        {"steps_per_epoch": 2},  # the next epoch takes what is left
+        {"validation_split": 0.2},
+        {"run_eagerly": True},
+        {"reduction": "sum"},
+        {
+            "reduction": "mean_with_sample_weight",
+            "sample_weight": WEIGHTS,
+        },
+    ],
+    ids=lambda arguments: ", ".join(arguments) or "x, y",
+)
+@pytest.mark.parametrize("shuffle", [False, True, "batch"])
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # plain Keras too
+def test_arrays_are_in_the_order_of_plain_training(shuffle, arguments):
+    """Also where pieces are drawn from them, and no full batch is."""
+    trained, plain = [
+        trained_on_arrays(way, 21, shuffle=shuffle, **arguments)
+        for way in ("microbatch_size", None)
+    ]
+    assert_close(trained, plain)
+
+
+@pytest.mark.small_arrays
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_small_arrays_are_in_the_order_of_plain_training(shuffle):
+    trained, plain = [
+        trained_on_arrays(way, 21, shuffle=shuffle) for way in ("microbatch_size", None)
+    ]
+    assert_close(trained, plain)
+
+
+@pytest.mark.parametrize("shuffle", [True, "batch"])
+def test_shuffled_rows_are_those_of_plain_training(shuffle):
+    """Also within a batch, and so is what is drawn afterwards from the same seeds."""
+    results = []
+    for way in (None, "microbatch_size"):
+        seen = []
+
+        class Watch(layers.Layer):
+            def call(self, x, training=False, seen=seen):
+                if training and has_values(x):
+                    seen.append(ops.convert_to_numpy(x))
+                return x
+
+        def build(watch=Watch):
+            keras.utils.set_random_seed(7)
+            return keras.Sequential([watch(), layers.Dense(problems.CLASSES)])
+
+        model = compiled(way, build, run_eagerly=True)
+        x, y = data(21)
+        for _ in range(2):
+            fit(model, x, y, batch_size=FULL, shuffle=shuffle, epochs=2)
+        drawn = keras.random.normal((2,), seed=keras.random.SeedGenerator())
+        results.append((np.concatenate(seen), np.random.random(2), np.array(drawn)))
+    for trained, plain in zip(*results):
+        np.testing.assert_array_equal(trained, plain)
+
+
+def test_arrays_that_a_callback_changes():
+    """In float64, which is cast: in each epoch on JAX and PyTorch."""
+    results = []
+    for way in (None, "microbatch_size"):
+        x, y = data(21)
+        x = x.astype("float64")
+
+        def turn(epoch, logs, x=x):
+            x *= -0.5
+
+        model = compiled(way)
+        callbacks = [keras.callbacks.LambdaCallback(on_epoch_end=turn)]
+        fit(model, x, y, batch_size=FULL, epochs=3, callbacks=callbacks)
+        results.append(arrays(model.weights))
+    assert_close(*reversed(results))
+
+
+def test_arrays_are_not_held_after_training():
+    held = []
+    for way in (None, "microbatch_size"):
+        model = compiled(way)
+        x, y = data(21)
+        x = x.view(type("Array", (np.ndarray,), {}))  # which can be referred to weakly
+        gc.collect()
+        gc.disable()
+        try:
+            fit(model, x, y, batch_size=FULL)
+            reference = weakref.ref(x)
+            del x
+            held.append(reference() is not None)
+        finally:
+            gc.enable()
+    assert held[1] <= held[0]  # Keras's loop on PyTorch holds them in a cycle
+
+
+def test_shuffled_arrays_in_pieces():
+    """The order is that of all examples, however many `fit` gets at a time."""
+    trained, plain = [
+        trained_on_arrays(way, COUNT, shuffle=True) for way in ("accum_steps", None)
+    ]
+    assert_close(trained, plain)
+
+
+@pytest.mark.parametrize("kind", ["float64", "pandas", "tensor", "sparse"])
+def test_kinds_of_arrays(kind):
+    x, y = data(21)
+    given = {
+        "float64": lambda: x.astype("float64"),
+        "pandas": lambda: pytest.importorskip("pandas").DataFrame(x),
+        "tensor": lambda: ops.convert_to_tensor(x),
+        "sparse": lambda: pytest.importorskip("scipy.sparse").coo_matrix(x),
+    }[kind]()
+
+    def source(batch_size):
+        return {"x": given, "y": y, "batch_size": batch_size}
+
+    if kind == "sparse" and BACKEND == "tensorflow":
+        with pytest.raises(ValueError, match=r"does not cut sparse .* Received:"):
+            both("microbatch_size", source)
+    else:
+        both("microbatch_size", source)
+
+
+@pytest.mark.parametrize(
+    "eagerly", [False] if BACKEND == "tensorflow" else [False, True]
+)
+def test_no_full_batch_is_made_of_arrays(monkeypatch, eagerly):
+    taken = []
+
+    def note(rows):
+        if rows.ndim > 1:  # of the data, not of the examples' numbers
+            taken.append(len(rows))
+        return rows
+
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        gather = tf.gather
+
+        def watched(array, numbers, **arguments):
+            rows = gather(array, numbers, **arguments)
+            noted = tf.numpy_function(note, [rows], rows.dtype)
+            return tf.ensure_shape(noted, rows.shape)
+
+        monkeypatch.setattr(tf, "gather", watched)
+    else:
+        from keras.src.trainers.data_adapters.array_slicing import NumpySliceable
+
+        monkeypatch.setattr(
+            NumpySliceable,
+            "__getitem__",
+            lambda self, numbers: note(self.array[numbers]),
+        )
+    x, y = data(21)
+    fit(compiled("microbatch_size", run_eagerly=eagerly), x, y, batch_size=FULL)
+    # Of one example the shapes may be known from.
+    assert sum(n for n in taken if n > 1) == 2 * 20 and max(taken) == PIECE

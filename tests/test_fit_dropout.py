@@ -1,0 +1,72 @@
+"""Dropout in pieces: seeds and masks."""
+
+import keras
+import numpy as np
+import problems
+from fitting import COUNT, FULL, compiled, fit, size, ways
+from helpers import arrays
+from keras import layers, ops
+
+from gradient_accumulator import accumulate
+
+
+class Masks(layers.Layer):
+    """Adds up, for each column, the inputs that dropout let through."""
+
+    def build(self, shape):
+        self.total = self.add_weight(
+            shape=(shape[-1],), initializer="zeros", trainable=False
+        )
+
+    def call(self, x, training=False):
+        if training:
+            self.total.assign_add(ops.sum(x, axis=0))
+        return x
+
+
+@problems.seeded
+def with_dropout():
+    x = layers.Input((256,))
+    h = Masks(name="masks")(layers.Dropout(0.5, seed=3)(x))
+    return keras.Model(x, layers.Dense(1)(h))
+
+
+@ways
+def test_pieces_draw_different_dropout_masks(way):
+    model = compiled(way, with_dropout)
+    pieces = 4
+    if way == "accum_steps":
+        accumulate(model, accum_steps=pieces)
+        batch_size = 1
+    else:
+        accumulate(model, microbatch_size=1)
+        batch_size = pieces
+    # One example of ones a piece: a column's total counts the pieces that kept it.
+    fit(model, np.ones((pieces, 256)), np.ones((pieces, 1)), batch_size=batch_size)
+    total = ops.convert_to_numpy(model.get_layer("masks").total)
+    kept = set(np.round(total / 2).astype(int))
+    assert kept == set(range(pieces + 1))
+
+
+@ways
+def test_two_runs_from_one_seed_are_equal(way):
+    runs = []
+    for _ in range(2):
+        keras.utils.set_random_seed(11)
+        model = compiled(way, with_dropout)
+        x = problems.normal(problems.random(), COUNT, 256)
+        fit(model, x, x[:, :1], batch_size=size(way), epochs=2, shuffle=True)
+        runs.append(arrays(model.weights))
+    for name, value in runs[0].items():
+        np.testing.assert_array_equal(runs[1][name], value)
+
+
+@ways
+def test_seeds_go_on_between_updates(way):
+    """Two updates draw different masks too, as those of plain Keras do."""
+    model = compiled(way, with_dropout)
+    fit(model, np.ones((FULL, 256)), np.ones((FULL, 1)), batch_size=size(way))
+    first = ops.convert_to_numpy(model.get_layer("masks").total)
+    fit(model, np.ones((FULL, 256)), np.ones((FULL, 1)), batch_size=size(way))
+    second = ops.convert_to_numpy(model.get_layer("masks").total) - first
+    assert not np.array_equal(first, second)

@@ -1,0 +1,157 @@
+"""Models with a `fit` of their own, and callbacks that train the same model."""
+
+import keras
+import problems
+import pytest
+from fitting import (
+    BACKEND,
+    FULL,
+    PIECE,
+    SOURCES,
+    UPDATES,
+    both,
+    compiled,
+    data,
+    fit,
+    of_arrays,
+    ways,
+)
+from helpers import arrays, assert_close
+
+from gradient_accumulator import accumulate
+
+
+def with_fit(fit):
+    """Builds the model with this `fit` in its class."""
+
+    class Fits(problems.Written):
+        pass
+
+    Fits.fit = fit
+    return problems.written(Fits)
+
+
+def fit_of_keywords(self, x=None, y=None, **kwargs):
+    return super(problems.Written, self).fit(x, y, **kwargs)
+
+
+def fit_of_anything(self, *args, **kwargs):
+    return super(problems.Written, self).fit(*args, **kwargs)
+
+
+def fit_of_data_and_anything(self, data, *args, epochs=2, **kwargs):
+    return super(problems.Written, self).fit(data, *args, epochs=epochs, **kwargs)
+
+
+OWN_FITS = (fit_of_keywords, fit_of_anything, fit_of_data_and_anything)
+
+
+@pytest.mark.parametrize("own", OWN_FITS)
+@pytest.mark.parametrize("source", ["of_arrays", "of_infinite_generator"])
+@ways
+def test_own_fit_hands_on_what_it_is_given(way, source, own):
+    model, _ = both(way, SOURCES[source], with_fit(own), epochs=2)
+    assert int(model.optimizer.iterations) == 2 * UPDATES
+
+
+@pytest.mark.parametrize("own", OWN_FITS)
+def test_no_update_crosses_an_epochs_end_in_a_fit_of_its_own(own):
+    taken = 0
+
+    def forever():
+        nonlocal taken
+        while True:
+            for batch in problems.cut(data(), PIECE):
+                taken += 1
+                yield batch
+
+    model = accumulate(compiled(build=with_fit(own)), accum_steps=3)
+    fit(model, forever(), epochs=2, steps_per_epoch=5)
+    assert int(model.optimizer.iterations) == 4
+    # Keras on TensorFlow draws ahead.
+    assert taken == 10 or BACKEND == "tensorflow"
+
+
+@ways
+def test_own_fit_that_evaluates_first(way):
+    if BACKEND == "torch" and way == "accum_steps":
+        pytest.skip("Keras's `evaluate` has one step an execution there")
+
+    def evaluates_first(self, x, y, **kwargs):
+        self.evaluate(x, y, batch_size=FULL, verbose=0)
+        return super(problems.Written, self).fit(x, y, **kwargs)
+
+    both(way, of_arrays, with_fit(evaluates_first), epochs=2)
+
+
+@ways
+def test_own_fit_that_trains_another_model_first(way):
+    def trains_another(self, x, y, **kwargs):
+        fit(compiled(), x[:12], y[:12], batch_size=6)
+        return super(problems.Written, self).fit(x, y, **kwargs)
+
+    both(way, of_arrays, with_fit(trains_another), epochs=2)
+
+
+class TrainsToo(keras.callbacks.Callback):
+    """Trains the model on other data, once, where `fit` calls a method."""
+
+    def __init__(self, method, train):
+        super().__init__()
+        self.train = train
+        setattr(self, method, self.once)
+
+    def once(self, *args, **kwargs):
+        train, self.train = self.train, lambda model: None
+        train(self.model)
+
+
+@pytest.mark.parametrize("call", ["fit", "train_on_batch"])
+@pytest.mark.parametrize(
+    "method",
+    ["on_train_begin", "on_epoch_begin", "on_train_batch_end", "on_epoch_end"],
+)
+def test_a_callback_that_trains_the_same_model(call, method):
+    x, y = data(14, seed=1)
+
+    def train(model):
+        if call == "fit":
+            fit(model, x, y, batch_size=6)
+        else:
+            model.train_on_batch(x, y)
+
+    both("microbatch_size", of_arrays, epochs=2, callbacks=[TrainsToo(method, train)])
+
+
+def test_own_fit_is_given_callbacks_where_it_wants_them():
+    """By their place, as Keras's has it, or by name."""
+    seen = []
+    callback = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: seen.append(epoch)
+    )
+    x, y = data()
+    for own in OWN_FITS:
+        model = compiled("accum_steps", with_fit(own))
+        model.fit(x, y, batch_size=PIECE, callbacks=callback, verbose=0, epochs=1)
+        model = compiled("accum_steps", with_fit(own))
+        if own is not fit_of_keywords:
+            model.fit(x, y, PIECE, verbose=0, epochs=1, callbacks=[callback])
+    model = compiled("accum_steps", with_fit(fit_of_anything))
+    model.fit(x, y, PIECE, 1, 0, [callback])
+    assert seen == [0] * 6
+
+
+def test_own_fit_without_callbacks_raises():
+    def takes_none(self, x, y, batch_size=None):
+        return super(problems.Written, self).fit(x, y, batch_size)
+
+    def drops_them(self, x, y, callbacks=None, **kwargs):
+        return super(problems.Written, self).fit(x, y, **kwargs)
+
+    x, y = data()
+    for own, what in ((takes_none, "does not take"), (drops_them, "must hand on")):
+        model = compiled("accum_steps", with_fit(own))
+        before = arrays(model.weights)
+        with pytest.raises(ValueError, match=f"{what}.*callbacks.*Received: "):
+            model.fit(x, y, batch_size=PIECE)
+        assert_close(arrays(model.weights), before)
