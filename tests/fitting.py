@@ -12,24 +12,14 @@ from keras import ops
 from gradient_accumulator import accumulate
 
 BACKEND = keras.backend.backend()
-
-
 BASE = problems.mlp()
-
-
 FULL, PIECE, COUNT = 8, 4, 24  # examples of a full batch, of a piece, in all
-
-
 UPDATES, PIECES = COUNT // FULL, COUNT // PIECE
-
-
 WAYS = {
     # what `accumulate` gets, and the batch size that `fit` then gets
     "microbatch_size": ({"microbatch_size": PIECE}, FULL),
     "accum_steps": ({"accum_steps": FULL // PIECE}, PIECE),
 }
-
-
 ways = pytest.mark.parametrize("way", WAYS)
 
 

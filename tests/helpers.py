@@ -253,17 +253,18 @@ def with_optimizer(problem, change):
 
 
 @contextlib.contextmanager
-def no_collector():
-    """What cycles hold stays, but for who calls Python's collector."""
+def idle_collector():
+    """Python's collector finds nothing to do by itself, but for who calls it."""
+    before = gc.get_threshold()
     gc.collect()
-    gc.disable()
+    gc.set_threshold(10**6, *before[1:])
     try:
         yield
     finally:
-        gc.enable()
+        gc.set_threshold(*before)
 
 
-def counting_activations(alive):
+def counting_activations(alive, training_only=True):
     """A model that notes how many activations of earlier calls are still there.
 
     `Add` on PyTorch leaves what it adds in a cycle.
@@ -272,7 +273,8 @@ def counting_activations(alive):
 
     class Watch(keras.layers.Layer):
         def call(self, x, training=False):
-            if training and x.device.type != "meta":  # Keras's, to learn of shapes
+            # Keras's "meta" device learns of shapes.
+            if (training or not training_only) and x.device.type != "meta":
                 alive.append(sum(reference() is not None for reference in seen))
                 seen.append(weakref.ref(x))
             return x

@@ -24,7 +24,7 @@ from fitting import (
     size,
     ways,
 )
-from helpers import Batches, arrays, assert_close, counting_activations, no_collector
+from helpers import Batches, arrays, assert_close, counting_activations, idle_collector
 from keras import layers
 from versions import unless_plain_fails
 
@@ -293,9 +293,59 @@ def test_a_pieces_activations_are_gone_before_the_next(way):
     alive = []
     model = compiled(way, lambda: counting_activations(alive))
     x, y = data()
-    with no_collector():
+    with idle_collector():
         fit(model, x, y, batch_size=size(way))
     assert alive == [0] * PIECES
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="others compile the piece")
+def test_activations_are_gone_of_passes_that_tell_what_pieces_are_worth():
+    """Of a model with a `call` of its own nothing else tells."""
+    alive = []
+
+    class Written(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.inner = counting_activations(alive, training_only=False)
+
+        def call(self, x, training=False):
+            return self.inner(x, training=training)
+
+    loss = keras.losses.MeanSquaredError("mean_with_sample_weight")
+    model = compiled("microbatch_size", Written, loss=loss)
+    x, y = data(FULL)
+    with idle_collector():
+        fit(model, x, y, sample_weight=np.arange(FULL), batch_size=FULL)
+    assert alive == [0] * len(alive) and len(alive) >= 2 * FULL // PIECE
+
+
+class Held:
+    """Holds arrays, and itself."""
+
+    def __init__(self, arrays):
+        self.arrays, self.own = arrays, self
+
+    def __del__(self):
+        Held.alive -= 1
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="others compile the piece")
+@ways
+def test_the_users_cycles_are_collected_while_it_trains(way):
+    """Python's collector still looks at objects that lived for longer than a piece."""
+    alive = []
+    Held.alive = 0
+
+    def batches():
+        x, y = data(size(way))
+        while True:
+            held = Held((x.copy(), y.copy()))
+            Held.alive += 1
+            alive.append(Held.alive)
+            yield held.arrays
+
+    fit(compiled(way), batches(), steps_per_epoch=400)
+    assert max(alive) < 200
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="a TensorFlow graph")

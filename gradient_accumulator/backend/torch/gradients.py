@@ -8,9 +8,9 @@ from typing import Any
 import keras
 import torch
 
+from gradient_accumulator.backend.torch.activations import free_activations
 from gradient_accumulator.backend.torch.modules import reducing
 from gradient_accumulator.backend.torch.sums import Sum
-from gradient_accumulator.backend.torch.update import free_activations
 from gradient_accumulator.gradients import LossFunction
 from gradient_accumulator.pieces import cut, example_count
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from functools import partial
 
@@ -13,6 +12,7 @@ from gradient_accumulator import normalizers
 from gradient_accumulator.backend import masks, trainer
 from gradient_accumulator.backend.statistics import Statistics, synchronizes
 from gradient_accumulator.backend.torch import replicas
+from gradient_accumulator.backend.torch.activations import free_activations
 from gradient_accumulator.backend.torch.sums import Sum
 
 
@@ -84,7 +84,10 @@ def _measure(model, piece):
         y_pred = masks.predictions(model, x)
         if y_pred is None:
             y_pred = trainer.forward(model, x, training=False)
-        return normalizers.values(normalizers.measure(model, piece, y_pred))
+        worth = normalizers.values(normalizers.measure(model, piece, y_pred))
+    del y_pred
+    free_activations()
+    return worth
 
 
 def _add_piece(model, variables, forward, data, share, weigh):
@@ -142,12 +145,3 @@ def _apply(model, clipping, variables, gradients):
 def clear_gradients(variables):
     for variable in variables:
         variable.value.grad = None
-
-
-def free_activations():
-    """Called after a piece: its activations are not to be there in the next.
-
-    Keras leaves some in cycles (a model's inputs, what a layer merges), which Python
-    would collect some pieces later. This piece's are of the youngest generation.
-    """
-    gc.collect(0)
