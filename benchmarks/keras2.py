@@ -91,8 +91,8 @@ def _text(measured: dict, arguments: argparse.Namespace) -> str:
             f"{arguments.rounds} interleaved rounds of epochs the best, of each round "
             "the median. Microseconds per example:",
             report.table(head, rows("time", 1e6)),
-            "Peak memory in MiB, from after the model was built, the least of two "
-            "processes:",
+            "Peak memory in MiB, from after packages were loaded and the model built, "
+            "the least of two processes:",
             report.table(head, rows("memory", 1 / report.MIB)),
         ]
     )

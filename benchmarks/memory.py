@@ -102,10 +102,10 @@ def _text(measured: dict, arguments: argparse.Namespace, variants) -> str:
                 temporaries[-1].append(mib(results[name]["temporaries"]))
     parts = [
         f"Pieces of {arguments.size} examples; Adam; `fit` with its defaults. Peak "
-        "while training, from after the model and its data were made (of a GPU: the "
-        f"backend's own counter, from the start); the least of {arguments.repeat} "
-        "processes. The ratio is to training with an update a piece plus one set of "
-        "gradients in float32.",
+        "while training, from after packages were loaded, and the model and its data "
+        "made (of a GPU: the backend's own counter, from the start); the least of "
+        f"{arguments.repeat} processes. The ratio is to training with an update a "
+        "piece plus one set of gradients in float32.",
         report.table(["model", "way", "MiB", "an update's data", "ratio"], rows),
     ]
     if any(r["pieces"]["temporaries"] for r in measured.values()):

@@ -153,8 +153,8 @@ def _text(measured: dict, arguments: argparse.Namespace, rounds: int) -> str:
     ]
     if arguments.memory:
         parts += [
-            "Peak memory in MiB, from after the model was built (of a GPU: the "
-            "backend's own counter, from the start):",
+            "Peak memory in MiB, from after packages were loaded and the model built "
+            "(of a GPU: the backend's own counter, from the start):",
             report.table(["model", *heads], each(mib("memory"))),
         ]
     if any(r.get("temporaries") for m in measured.values() for r in m.values()):

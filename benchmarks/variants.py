@@ -8,6 +8,7 @@ with a round of training: one line of JSON. The end of its input ends it.
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import math
 import os
@@ -143,8 +144,7 @@ def _is_keras_2() -> bool:
 
 
 def _released(model, pieces: int):
-    """What version 0.5.2 makes of a model; it has this package's name."""
-    sys.path.insert(0, os.environ[RELEASED])
+    """What version 0.5.2 makes of a model."""
     from gradient_accumulator import GradientAccumulateModel
 
     return GradientAccumulateModel(
@@ -166,6 +166,13 @@ def run(spec: Spec, commands, answer: Callable[[dict], None]) -> None:
 
         model = replace_batchnorm_layers(model)
     weights = sum(math.prod(v.shape) for v in model.trainable_variables)
+    # Code is no memory that training takes.
+    if spec.variant == "released":
+        sys.path.insert(0, os.environ[RELEASED])  # which has this package's name
+        importlib.import_module("gradient_accumulator")
+    else:
+        importlib.import_module("gradient_accumulator.backend").active()
+    gc.collect()
     built = meters.resident()
     train = trainer(spec, model, x, y)
     epoch = min(train(3))
