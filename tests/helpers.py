@@ -253,11 +253,12 @@ def with_optimizer(problem, change):
 
 
 @contextlib.contextmanager
-def idle_collector():
-    """Python's collector finds nothing to do by itself, but for who calls it."""
+def collector(**thresholds):
+    """Python's own collector, with these thresholds of its generations."""
     before = gc.get_threshold()
+    after = dict(zip(("young", "older", "oldest"), before), **thresholds)
     gc.collect()
-    gc.set_threshold(10**6, *before[1:])
+    gc.set_threshold(*after.values())
     try:
         yield
     finally:

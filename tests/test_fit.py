@@ -24,7 +24,7 @@ from fitting import (
     size,
     ways,
 )
-from helpers import Batches, arrays, assert_close, counting_activations, idle_collector
+from helpers import Batches, arrays, assert_close, collector, counting_activations
 from keras import layers
 from versions import unless_plain_fails
 
@@ -293,7 +293,7 @@ def test_a_pieces_activations_are_gone_before_the_next(way):
     alive = []
     model = compiled(way, lambda: counting_activations(alive))
     x, y = data()
-    with idle_collector():
+    with collector(young=10**6):
         fit(model, x, y, batch_size=size(way))
     assert alive == [0] * PIECES
 
@@ -314,7 +314,7 @@ def test_activations_are_gone_of_passes_that_tell_what_pieces_are_worth():
     loss = keras.losses.MeanSquaredError("mean_with_sample_weight")
     model = compiled("microbatch_size", Written, loss=loss)
     x, y = data(FULL)
-    with idle_collector():
+    with collector(young=10**6):
         fit(model, x, y, sample_weight=np.arange(FULL), batch_size=FULL)
     assert alive == [0] * len(alive) and len(alive) >= 2 * FULL // PIECE
 
@@ -344,7 +344,8 @@ def test_the_users_cycles_are_collected_while_it_trains(way):
             alive.append(Held.alive)
             yield held.arrays
 
-    fit(compiled(way), batches(), steps_per_epoch=400)
+    with collector(older=1):  # sooner than it would: a piece makes few objects
+        fit(compiled(way), batches(), steps_per_epoch=400)
     assert max(alive) < 200
 
 

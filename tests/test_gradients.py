@@ -7,7 +7,7 @@ import numpy as np
 import problems
 import pytest
 import test_exact_random  # noqa: F401  Hypothesis's profiles
-from helpers import counting_activations, idle_collector
+from helpers import collector, counting_activations
 from hypothesis import given
 from hypothesis import strategies as st
 from keras import ops
@@ -460,6 +460,6 @@ def test_a_pieces_activations_are_gone_before_the_next():
     model = counting_activations(alive)
     loss = mean(lambda _, x: model(x, training=True))
     function = accumulated_value_and_grad(loss, microbatch_size=3)
-    with idle_collector():
+    with collector(young=10**6):
         function(model.trainable_variables, batch(9, 0))
     assert alive == [0] * 3
