@@ -8,6 +8,7 @@ takes several pieces.
 from __future__ import annotations
 
 import gc
+import threading
 
 
 class _Counted:
@@ -15,6 +16,8 @@ class _Counted:
 
 
 _made = 0  # objects since Python looked at older ones
+# Python too lets one thread collect, and others go on meanwhile.
+_collecting = threading.Lock()
 
 
 def free_activations() -> None:
@@ -26,15 +29,20 @@ def free_activations() -> None:
     turned the collector off.
     """
     global _made
-    young, older, _ = gc.get_threshold()
-    if not gc.isenabled() or not young:
+    if not gc.isenabled() or not _collecting.acquire(blocking=False):
         return
-    _made += gc.get_count()[0]
-    if _made > young * (older + 1):
-        _made = 0
-        _start_collector()
-    else:
-        gc.collect(0)
+    try:
+        young, older, _ = gc.get_threshold()
+        if not young:
+            return
+        _made += gc.get_count()[0]
+        if _made > young * (older + 1):
+            _made = 0
+            _start_collector()
+        else:
+            gc.collect(0)
+    finally:
+        _collecting.release()
 
 
 def _start_collector() -> None:
