@@ -216,6 +216,14 @@ class GradientAccumulateModel(_WithSettings):
             config["agc_exclude"] = clipping["agc_exclude"]
         return config
 
+    def __reduce__(self):
+        function, *others = super().__reduce__()
+        if getattr(function, "__self__", None) is type(self):
+            # Pickle finds no class that was made for a functional model. The file in
+            # the pickle says which class is to be loaded.
+            function = getattr(GradientAccumulateModel, function.__name__)
+        return function, *others
+
     @classmethod
     def from_config(cls, config, custom_objects=None):
         kind: Any = cls

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -537,6 +538,21 @@ def test_a_subclass_goes_on_training_in_pieces_when_it_is_copied(way, copy, kind
     for each in (model, copied):
         fit(compile_(each), batch_size(way))
     assert int(copied.optimizer.iterations) == 2
+    assert_close(arrays(copied.weights), arrays(model.weights))
+
+
+@ways
+@pytest.mark.parametrize("kind", [GradientAccumulateModel, Registered])
+def test_a_functional_model_is_pickled_as_what_it_is(way, kind):
+    plain = problems.mlp()()
+    model = compile_(kind(**way, inputs=plain.input, outputs=plain.output))
+    fit(model, batch_size(way))
+    copied = pickle.loads(pickle.dumps(model))
+    assert isinstance(copied, kind)
+    assert accumulation_of(copied) == accumulation_of(model)
+    for each in (model, copied):
+        fit(each, batch_size(way))
+    assert int(copied.optimizer.iterations) == 4
     assert_close(arrays(copied.weights), arrays(model.weights))
 
 
