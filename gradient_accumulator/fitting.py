@@ -19,6 +19,7 @@ from gradient_accumulator.normalizers import symbolic
 from gradient_accumulator.pieces import (
     Accumulation,
     Epoch,
+    checked,
     example_count,
     leaves,
     map_leaves,
@@ -216,8 +217,8 @@ def _build_from_first(
         first = data[0]
     else:
         return
-    if accumulation.microbatch_size is not None:
-        example_count(first)
+    check = checked if accumulation.microbatch_size is None else example_count
+    check(first)
     trainer.build(model, map_leaves(symbolic, first))
 
 
@@ -227,9 +228,12 @@ def _known_length(data: Any) -> int | None:
         return data.num_batches
     if callable(getattr(data, "cardinality", None)):
         return int(data.cardinality())  # of tf.data, where less than 0 is not known
+    arrays = leaves(data)
+    if not arrays:
+        return None if data is None else 0
     try:
-        return len(leaves(data)[0])
-    except (IndexError, TypeError):  # nothing, or what has no length
+        return len(arrays[0])
+    except TypeError:  # has no length
         return None
 
 

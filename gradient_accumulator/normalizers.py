@@ -258,6 +258,13 @@ def values(denominators: list[Denominator]):
     )
 
 
+def no_examples() -> ValueError:
+    return ValueError(
+        "An update needs at least one example. Leave pieces without any out of the "
+        "data. Received: an update of such pieces only"
+    )
+
+
 class Weighed:
     """The pieces of one update, in a loop of the host, each with what it is worth.
 
@@ -296,6 +303,8 @@ class Weighed:
         examples = self.examples
         if self.totals is not None:
             (examples,) = self.totals([examples])
+        if not examples:
+            raise no_examples()
         return self.expected / examples
 
 

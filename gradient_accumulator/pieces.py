@@ -118,11 +118,7 @@ def example_count(data: Any) -> int:
             there are none.
     """
     shapes = shapes_of(data)
-    check_shapes(shapes)
-    if shapes[0][0] == 0:
-        raise ValueError(
-            f"A batch needs at least one example. Received: shapes={shapes}"
-        )
+    check_examples(shapes)
     return shapes[0][0]
 
 
@@ -136,6 +132,15 @@ def check_shapes(shapes: list[tuple]) -> None:
         raise ValueError(
             "Every array of a batch needs the same number of examples in its "
             f"first axis, to train in pieces. Received: shapes={shapes}"
+        )
+
+
+def check_examples(shapes: list[tuple]) -> None:
+    """Raise unless there are examples, and arrays agree on their number."""
+    check_shapes(shapes)
+    if shapes[0][0] == 0:
+        raise ValueError(
+            f"A batch needs at least one example. Received: shapes={shapes}"
         )
 
 

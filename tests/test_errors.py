@@ -25,6 +25,10 @@ def compiled(build=BASE, **arguments):
     return model
 
 
+def iterated(batches):
+    yield from batches
+
+
 def data(count=16):
     return tuple(a[:count] for a in problems.each_size(pair, (16,))[0])
 
@@ -213,6 +217,17 @@ def test_leaves_with_different_batch_sizes(way, steps, examples, bad):
         assert not any(ops.any(v != 0) for v in model.metrics_variables)
 
 
+@pytest.mark.parametrize("source", [Batches, iterated])
+@ways
+def test_leaves_with_different_batch_sizes_before_anything_is_built(way, source):
+    x, y = data(8)
+    model = accumulate(compiled(), **WAYS[way][0])
+    before = arrays(model.weights)
+    with pytest.raises(ValueError, match=r"same number of examples.*Received: "):
+        fit(model, source([(x, y[:6])] * 4))
+    assert_equal(arrays(model.weights), before)
+
+
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("bad", [0, 3])
 def test_leaves_with_different_batch_sizes_in_tf_data(bad, known):
@@ -264,6 +279,7 @@ EMPTY = {
     "backend_tensors": lambda: tuple(map(ops.convert_to_tensor, data(0))),
     "data_loader": empty_data_loader,
     "generator": lambda: (batch for batch in ()),
+    "list": lambda: ([],),
     "py_dataset": lambda: Batches([]),
     "tf_data": empty_tf_data,
 }
@@ -279,6 +295,37 @@ def test_no_data_at_all(source, way):
     with pytest.raises(ValueError, match=r"given to `fit` is empty.*Received: "):
         fit(model, *source)
     assert_equal(state(model), before)
+
+
+@ways
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_an_update_without_any_example(way, run_eagerly):
+    settings, size = WAYS[way]
+    count = settings.get("accum_steps", 1)
+    model = accumulate(compiled(run_eagerly=run_eagerly), **settings)
+    fit(model, *data(8), batch_size=size)
+    before = state(model)
+    with pytest.raises(ValueError, match=r"at least one example.*Received: "):
+        fit(model, iterated([data(0)] * count))
+    assert_equal(state(model), before)
+
+
+@pytest.mark.parametrize("empty", [0, 3])
+def test_a_piece_without_any_example(empty):
+    """No graph of TensorFlow draws it; the others go on without."""
+    pieces = problems.cut(data(6), 2)
+    pieces.insert(empty, data(0))
+    model = accumulate(momentum_model(), accum_steps=4)
+    if BACKEND == "tensorflow":
+        before = state(model)
+        with pytest.raises(ValueError, match=r"at least one example.*Received: "):
+            fit(model, iterated(pieces))
+        assert_equal(state(model), before)
+        return
+    fit(model, iterated(pieces), steps_per_epoch=4)
+    expected = momentum_model()
+    fit(expected, *data(6), batch_size=6)
+    assert_close(state(model), state(expected))
 
 
 @ways

@@ -14,7 +14,12 @@ import tensorflow as tf
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras
-from gradient_accumulator.pieces import check_shapes, first_input, leaves, map_leaves
+from gradient_accumulator.pieces import (
+    check_examples,
+    first_input,
+    leaves,
+    map_leaves,
+)
 
 
 @dataclass
@@ -166,15 +171,15 @@ def stream(
         return keras.tree.map_structure(without_optional, optional.get_value())
 
     def check(sizes):
-        check_shapes([(int(n), *shape) for n, shape in zip(sizes, inner_shapes)])
+        check_examples([(int(n), *shape) for n, shape in zip(sizes, inner_shapes)])
 
     def read(k, optional):
         data = piece(optional)
-        if None not in known or len(inner_shapes) == 1:
+        if None not in known:
             return data
         sizes = tf.stack([tf.shape(leaf)[0] for leaf in leaves(data)])
-        alike = tf.reduce_all(sizes == sizes[0])
-        with tf.control_dependencies([checks.that(alike, check, sizes)]):
+        good = tf.reduce_all((sizes == sizes[0]) & (sizes > 0))
+        with tf.control_dependencies([checks.that(good, check, sizes)]):
             return map_leaves(tf.identity, data)
 
     def following(k, optional):

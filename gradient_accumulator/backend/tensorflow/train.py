@@ -40,7 +40,7 @@ from gradient_accumulator.backend.tensorflow.update import run_update, waits
 from gradient_accumulator.pieces import (
     Accumulation,
     Epoch,
-    check_shapes,
+    check_examples,
     checked,
     example_count,
     leaves,
@@ -190,6 +190,8 @@ class _Updates:
         for piece in pieces:
             for local in self._locals(piece):
                 checked(local)
+        if self.replicas == 1 and not any(int(size_of(piece)) for piece in pieces):
+            raise normalizers.no_examples()
         self._build(pieces[0])
         if self.unrolled:
             for piece in pieces:
@@ -200,13 +202,12 @@ class _Updates:
         signature = ((self.spec,) * self.accum_steps, tf.TensorSpec((), tf.int32))
 
         def hold_all(pieces, count):
-            several = self.replicas > 1 and not self.unrolled
-            return hold(pieces, count, skip_empty=several)
+            return hold(pieces, count, skip_empty=not self.unrolled)
 
         return lambda: self._run(hold_all, signature, tuple(pieces), count)[0]
 
     def _of_iterator(self, iterator):
-        check_shapes(shapes_of(self.spec))
+        check_examples(shapes_of(self.spec))
         pieces = self.epoch.draw(_optionals(iterator), self.accum_steps)
         first = next(pieces.iterator)
         if not self._streams(first):
