@@ -6,6 +6,7 @@ hold the activations of all of them.
 
 from __future__ import annotations
 
+import gc
 import warnings
 from contextlib import contextmanager
 from functools import partial
@@ -231,6 +232,9 @@ def _sparse_variables(model, variables, pieces) -> dict[int, tf.DType]:
         return tf.zeros(())
 
     trace_piece(run, pieces.example, pieces)
+    # That trace's graph is in cycles, and as large as the one to come. Python would
+    # find them among what is made for that one, whose memory then has holes.
+    gc.collect()
     return sparse
 
 
