@@ -90,20 +90,8 @@ def configured(name, value):
         change(before)
 
 
-ALIKE = ("loss_", "schedule_", "constraint_", "reduction_sum_")
-
-
-def has_alike(problem, *also):
-    """Whether others draw and weigh pieces as this problem does.
-
-    Only where every test is traced anew, which takes long: not all ways are then tried.
-
-    Args:
-        problem: The problem.
-        *also: Beginnings of names of more problems that are alike.
-    """
-    traced = keras.backend.backend() == "tensorflow" and not KERAS_2
-    return traced and problem.name.startswith((*ALIKE, *also))
+# Every test is traced anew, which takes long: not all ways are then tried.
+TRACED = keras.backend.backend() == "tensorflow" and not KERAS_2
 
 
 def named(name):
@@ -223,7 +211,7 @@ def assert_same(trained, reference, dtype="float32"):
 
 def assert_alike(problem, trained, reference):
     """What two ways to train a problem leave is the same."""
-    if KERAS_2 and problem.name.startswith("policy_"):
+    if KERAS_2 and problem.rounds_loss:
         # It computes the loss in half precision, which rounds each piece's.
         (logs,), (expected,) = trained.history, reference.history
         np.testing.assert_allclose(logs.pop("loss"), expected["loss"], atol=2e-3)

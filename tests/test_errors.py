@@ -6,7 +6,7 @@ import problems
 import pytest
 from helpers import Batches, arrays, assert_close
 from keras import layers, ops
-from versions import unless_plain_fails
+from versions import DATA_THAT_FAILS, EXCEPTIONS, unless_plain_fails
 
 from gradient_accumulator import GradientAccumulateModel, accumulate
 
@@ -385,7 +385,7 @@ def momentum_model():
 
 
 @ways
-@unless_plain_fails("data_that_fails")
+@unless_plain_fails(DATA_THAT_FAILS)
 def test_data_that_fails_in_the_middle_of_an_update(way):
     settings, size = WAYS[way]
     model = accumulate(momentum_model(), **settings)
@@ -449,7 +449,7 @@ FAILURES = {
 @ways
 @pytest.mark.parametrize(
     "run_eagerly",
-    [pytest.param(False, marks=unless_plain_fails("exceptions")), True],
+    [pytest.param(False, marks=unless_plain_fails(EXCEPTIONS)), True],
 )
 @pytest.mark.parametrize("bad", [8, 15], ids=["first_piece", "last_piece"])
 def test_an_exception_in_a_piece_leaves_the_model_as_it_was(way, run_eagerly, bad):
@@ -472,7 +472,7 @@ def test_an_exception_in_a_piece_leaves_the_model_as_it_was(way, run_eagerly, ba
     assert int(model.optimizer.iterations) == 2
 
 
-@unless_plain_fails("exceptions")
+@unless_plain_fails(EXCEPTIONS)
 def test_an_exception_in_train_on_batch_leaves_the_model_as_it_was():
     model = accumulate(compiled(failing), microbatch_size=2)
     x, y = data(8)

@@ -4,7 +4,7 @@ import numpy as np
 import problems
 import pytest
 from api import keras, ops
-from helpers import assert_alike, has_alike, in_pieces, moved, plain
+from helpers import TRACED, assert_alike, in_pieces, moved, plain
 from versions import unless_plain_fails
 
 from gradient_accumulator import accumulate
@@ -18,9 +18,9 @@ def cases():
             marks = [
                 # Both ways in one process, which then trains the reference once.
                 pytest.mark.xdist_group(problem.name),
-                unless_plain_fails(problem.name),
+                unless_plain_fails(*problem.since),
             ]
-            if WAYS[number % 2] != way and has_alike(problem, "optimizer_"):
+            if TRACED and "fit" in problem.alike and WAYS[number % 2] != way:
                 marks.append(pytest.mark.full)
             yield pytest.param(problem, way, marks=marks, id=f"{problem}-{way}")
 

@@ -12,7 +12,7 @@ import pytest
 from helpers import assert_same, in_pieces, moved, train
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from versions import unless_plain_fails
+from versions import MASKS_IN_PLACE, unless_plain_fails
 
 # Only a person who looks for the smallest example waits for these.
 SLOW = (Phase.shrink, Phase.explain)
@@ -164,7 +164,7 @@ def test_masked_sequences(way, sizes, reduction, loss, lengths, weights, trim):
 
 
 @ways
-@unless_plain_fails("outputs_drawn")
+@unless_plain_fails(MASKS_IN_PLACE)
 @given(
     sizes=sizes(),
     reductions=st.tuples(

@@ -26,7 +26,7 @@ from fitting import (
 )
 from helpers import Batches, arrays, assert_close, collector, counting_activations
 from keras import layers
-from versions import unless_plain_fails
+from versions import JIT_COMPILE, unless_plain_fails
 
 from gradient_accumulator import accumulate
 
@@ -184,7 +184,7 @@ def test_run_eagerly(way):
 @ways
 @pytest.mark.parametrize(
     "jit_compile",
-    [pytest.param(True, marks=unless_plain_fails("jit_compile")), False],
+    [pytest.param(True, marks=unless_plain_fails(JIT_COMPILE)), False],
 )
 def test_jit_compile(way, jit_compile):
     both(way, of_arrays, settings=lambda: {"jit_compile": jit_compile}, epochs=2)

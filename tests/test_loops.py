@@ -6,7 +6,7 @@ import problems
 import pytest
 from helpers import array, assert_close
 from keras import layers, ops
-from versions import unless_plain_fails
+from versions import OPTAX, unless_plain_fails
 
 from gradient_accumulator import (
     GradientAccumulateOptimizer,
@@ -315,7 +315,7 @@ def jax_loop(optimizer, gradients, batches):
 
 
 @on_jax
-@unless_plain_fails("optax")
+@unless_plain_fails(OPTAX)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_optax_beside_multi_steps_and_microbatching(weighted):
     import jax

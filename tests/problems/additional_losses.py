@@ -15,6 +15,7 @@ add(
     vectors,
     arguments=squared("sum"),
     optimizer=slow,
+    optimizer_reduction=None,
 )
 add("regularizer_of_activity", mlp(activity_regularizer=keras.regularizers.L2(0.1)),
     lambda: weighted(vectors()))  # fmt: skip
@@ -27,6 +28,7 @@ add(
         dense_steps(),
     ),
     token_sequences,
+    optimizer_reduction=None,
 )
 add(
     "regularizers_of_both",
@@ -36,6 +38,8 @@ add(
     ),
     vectors,
     arguments=squared("mean_with_sample_weight"),
+    keras2=None,
+    devices=("jax", "torch"),
 )
 add(
     "regularizer_orthogonal",
@@ -80,9 +84,11 @@ def without_targets():
 
 
 add("add_loss_mean", written(MeanOverExamples), lambda: weighted(vectors()))
-add("add_loss_of_each_example", written(LossOfEachExample), vectors)
-add("add_loss_in_a_layer", layer_adds_loss, vectors)
+# Keras 2 adds losses of each example to a scalar, and fails.
+add("add_loss_of_each_example", written(LossOfEachExample), vectors, keras2=None,
+    optimizer_reduction=None)  # fmt: skip
+add("add_loss_in_a_layer", layer_adds_loss, vectors, devices=("jax", "torch"))
 add("add_loss_only_mean", written(MeanOverExamples), without_targets,
     arguments=dict)  # fmt: skip
 add("add_loss_only_of_each_example", written(LossOfEachExample), without_targets,
-    arguments=dict)  # fmt: skip
+    arguments=dict, optimizer_reduction="SUM")  # fmt: skip

@@ -69,6 +69,7 @@ add(
         dense_steps(),
     ),
     token_sequences,
+    optimizer_reduction=None,
 )
 
 

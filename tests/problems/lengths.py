@@ -6,7 +6,7 @@ from api import layers
 from .data import classified_tokens, token_sequences, weighted_rows
 from .losses import logits, slow, squared
 from .models import dense_steps, of_tokens, pooled, tagger
-from .problem import PIECE, add, cut, sgd
+from .problem import PIECE, add, change, cut, of_reduction, sgd
 
 
 def trimmed(batch):
@@ -43,17 +43,21 @@ for _reduction in ("sum", "sum_over_batch_size", "mean_with_sample_weight"):
         arguments=squared(_reduction),
         optimizer=slow if _reduction == "sum" else sgd,
         pieces=trimmed,
+        **of_reduction(_reduction, equal=False),
     )
+change("pieces_of_different_length_mean_with_sample_weight", devices=("jax", "torch"))
 add(
     "pieces_of_different_length_pooled",
     pooled(),
     bucketed(classified_tokens),
     arguments=logits(),
     pieces=trimmed,
+    optimizer_reduction=None,
 )
 add(
     "pieces_of_different_length_lstm",
     of_tokens(lambda: layers.LSTM(4, return_sequences=True), dense_steps()),
     bucketed(),
     pieces=trimmed,
+    optimizer_reduction=None,
 )

@@ -1,6 +1,7 @@
 """Losses, reductions, sample weights and class weights."""
 
 from api import keras, ops
+from versions import MEAN_OVER_NO_WEIGHT
 
 from .data import (
     SIZES,
@@ -17,7 +18,7 @@ from .data import (
     zero_from,
 )
 from .models import classifier, conv_to_image, mlp, tagger
-from .problem import PIECE, add, sgd
+from .problem import ALIKE, PIECE, add, change, of_reduction, sgd
 
 REDUCTIONS = ("sum", "sum_over_batch_size", "mean", "mean_with_sample_weight", "none")
 ONLY_TENSORFLOW = {
@@ -42,27 +43,38 @@ def slow(**overrides):
     return sgd(**{"learning_rate": 0.02, **overrides})
 
 
+LIKE_OTHERS = {
+    "sum": {"alike": ("fit",)},
+    "sum_over_batch_size": ALIKE,
+    "none": {"alike": ("optimizer",)},  # as sums
+}
 for _reduction in REDUCTIONS:
     _settings = {
         "arguments": squared(_reduction),
         "optimizer": slow if _reduction in ("sum", "none") else sgd,
         **(ONLY_TENSORFLOW if _reduction == "none" else {}),
+        **LIKE_OTHERS.get(_reduction, {}),
     }
-    add(f"reduction_{_reduction}", mlp(), vectors, **_settings)
-    add(f"reduction_{_reduction}_masked", tagger, token_sequences, **_settings)
+    _plain = _settings | of_reduction(_reduction)
+    _masked = _settings | of_reduction(_reduction, equal=False)
+    _weighted = _settings | of_reduction(
+        _reduction, equal=_reduction != "mean_with_sample_weight"
+    )
+    add(f"reduction_{_reduction}", mlp(), vectors, **_plain)
+    add(f"reduction_{_reduction}_masked", tagger, token_sequences, **_masked)
     if _reduction == "mean":  # another name of sum_over_batch_size
         continue
     add(
         f"reduction_{_reduction}_weighted",
         mlp(),
         lambda: weighted(vectors()),
-        **_settings,
+        **_weighted,
     )
     add(
         f"reduction_{_reduction}_masked_weighted",
         tagger,
         lambda: weighted_rows(token_sequences()),
-        **_settings,
+        **_masked,
     )
     add(
         f"reduction_{_reduction}_weights_of_steps",
@@ -70,20 +82,27 @@ for _reduction in REDUCTIONS:
         lambda: weighted(
             token_sequences(), lambda r, x, y: uneven(r, len(x), x.shape[1])
         ),
-        **_settings,
+        **_masked,
     )
     add(
         f"reduction_{_reduction}_piece_of_zero_weight",
         mlp(),
         lambda: zero_from(0, PIECE),
-        **_settings,
+        **_weighted,
     )
     add(
         f"reduction_{_reduction}_masked_piece",
         tagger,
         lambda: empty_rows(token_sequences(), PIECE, 2 * PIECE),
-        **_settings,
+        **_masked,
     )
+change("reduction_sum", alike=())
+change("reduction_sum_masked_weighted", devices=("jax", "torch"))
+change("reduction_sum_over_batch_size_masked", devices=("jax", "torch", "tensorflow"))
+change(
+    "reduction_mean_with_sample_weight_masked_weighted",
+    devices=("jax", "torch", "tensorflow", "workers"),
+)
 
 
 def cast_weights(dtype):
@@ -98,7 +117,7 @@ def cast_weights(dtype):
 
 add("weights_float64", mlp(), cast_weights("float64"))
 add("weights_int", mlp(), cast_weights("int32"))
-add("weights_bool", mlp(), cast_weights("bool"))
+add("weights_bool", mlp(), cast_weights("bool"), plain_replicas=False)
 add(
     "weights_column",
     mlp(),
@@ -110,6 +129,11 @@ add(
     lambda: weighted(vectors(), lambda r, x, y: normal(r, len(y))),
 )
 for _reduction in ("sum_over_batch_size", "mean_with_sample_weight"):
+    _by_weights = _reduction == "mean_with_sample_weight"
+    _settings = {
+        **of_reduction(_reduction, equal=not _by_weights),
+        "since": (MEAN_OVER_NO_WEIGHT,) if _by_weights else (),
+    }
     add(
         f"weights_zero_in_a_full_batch_{_reduction}",
         mlp(),
@@ -118,6 +142,7 @@ for _reduction in ("sum_over_batch_size", "mean_with_sample_weight"):
             for x, y, w in weighted(vectors())
         ],
         arguments=squared(_reduction),
+        **_settings,
     )  # fmt: skip
     add(
         f"fully_masked_full_batch_{_reduction}",
@@ -126,7 +151,10 @@ for _reduction in ("sum_over_batch_size", "mean_with_sample_weight"):
             (x * (len(x) == SIZES[0]), y) for x, y in token_sequences()
         ],
         arguments=squared(_reduction),
+        # The loss of a batch that is masked as a whole is NaN in plain Keras 2.
+        **_settings | {"keras2": None, "optimizer_reduction": None},
     )  # fmt: skip
+change("fully_masked_full_batch_sum_over_batch_size", devices=("jax", "torch"))
 
 CLASSIFICATION = {
     "sparse_categorical_crossentropy": labelled,
@@ -147,6 +175,8 @@ for _loss, _batches in CLASSIFICATION.items():
         classifier,
         lambda _batches=_batches: weighted(_batches()),
         arguments=lambda _loss=_loss: {"loss": _loss},
+        keras2="2.13" if _loss == "categorical_focal_crossentropy" else "2.12",
+        **ALIKE,
     )
 
 
@@ -165,12 +195,15 @@ add(
     segmentations,
     arguments=lambda: {"loss": keras.losses.Dice(axis=(1, 2, 3))},
     optimizer=lambda **overrides: sgd(**{"learning_rate": 3.0, **overrides}),
+    keras2=None,
+    **ALIKE,
 )
 add(
     "loss_weights_of_pixels",
     conv_to_image(),
     lambda: weighted(segmentations(), lambda r, x, y: uneven(r, len(x), 8, 8)),
     arguments=lambda: {"loss": keras.losses.BinaryCrossentropy()},
+    **ALIKE,
 )
 
 
@@ -197,13 +230,13 @@ class LossWhole(keras.losses.Loss):
 
 
 add("loss_function", mlp(), lambda: weighted(vectors()),
-    arguments=lambda: {"loss": loss_of_examples})  # fmt: skip
+    arguments=lambda: {"loss": loss_of_examples}, **ALIKE)  # fmt: skip
 add("loss_function_of_batch", mlp(), vectors,
-    arguments=lambda: {"loss": loss_of_batch})  # fmt: skip
+    arguments=lambda: {"loss": loss_of_batch}, **ALIKE)  # fmt: skip
 add("loss_with_own_call", mlp(), lambda: weighted(vectors()),
-    arguments=lambda: {"loss": LossByCall()})  # fmt: skip
+    arguments=lambda: {"loss": LossByCall()}, **ALIKE)  # fmt: skip
 add("loss_with_own_dunder_call", mlp(), vectors,
-    arguments=lambda: {"loss": LossWhole()})  # fmt: skip
+    arguments=lambda: {"loss": LossWhole()}, **ALIKE)  # fmt: skip
 
 CLASS_WEIGHT = {0: 0.2, 1: 1.0, 2: 6.0}
 for _reduction in ("sum_over_batch_size", "mean_with_sample_weight"):
@@ -217,7 +250,9 @@ for _reduction in ("sum_over_batch_size", "mean_with_sample_weight"):
             "weighted_metrics": ["accuracy"],
         },
         class_weight=CLASS_WEIGHT,
+        **of_reduction(_reduction, equal=_reduction == "sum_over_batch_size"),
     )
+change("class_weight_mean_with_sample_weight", devices=("jax", "torch"))
 add(
     "class_weight_one_hot",
     classifier,

@@ -18,7 +18,7 @@ from .data import (
 from .losses import logits, slow
 from .models import conv_to_image, dense_steps, mlp, of_tokens, pooled, seeded
 from .optimizers import of_class
-from .problem import PIECE, add, sgd
+from .problem import PIECE, add, of_reduction, sgd
 
 
 def ignoring(reduction="sum_over_batch_size"):
@@ -55,18 +55,21 @@ for _reduction in ("sum", "sum_over_batch_size", "mean_with_sample_weight"):
         ignored_labels,
         arguments=ignoring(_reduction),
         optimizer=slow if _reduction == "sum" else sgd,
+        **of_reduction(_reduction, equal=False),
     )
 add(
     "ignore_class_weighted",
     mlp(),
     lambda: weighted(ignored_labels()),
     arguments=ignoring(),
+    optimizer_reduction=None,
 )
 add(
     "ignore_class_whole_piece",
     mlp(),
     lambda: ignored_labels(0, PIECE),
     arguments=ignoring(),
+    optimizer_reduction=None,
 )
 for _reduction in ("sum_over_batch_size", "mean_with_sample_weight"):
     add(
@@ -74,6 +77,7 @@ for _reduction in ("sum_over_batch_size", "mean_with_sample_weight"):
         of_tokens(dense_steps(CLASSES)),
         lambda: weighted_rows(ignored_tokens()),
         arguments=ignoring(_reduction),
+        **of_reduction(_reduction, equal=False),
     )
 add(
     "ignore_class_of_images",
@@ -86,6 +90,7 @@ add(
     ),
     arguments=ignoring(),
     optimizer=of_class("SGD", learning_rate=2.0),
+    optimizer_reduction=None,
 )
 
 
@@ -101,8 +106,9 @@ def masking():
     )
 
 
-add("masking_layer", masking, float_sequences)
-add("masking_layer_weighted", masking, lambda: weighted_rows(float_sequences()))
+add("masking_layer", masking, float_sequences, optimizer_reduction=None)
+add("masking_layer_weighted", masking, lambda: weighted_rows(float_sequences()),
+    optimizer_reduction=None)  # fmt: skip
 
 
 class OwnMask(layers.Layer):
@@ -126,7 +132,8 @@ def own_mask():
     return keras.Model(x, layers.Dense(2)(OwnMask()(h)))
 
 
-add("mask_computed_from_activations", own_mask, float_sequences)
+add("mask_computed_from_activations", own_mask, float_sequences,
+    optimizer_reduction=None)  # fmt: skip
 
 
 add("mask_used_up_by_pooling", pooled(), classified_tokens, arguments=logits())

@@ -4,7 +4,7 @@ from api import keras, layers
 
 from .data import FEATURES, vectors
 from .models import mlp, seeded
-from .problem import add, sgd
+from .problem import ALIKE, add, change, sgd
 
 # `epsilon` is large where the update divides by the gradient's own size: otherwise the
 # smallest gradients' rounding, not their value, would decide.
@@ -62,6 +62,8 @@ NEWER = {
     "schedule_free_adamw": "ScheduleFreeAdamW",
     "multi_optimizer": "MultiOptimizer",
 }
+# When Keras 2 got those that its oldest version does not have.
+KERAS_2_HAS = {"lion": "2.13", "lamb": None}
 for _name, _optimizer in OPTIMIZERS.items():
     if hasattr(keras.optimizers, NEWER.get(_name, "Optimizer")):
         add(
@@ -72,7 +74,10 @@ for _name, _optimizer in OPTIMIZERS.items():
             # It copies the weights when it is built. Plain Keras on TensorFlow builds
             # an optimizer inside the first step, and the copies are lost.
             build_optimizer=_name == "schedule_free_adamw",
+            keras2=KERAS_2_HAS.get(_name, "2.12"),
+            alike=("fit",),
         )
+change("optimizer_adam", devices=("jax", "torch", "tensorflow", "workers"))
 
 SCHEDULES = {
     "exponential_decay": lambda: keras.optimizers.schedules.ExponentialDecay(
@@ -93,7 +98,10 @@ for _name, _schedule in SCHEDULES.items():
         optimizer=lambda _schedule=_schedule, **overrides: sgd(
             learning_rate=_schedule(), **overrides
         ),
+        keras2="2.13" if _name == "warmup" else "2.12",
+        **ALIKE,
     )
+change("schedule_exponential_decay", devices=("jax", "torch"))
 
 FEATURES_OF_OPTIMIZERS = {
     "clipnorm": {"clipnorm": 0.05},
@@ -116,7 +124,11 @@ for _name, _settings in FEATURES_OF_OPTIMIZERS.items():
         optimizer=lambda _settings=_settings, **overrides: sgd(
             **_settings, **overrides
         ),
+        keras2=None if _name == "loss_scale_factor" else "2.12",
+        # A branch of replicas that wait for each other.
+        plain_replicas=_name != "ema_overwrite_every_2",
     )
+change("global_clipnorm", devices=("jax", "torch", "tensorflow", "workers"))
 
 # Two updates in a row with finite gradients double the scale.
 add(
@@ -145,11 +157,14 @@ add(
     one_overflow,
     optimizer=loss_scaled(initial_scale=2.0**15),
     arguments=lambda: {"loss": "mae"},
+    skips_first=True,
+    devices=("jax", "torch"),
 )
 add(
     "constraint_max_norm",
     mlp(kernel_constraint=keras.constraints.MaxNorm(0.8)),
     vectors,
+    **ALIKE,
 )
-add("constraint_non_neg", mlp(kernel_constraint="non_neg"), vectors)
-add("constraint_unit_norm", mlp(kernel_constraint="unit_norm"), vectors)
+add("constraint_non_neg", mlp(kernel_constraint="non_neg"), vectors, **ALIKE)
+add("constraint_unit_norm", mlp(kernel_constraint="unit_norm"), vectors, **ALIKE)

@@ -1,6 +1,7 @@
 """Several outputs, each with a loss and a denominator of its own."""
 
 from api import keras, layers
+from versions import MASKS_IN_PLACE
 
 from .data import (
     CLASSES,
@@ -15,7 +16,7 @@ from .data import (
     weighted,
 )
 from .models import seeded
-from .problem import add, sgd
+from .problem import add, change, sgd
 
 
 @seeded
@@ -49,13 +50,15 @@ def two_losses(first="sum_over_batch_size", second="sum_over_batch_size", **more
     }
 
 
+_masked = {"optimizer_reduction": None, "since": (MASKS_IN_PLACE,)}
 add("outputs_one_of_two_masked", tagger_and_classifier, two_targets,
-    arguments=two_losses())  # fmt: skip
+    arguments=two_losses(), **_masked)  # fmt: skip
 add(
     "outputs_loss_weights",
     tagger_and_classifier,
     two_targets,
     arguments=two_losses(loss_weights=[0.3, 2.5]),
+    **_masked,
 )
 for _first, _second in (
     ("sum", "mean_with_sample_weight"),
@@ -69,7 +72,9 @@ for _first, _second in (
         ),
         arguments=two_losses(_first, _second, loss_weights=[0.2, 1.0]),
         optimizer=lambda **overrides: sgd(**{"learning_rate": 0.15, **overrides}),
+        **_masked | {"keras2": None},
     )
+change("outputs_sum_and_mean_with_sample_weight", devices=("jax", "torch"))
 add(
     "outputs_metrics_of_each",
     tagger_and_classifier,
@@ -79,12 +84,15 @@ add(
     arguments=two_losses(
         metrics=[["mae"], ["accuracy"]], weighted_metrics=[["mse"], ["accuracy"]]
     ),
+    devices=("jax", "torch"),
+    **_masked,
 )
 add(
     "outputs_only_one_has_a_loss",
     tagger_and_classifier,
     two_targets,
     arguments=lambda: {"loss": [None, "sparse_categorical_crossentropy"]},
+    since=(MASKS_IN_PLACE,),
 )
 
 
@@ -144,6 +152,7 @@ add(
         },
         loss_weights={"value": 0.1, "kind": 2.0},
     ),
+    optimizer_reduction=None,
 )
 add(
     "outputs_named_weighted",

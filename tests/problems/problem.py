@@ -5,8 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 from api import KERAS_2, keras
+from versions import Since, is_before
 
 BACKENDS = ("tensorflow", "jax", "torch")
+# How micro-batches are trained: by `accumulate`, or by the optimizer's wrapper.
+WAYS = ("microbatch_size", "accum_steps", "optimizer")
 PIECE = 5  # examples of a piece
 
 
@@ -32,6 +35,28 @@ class Problem:
         backends: Those that the problem exists on. `because` says why not on all.
         floatx: Keras's `floatx`.
         build_optimizer: Whether the optimizer is built before `fit`.
+
+    Where it runs, and how it is compared there:
+
+    Args:
+        core: Of `WAYS` those that are in the core of the tests (`make test`).
+        alike: Where others draw and weigh micro-batches as this one does: in "fit", in
+            "optimizer". TensorFlow traces every test anew, so that on it one of the two
+            ways of `fit`, and the optimizer, are left to `make test-full`.
+        since: What older versions of Keras cannot train, by plain `fit`.
+        keras2: The first version of Keras 2 that can train it, None where none can.
+        optimizer_reduction: The `reduction` by which `GradientAccumulateOptimizer`
+            gives the batch's gradient from micro-batches of one size. None where it
+            cannot know what each is worth.
+        repeated_rows: Whether a gradient is of an embedding alone. Keras on TensorFlow
+            keeps entries for one row apart, and clips each.
+        skips_first: Whether the first batch changes nothing.
+        rounds_loss: Whether Keras 2 computes the loss in half precision.
+        devices: Where several devices train it in `make test-all`: of "jax", "torch",
+            "tensorflow" and "workers". The first three do in `make test-full`.
+        plain_replicas: Whether plain Keras can train it on replicas of TensorFlow.
+        thirds: Whether a third of a batch is as exact as a half of it.
+        per_process: Whether it depends on the number of examples that a process sees.
     """
 
     name: str
@@ -47,6 +72,18 @@ class Problem:
     because: str = ""
     floatx: str = "float32"
     build_optimizer: bool = False
+    core: tuple[str, ...] = ()
+    alike: tuple[str, ...] = ()
+    since: tuple[Since, ...] = ()
+    keras2: str | None = "2.12"
+    optimizer_reduction: str | None = "MEAN"
+    repeated_rows: bool = False
+    skips_first: bool = False
+    rounds_loss: bool = False
+    devices: tuple[str, ...] = ()
+    plain_replicas: bool = True
+    thirds: bool = True
+    per_process: bool = False
 
     def __str__(self):
         return self.name
@@ -78,10 +115,32 @@ def cut(batch, size=None):
 
 
 PROBLEMS: list[Problem] = []
+# Settings of problems that others are like, wherever they run.
+ALIKE = {"alike": ("fit", "optimizer")}
+
+
+def of_reduction(reduction, equal=True):
+    """Settings of a loss with this reduction.
+
+    Args:
+        reduction: The loss's.
+        equal: Whether it divides by one number in all micro-batches of one size.
+    """
+    adds_up = reduction in ("sum", "none")
+    return {
+        "keras2": None if reduction in ("mean", "mean_with_sample_weight") else "2.12",
+        "optimizer_reduction": "SUM" if adds_up else "MEAN" if equal else None,
+    }
 
 
 def add(name, build, batches, **settings):
     PROBLEMS.append(Problem(name, build, batches, **settings))
+
+
+def change(name, **settings):
+    """Other settings of one problem of those that a loop has added."""
+    (index,) = (i for i, problem in enumerate(PROBLEMS) if problem.name == name)
+    PROBLEMS[index] = dataclasses.replace(PROBLEMS[index], **settings)
 
 
 def here():
@@ -93,31 +152,6 @@ def here():
     ]
 
 
-# What TensorFlow 2.12 does not have yet.
-_SINCE_2_13 = (
-    "loss_categorical_focal_crossentropy",
-    "optimizer_lion",
-    "schedule_warmup",
-)
-
-
 def _in_keras_2(problem):
     """Whether plain Keras 2 can train it."""
-    return (
-        # A reduction of Keras 3's.
-        "mean_with_sample_weight" not in problem.name
-        and not problem.name.startswith(("reduction_mean", "regularizers_of_both"))
-        and not (keras.__version__.startswith("2.12.") and problem.name in _SINCE_2_13)
-        and problem.name
-        not in (
-            # Optimizers, losses and layers of Keras 3's.
-            "optimizer_lamb",
-            "loss_scale_factor",
-            "loss_dice_of_each_example",
-            "float8_overwrite_with_gradient",
-            # It adds losses of each example to a scalar, and fails.
-            "add_loss_of_each_example",
-            # A full batch that is masked as a whole has loss NaN.
-            "fully_masked_full_batch_sum_over_batch_size",
-        )
-    )
+    return problem.keras2 is not None and not is_before(problem.keras2)

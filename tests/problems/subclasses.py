@@ -1,6 +1,7 @@
 """Subclassed models and metrics."""
 
 from api import KERAS_2, keras, ops
+from versions import METRICS
 
 from .data import (
     CLASSES,
@@ -16,7 +17,7 @@ from .data import (
 )
 from .models import Written, classifier, dense_steps, mlp, of_tokens, seeded, written
 from .optimizers import OPTIMIZERS
-from .problem import add
+from .problem import add, of_reduction
 
 
 class OwnComputeLoss(Written):
@@ -88,6 +89,7 @@ add(
     written(OwnComputeMetrics),
     vectors,
     arguments=lambda: {"loss": "mse", "metrics": ["mae"]},
+    devices=("jax", "torch"),
 )
 add(
     "subclass_nested_inputs",
@@ -121,6 +123,7 @@ add(
             keras.metrics.CategoricalCrossentropy(name="cce_weighted"),
         ],
     },
+    since=(METRICS,),
 )
 add(
     "metrics_masked",
@@ -138,6 +141,8 @@ add(
         "metrics": ["accuracy"],
         "weighted_metrics": ["accuracy"],
     },
+    optimizer_reduction=None,
+    devices=("jax", "torch", "tensorflow"),
 )
 add(
     "metrics_of_mean_with_sample_weight",
@@ -148,4 +153,5 @@ add(
         "metrics": ["mae"],
         "weighted_metrics": ["mae"],
     },
+    **of_reduction("mean_with_sample_weight", equal=False),
 )

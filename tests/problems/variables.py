@@ -18,7 +18,7 @@ from .data import (
 from .losses import logits, squared
 from .models import Written, dense_steps, mlp, of_tokens, seeded, written
 from .optimizers import FEATURES_OF_OPTIMIZERS, OPTIMIZERS, loss_scaled, of_class
-from .problem import PIECE, add, sgd
+from .problem import PIECE, add, change, sgd
 
 
 def frozen(name):
@@ -82,6 +82,7 @@ for _name in ("sgd_momentum", "adam", "adagrad", "rmsprop"):
         classified_tokens,
         arguments=logits(),
         optimizer=OPTIMIZERS[_name],
+        repeated_rows=True,
     )
 for _name in ("clipnorm", "global_clipnorm", "clipvalue"):
     add(
@@ -92,6 +93,7 @@ for _name in ("clipnorm", "global_clipnorm", "clipvalue"):
         optimizer=lambda _name=_name, **overrides: sgd(
             **FEATURES_OF_OPTIMIZERS[_name], **overrides
         ),
+        repeated_rows=True,
     )
 
 
@@ -115,6 +117,7 @@ add(
     arguments=lambda: {
         "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     },
+    repeated_rows=True,
 )
 
 
@@ -165,8 +168,11 @@ EAGER = {
     "arguments": lambda: {"loss": "mse", "run_eagerly": True},
     "backends": ("tensorflow", "torch"),
     "because": "JAX traces: a branch cannot depend on the data there",
+    # Gradients are there in one update and not in the next.
+    "plain_replicas": False,
 }
-add("gradient_none_on_some_pieces", written(Gated), gated_batches, **EAGER)
+add("gradient_none_on_some_pieces", written(Gated), gated_batches, **EAGER,
+    devices=("torch",))  # fmt: skip
 add(
     "gradient_none_on_all_pieces_of_one_update",
     written(Gated),
@@ -196,7 +202,7 @@ def counting():
     return keras.Model(x, layers.Dense(CLASSES)(h))
 
 
-add("state_travels_from_piece_to_piece", counting, vectors)
+add("state_travels_from_piece_to_piece", counting, vectors, per_process=True)
 
 
 @seeded
@@ -218,6 +224,10 @@ add(
     "float8_overwrite_with_gradient",
     float8,
     lambda: each_size(lambda r, n: (normal(r, n, 16), normal(r, n, 16))),
+    keras2=None,
+    # It is rounded by how large a micro-batch's own gradients are.
+    optimizer_reduction=None,
+    devices=("jax", "torch"),
 )
 
 
@@ -263,13 +273,17 @@ for _policy, _optimizer in POLICIES.items():
         small_integers,
         arguments=lambda: {"loss": Product()},
         optimizer=_optimizer,
+        rounds_loss=True,
+        thirds=_policy == "bfloat16",
     )
+change("policy_mixed_bfloat16", devices=("jax", "torch"))
 add(
     "float64",
     mlp(),
     lambda: weighted(vectors()),
     arguments=squared("sum"),
     optimizer=of_class("Adam", learning_rate=0.1),
+    optimizer_reduction="SUM",
     floatx="float64",
     backends=("tensorflow",),
     because="JAX needs a flag of the process; Keras on PyTorch computes in float32",
