@@ -20,6 +20,10 @@ KERAS2_PYTHON ?= $(or $(shell command -v python3.11 || command -v python3.10),$(
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# The tests on the backends that are named, one after the other.
+EACH_BACKEND = $(BIN)/python tests/each_backend.py $(if $(COVERAGE),--coverage)
+IN_PROCESSES := -n $(WORKERS) --dist loadgroup
+
 # Files that say what is installed; a second run finds them and installs nothing.
 DEMO_READY := $(VENV)/.ready-demo-$(BACKEND)
 TEST_READY := $(VENV)/.ready-test
@@ -29,17 +33,19 @@ KERAS2_READY := $(VENV)-keras2/.ready
 KERAS2_OLDEST_READY := $(VENV)-keras2-oldest/.ready
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-full test-oldest lint format types benchmark clean
+.PHONY: help demo test test-all test-full test-oldest coverage core-choice
+.PHONY: lint format types benchmark clean
 .PHONY: test-keras2 test-keras2-2.15 test-keras2-tf_keras test-keras2-oldest
 .PHONY: benchmark-keras2
-.PHONY: $(BACKENDS:%=test-%) $(BACKENDS:%=test-oldest-%)
+.PHONY: $(BACKENDS:%=test-%) $(BACKENDS:%=test-all-%) $(BACKENDS:%=test-oldest-%)
 
 help:
 	@echo "make demo            a 3D U-Net on a real brain, whole and in pieces"
 	@echo "make demo BACKEND=jax    the same on JAX (or torch)"
-	@echo "make test            the tests on TensorFlow, JAX and PyTorch"
-	@echo "make test-jax        the tests on JAX (or -tensorflow, -torch)"
-	@echo "make test-full       the same with the slowest ones"
+	@echo "make test            the core of the tests on TensorFlow, JAX and PyTorch"
+	@echo "make test-jax        the core on JAX (or -tensorflow, -torch)"
+	@echo "make test-all        all tests that a change must pass; test-all-jax on JAX"
+	@echo "make test-full       the slowest ones too"
 	@echo "make test-oldest     the tests with Keras $(OLDEST_KERAS)"
 	@echo "make test-keras2     the tests on Keras 2: TensorFlow 2.15, and tf_keras"
 	@echo "make test-keras2-oldest  the same on TensorFlow 2.12"
@@ -51,19 +57,37 @@ help:
 demo: $(DEMO_READY)
 	$(BIN)/gradient-accumulator demo --backend $(BACKEND) $(DEMO_ARGS)
 
-test: $(BACKENDS:%=test-%)
+CORE := HYPOTHESIS_PROFILE=core
 
-test-full:
-	OPTIMIZED=1 $(MAKE) test PYTEST_ARGS="-m 'full or not full'"
+test: $(TEST_READY)
+	$(CORE) $(EACH_BACKEND) $(BACKENDS) -- $(IN_PROCESSES) -m core $(PYTEST_ARGS)
 
 $(BACKENDS:%=test-%): test-%: $(TEST_READY)
-	KERAS_BACKEND=$* $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	$(CORE) $(EACH_BACKEND) $* -- $(IN_PROCESSES) -m core $(PYTEST_ARGS)
 
-test-oldest: $(BACKENDS:%=test-oldest-%)
+test-all: $(TEST_READY)
+	$(EACH_BACKEND) $(BACKENDS) -- $(IN_PROCESSES) $(PYTEST_ARGS)
+
+$(BACKENDS:%=test-all-%): test-all-%: $(TEST_READY)
+	$(EACH_BACKEND) $* -- $(IN_PROCESSES) $(PYTEST_ARGS)
+
+test-full:
+	OPTIMIZED=1 $(MAKE) test-all PYTEST_ARGS="-m 'full or not full' $(PYTEST_ARGS)"
+
+test-oldest: $(OLDEST_READY)
+	PYTHONPATH=$(<D) $(EACH_BACKEND) $(BACKENDS) -- $(IN_PROCESSES) $(PYTEST_ARGS)
 
 $(BACKENDS:%=test-oldest-%): test-oldest-%: $(OLDEST_READY)
-	KERAS_BACKEND=$* PYTHONPATH=$(<D) \
-	    $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	PYTHONPATH=$(<D) $(EACH_BACKEND) $* -- $(IN_PROCESSES) $(PYTEST_ARGS)
+
+# What all tests run of the package, and of that the core.
+coverage:
+	$(MAKE) test-all COVERAGE=yes
+	$(BIN)/python tests/core.py compare
+
+# After it: which tests would make a core.
+core-choice: $(TEST_READY)
+	$(BIN)/python tests/core.py choose
 
 # Those that are not of Keras 3 only.
 KERAS2_TESTS := tests/keras2 tests/test_exact.py tests/test_optimizer_exact.py
@@ -71,16 +95,16 @@ KERAS2_TESTS := tests/keras2 tests/test_exact.py tests/test_optimizer_exact.py
 test-keras2: test-keras2-2.15 test-keras2-tf_keras
 
 test-keras2-2.15: $(KERAS2_READY)
-	PYTHONPATH=. $(<D)/bin/python -m pytest -n $(WORKERS) --dist loadgroup \
+	PYTHONPATH=. $(<D)/bin/python -m pytest $(IN_PROCESSES) \
 	    $(KERAS2_TESTS) $(PYTEST_ARGS)
 
 test-keras2-tf_keras: $(TF_KERAS_READY)
 	TF_USE_LEGACY_KERAS=1 PYTHONPATH=.:$(<D) \
-	    $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup \
+	    $(BIN)/python -m pytest $(IN_PROCESSES) \
 	    $(KERAS2_TESTS) $(PYTEST_ARGS)
 
 test-keras2-oldest: $(KERAS2_OLDEST_READY)
-	PYTHONPATH=. $(<D)/bin/python -m pytest -n $(WORKERS) --dist loadgroup \
+	PYTHONPATH=. $(<D)/bin/python -m pytest $(IN_PROCESSES) \
 	    $(KERAS2_TESTS) $(PYTEST_ARGS)
 
 lint: $(TEST_READY)
@@ -110,7 +134,7 @@ benchmark-keras2: $(KERAS2_READY)
 	GRADIENT_ACCUMULATOR_0_5_2=$(<D)/released $(<D)/bin/python -m benchmarks keras2
 
 clean:
-	rm -rf $(VENV) $(VENV)-keras2 $(VENV)-keras2-oldest .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(VENV)-keras2 $(VENV)-keras2-oldest .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -3,12 +3,14 @@
 import gc
 import os
 
+import covered
 import quickly
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if os.environ.get("KERAS_BACKEND") == "jax":
     quickly.jax()
 
+import hypothesis
 import pytest
 from api import KERAS_2, keras
 
@@ -26,6 +28,24 @@ LET_THROUGH = (
     # It also looks at the gradients of all tensors that it meets in a layer.
     "The .grad attribute of a Tensor that is not a leaf",
 )
+
+# How many examples Hypothesis draws: in the core, in all, and for a person who looks
+# for more, and for the smallest, which nobody else waits for.
+SLOW = {hypothesis.Phase.shrink, hypothesis.Phase.explain}
+for profile, examples in (("core", 2), ("all", 6), ("many", 150)):
+    hypothesis.settings.register_profile(
+        profile,
+        max_examples=examples,
+        deadline=None,  # compiling takes what it takes
+        derandomize=profile != "many",
+        phases=[p for p in hypothesis.Phase if p not in SLOW or profile == "many"],
+        suppress_health_check=[
+            hypothesis.HealthCheck.too_slow,
+            hypothesis.HealthCheck.data_too_large,
+        ],
+        database=None,
+    )
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "all"))
 
 
 def pytest_configure(config):
@@ -48,6 +68,27 @@ def pytest_sessionstart(session):
     # Clearing a session collects garbage: not among what importing has made.
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish(session):
+    covered.save()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    with covered.by(covered.context_of(item)):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item):
+    """Notes the processors' time beside the clock's, with that of ended processes."""
+    before = os.times()
+    try:
+        return (yield)
+    finally:
+        seconds = sum(os.times()[:4]) - sum(before[:4])
+        item.user_properties.append(("processor", round(seconds, 3)))
 
 
 def _make_two_devices():

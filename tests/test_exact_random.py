@@ -1,32 +1,16 @@
 """Hypothesis draws sizes, weights, masks, losses and reductions.
 
-`HYPOTHESIS_PROFILE=full` draws many more than the default does.
+`HYPOTHESIS_PROFILE=many` draws many more than the default does.
 """
-
-import os
 
 import keras
 import numpy as np
 import problems
 import pytest
 from helpers import assert_same, in_pieces, moved, train
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from versions import MASKS_IN_PLACE, unless_plain_fails
-
-# Only a person who looks for the smallest example waits for these.
-SLOW = (Phase.shrink, Phase.explain)
-for _profile, _examples in (("fast", 6), ("full", 150)):
-    settings.register_profile(
-        _profile,
-        max_examples=_examples,
-        deadline=None,  # compiling takes what it takes
-        derandomize=_profile == "fast",
-        phases=[p for p in Phase if p not in SLOW or _profile == "full"],
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-        database=None,
-    )
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 LOSSES = {
     "mse": lambda reduction: keras.losses.MeanSquaredError(reduction=reduction),

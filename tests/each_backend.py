@@ -1,0 +1,81 @@
+"""Runs pytest on one backend after the other, and says in the end how each went.
+
+`python tests/each_backend.py tensorflow jax torch -- -m core`: what follows `--` is
+pytest's. Ends with 1 where a backend failed, when all have run. `--coverage` before the
+`--` leaves in `.coverage/` what each test covered.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+COVERAGE = Path(".coverage")
+
+
+def run(backend, arguments, measure):
+    """Whether it passed, and a line that says so."""
+    environment = {**os.environ, "KERAS_BACKEND": backend}
+    if measure:
+        environment.update(_measured(COVERAGE / backend))
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tests.xml"
+        ended = subprocess.run(
+            [sys.executable, "-m", "pytest", f"--junitxml={file}", *arguments],
+            env=environment,
+        )
+        said = _counts(file) if file.exists() else "did not end as pytest does"
+        if measure and file.exists():
+            shutil.copy(file, COVERAGE / backend)
+    seconds = time.monotonic() - began
+    failed = f", FAILED with {ended.returncode}" if ended.returncode else ""
+    return not ended.returncode, f"{backend}: {said}{failed} ({seconds:.0f} s)"
+
+
+def _measured(folder):
+    """What has coverage.py measure a process and all that it starts, into `folder`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return {
+        "COVERAGE_PROCESS_START": str(Path("pyproject.toml").resolve()),
+        "COVERAGE_FILE": str(folder.resolve() / "of"),
+    }
+
+
+def _counts(file):
+    (suite,) = ElementTree.parse(file).getroot().iter("testsuite")
+    count = {key: int(suite.get(key)) for key in ("failures", "errors", "skipped")}
+    passed = int(suite.get("tests")) - sum(count.values())
+    words = {
+        "passed": passed,
+        "failed": count["failures"],
+        "errors": count["errors"],
+        "skipped": count["skipped"],
+    }
+    return ", ".join(f"{number} {word}" for word, number in words.items() if number)
+
+
+def main(arguments):
+    split = arguments.index("--")
+    backends, pytest = arguments[:split], arguments[split + 1 :]
+    measure = "--coverage" in backends
+    backends = [backend for backend in backends if backend != "--coverage"]
+    lines, passed = [], []
+    try:
+        for backend in backends:
+            print(f"-- {backend}", flush=True)
+            ok, line = run(backend, pytest, measure)
+            passed.append(ok)
+            lines.append(line)
+    finally:  # also where a person ends it
+        print("", *lines, sep="\n", flush=True)
+    return 0 if all(passed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
