@@ -5,19 +5,20 @@ addresses are settled before its backend begins.
 """
 
 import json
-import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import keras
 import numpy as np
 import problems
 import pytest
+from helpers import named
+from versions import unless_plain_fails
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 import launch
 
-SECONDS = 240  # at most, for all processes of a test
 on_jax = pytest.mark.skipif(
     keras.backend.backend() != "jax", reason="devices and processes of JAX"
 )
@@ -27,52 +28,6 @@ on_torch = pytest.mark.skipif(
 on_tensorflow = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="strategies of tf.distribute"
 )
-# Of all problems, those that more than one device can break.
-SOME = {
-    "optimizer_adam",
-    "schedule_exponential_decay",
-    "global_clipnorm",
-    "loss_scale_skips_an_overflow",
-    "reduction_sum_masked_weighted",
-    "reduction_sum_over_batch_size_masked",
-    "reduction_mean_with_sample_weight_masked_weighted",
-    "fully_masked_full_batch_sum_over_batch_size",
-    "class_weight_mean_with_sample_weight",
-    "pieces_of_different_length_mean_with_sample_weight",
-    "outputs_metrics_of_each",
-    "outputs_sum_and_mean_with_sample_weight",
-    "regularizers_of_both",
-    "add_loss_in_a_layer",
-    "gradient_none_on_some_pieces",
-    "float8_overwrite_with_gradient",
-    "policy_mixed_bfloat16",
-    "subclass_compute_metrics",
-    "metrics_masked",
-}
-# Of these, those of different kinds, for here a graph is made for each training.
-ON_REPLICAS = [
-    "optimizer_adam",
-    "global_clipnorm",
-    "reduction_sum_over_batch_size_masked",
-    "reduction_mean_with_sample_weight_masked_weighted",
-    "metrics_masked",
-]
-# What plain Keras itself cannot train there: branches of replicas that wait for each
-# other, gradients that are there in one update and not in the next, booleans to sum.
-PLAIN_FAILS = {
-    "ema_overwrite_every_2",
-    "gradient_none_on_some_pieces",
-    "gradient_none_on_all_pieces_of_one_update",
-    "weights_bool",
-}
-# Pieces that are a third of a replica's batch, which half precision rounds.
-THIRDS = {"policy_mixed_bfloat16", "policy_mixed_float16"}
-# Counts the examples that a process has seen.
-OF_EACH_PROCESS = {"state_travels_from_piece_to_piece"}
-on_devices = pytest.mark.parametrize(
-    ("way", "devices"), [("microbatch_size", 2), ("accum_steps", 4)]
-)
-ways = pytest.mark.parametrize("way", ["microbatch_size", "accum_steps"])
 
 
 def check_restart(start, script, folder):
@@ -81,11 +36,11 @@ def check_restart(start, script, folder):
     def run(backups, kill, file):
         return start(script, folder / backups, kill, folder / file)
 
-    launch.succeed(run("uninterrupted", "no", "uninterrupted"), SECONDS)
+    launch.succeed(run("uninterrupted", "no", "uninterrupted"))
     survivor, killed = run("backups", "kill", "killed")
-    outputs = launch.wait([survivor, killed], SECONDS)
+    outputs = launch.wait([survivor, killed])
     assert (survivor.returncode, killed.returncode) == (0, 9), outputs
-    launch.succeed(run("backups", "no", "restarted"), SECONDS)
+    launch.succeed(run("backups", "no", "restarted"))
     for rank in range(2):
         ours = np.load(folder / f"restarted-{rank}.npy")
         np.testing.assert_array_equal(
@@ -93,41 +48,45 @@ def check_restart(start, script, folder):
         )
 
 
-def some():
-    return [p.name for p in problems.here() if p.name in SOME]
+WAYS = ("microbatch_size", "accum_steps")
 
 
-@on_torch
-@ways
-def test_processes_of_torchrun_give_the_full_batch(way):
-    launch.succeed(launch.torch_processes("torch_fit.py", way, *some()), SECONDS)
+def checks(script):
+    return pytest.mark.parametrize("name", launch.checks(script))
 
 
-@on_torch
-@pytest.mark.full
-@ways
-def test_processes_of_torchrun_give_the_full_batch_in_every_problem(way):
-    names = [p.name for p in problems.here() if p.name not in OF_EACH_PROCESS]
-    launch.succeed(launch.torch_processes("torch_fit.py", way, *names), SECONDS)
-
-
-@on_torch
-def test_processes_of_torchrun():
-    checks = (
-        "one_reduction",
-        "begins_alike",
-        "clipped",
-        "overflow",
-        "normalization",
-        "different_updates",
-        "no_share_of_the_last_batch",
-        "uneven_normalization",
-        "different_epochs",
-        "replicated_loop",
-        "some_of_the_parameters",
-        "sharded_loop",
+def problems_on(place, left_out=lambda problem, way: False):
+    """All on this backend; `make test-full` has those that are not for its devices."""
+    return pytest.mark.parametrize(
+        ("way", "name"),
+        [
+            pytest.param(
+                way,
+                problem.name,
+                marks=[
+                    unless_plain_fails(*problem.since),
+                    *([] if place in problem.devices else [pytest.mark.full]),
+                ],
+            )
+            for way in WAYS
+            for problem in problems.here()
+            if keras.backend.backend() == place and not left_out(problem, way)
+        ],
     )
-    launch.succeed(launch.torch_processes("torch_checks.py", *checks), SECONDS)
+
+
+@on_torch
+@pytest.mark.xdist_group("torch_fit")
+@problems_on("torch", lambda problem, _: problem.per_process)
+def test_processes_of_torchrun_give_the_full_batch(request, way, name):
+    launch.one_of(request, partial(launch.torch_processes, "torch_fit.py", way))
+
+
+@on_torch
+@pytest.mark.xdist_group("torch_checks")
+@checks("torch_checks.py")
+def test_processes_of_torchrun(request, name):
+    launch.one_of(request, partial(launch.torch_processes, "torch_checks.py"))
 
 
 @on_torch
@@ -136,35 +95,23 @@ def test_a_process_of_torchrun_that_is_killed(tmp_path):
 
 
 @on_jax
-@on_devices
-def test_devices_of_jax_give_the_full_batch(way, devices):
-    launch.succeed([launch.start("jax_fit.py", way, devices, *some())], SECONDS)
+@pytest.mark.xdist_group("jax_fit")
+@problems_on("jax")
+def test_devices_of_jax_give_the_full_batch(request, way, name):
+    devices = 2 if way == "microbatch_size" else 4
+    launch.one_of(request, partial(launch.processes, "jax_fit.py", way, devices))
 
 
 @on_jax
-@pytest.mark.full
-@on_devices
-def test_devices_of_jax_give_the_full_batch_in_every_problem(way, devices):
-    names = [p.name for p in problems.here()]
-    launch.succeed([launch.start("jax_fit.py", way, devices, *names)], 4 * SECONDS)
-
-
-@on_jax
-def test_devices_of_jax():
-    checks = (
-        "model_parallel",
-        "accumulators",
-        "clipped",
-        "normalization",
-        "dropout",
-        "own_metric",
-    )
-    launch.succeed([launch.start("jax_checks.py", *checks)], SECONDS)
+@pytest.mark.xdist_group("jax_checks")
+@checks("jax_checks.py")
+def test_devices_of_jax(request, name):
+    launch.one_of(request, partial(launch.processes, "jax_checks.py"))
 
 
 def exchanges(folder, kind, pieces):
     process = launch.start("jax_collectives.py", folder / f"{pieces}", kind, pieces)
-    (output,) = launch.succeed([process], SECONDS)
+    (output,) = launch.succeed([process])
     return json.loads(output.splitlines()[-1])
 
 
@@ -198,11 +145,10 @@ def jax_processes(script, *arguments):
 @on_jax
 def test_processes_of_jax_give_the_full_batch(tmp_path):
     file = tmp_path / "trained"
-    launch.succeed([launch.start("jax_processes.py", 1, 0, "alone", file)], SECONDS)
+    launch.succeed([launch.start("jax_processes.py", 1, 0, "alone", file)])
     address = f"127.0.0.1:{launch.free_port()}"
     launch.succeed(
         [launch.start("jax_processes.py", 2, rank, address, file) for rank in range(2)],
-        SECONDS,
     )
     reference = np.load(f"{file}-plain.npz")
     for way in ("microbatch_size", "accum_steps"):
@@ -217,10 +163,10 @@ def test_processes_of_jax_give_the_full_batch(tmp_path):
 
 
 @on_jax
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum"])
 @pytest.mark.parametrize("more", ["batches", "pieces"])
-def test_processes_of_jax_that_have_more_than_others(more):
-    for reduction in ("sum_over_batch_size", "sum"):
-        launch.succeed(jax_processes("jax_uneven.py", more, reduction), SECONDS)
+def test_processes_of_jax_that_have_more_than_others(more, reduction):
+    launch.succeed(jax_processes("jax_uneven.py", more, reduction))
 
 
 @on_jax
@@ -228,15 +174,15 @@ def test_a_process_of_jax_that_is_killed(tmp_path):
     def run(backups, kill, file):
         return jax_processes("jax_killed.py", tmp_path / backups, kill, tmp_path / file)
 
-    launch.succeed(run("uninterrupted", "no", "uninterrupted"), SECONDS)
+    launch.succeed(run("uninterrupted", "no", "uninterrupted"))
     survivor, killed = run("backups", "kill", "killed")
-    outputs = launch.wait([survivor, killed], SECONDS)
+    outputs = launch.wait([survivor, killed])
     assert killed.returncode == 9, outputs[1]
     # JAX ends a process that has lost another.
     assert survivor.returncode not in (0, None), outputs[0]
     assert "A process of `jax.distributed` did not answer" in outputs[0]
     assert np.load(tmp_path / "killed-0.npz")["updates"] == 2
-    launch.succeed(run("backups", "no", "restarted"), SECONDS)
+    launch.succeed(run("backups", "no", "restarted"))
     for rank in range(2):
         ours = np.load(tmp_path / f"restarted-{rank}.npz")
         reference = np.load(tmp_path / f"uninterrupted-{rank}.npz")
@@ -245,65 +191,53 @@ def test_a_process_of_jax_that_is_killed(tmp_path):
 
 
 @on_tensorflow
-@ways
-def test_replicas_of_tensorflow_give_the_full_batch(way):
-    (output,) = launch.succeed(
-        [launch.start("tensorflow_fit.py", way, 2, *ON_REPLICAS)], SECONDS
-    )
-    assert "plain Keras fails" not in output
+@pytest.mark.xdist_group("tensorflow_fit")
+@problems_on(
+    "tensorflow",
+    lambda problem, way: (
+        problem.per_process or (way == "microbatch_size" and not problem.thirds)
+    ),
+)
+def test_replicas_of_tensorflow_give_the_full_batch(request, way, name):
+    start = partial(launch.processes, "tensorflow_fit.py", way, 2)
+    plain_failed = launch.one_of(request, start)
+    assert bool(plain_failed) is not named(name).plain_replicas, plain_failed
+
+
+@on_tensorflow
+@pytest.mark.xdist_group("tensorflow_checks")
+@checks("tensorflow_checks.py")
+def test_replicas_of_tensorflow(request, name):
+    launch.one_of(request, partial(launch.processes, "tensorflow_checks.py", 2))
 
 
 @on_tensorflow
 @pytest.mark.full
-@pytest.mark.parametrize("part", range(4))
-@ways
-def test_replicas_of_tensorflow_give_the_full_batch_in_every_problem(way, part):
-    left_out = OF_EACH_PROCESS | (THIRDS if way == "microbatch_size" else set())
-    names = [p.name for p in problems.here() if p.name not in left_out][part::4]
-    (output,) = launch.succeed(
-        [launch.start("tensorflow_fit.py", way, 2, *names)], 4 * SECONDS
-    )
-    fails = set(re.findall("plain Keras fails: (.*):", output))
-    assert fails == PLAIN_FAILS & set(names)
-
-
-@on_tensorflow
-def test_replicas_of_tensorflow():
-    checks = (
-        "one_reduction",
-        "no_share_of_the_last_batch",
-        "overflow",
-        "compiled",
-        "clipped",
-        "own_loop",
-    )
-    launch.succeed([launch.start("tensorflow_checks.py", 2, *checks)], SECONDS)
-
-
-@on_tensorflow
-@pytest.mark.full
-def test_four_replicas_of_tensorflow():
+@pytest.mark.xdist_group("tensorflow_checks_4")
+@pytest.mark.parametrize("name", ["no_share_of_the_last_batch", "overflow", "compiled"])
+def test_four_replicas_of_tensorflow(request, name):
     """Of the last batch three have nothing."""
-    checks = "no_share_of_the_last_batch", "overflow", "compiled"
-    launch.succeed([launch.start("tensorflow_checks.py", 4, *checks)], SECONDS)
+    launch.one_of(request, partial(launch.processes, "tensorflow_checks.py", 4))
 
 
 @on_tensorflow
-def test_optimizer_and_normalization_on_replicas_of_tensorflow():
-    launch.succeed([launch.start("tensorflow_mirrored.py")], SECONDS)
+@pytest.mark.xdist_group("tensorflow_mirrored")
+@checks("tensorflow_mirrored.py")
+def test_optimizer_and_normalization_on_replicas_of_tensorflow(request, name):
+    launch.one_of(request, partial(launch.processes, "tensorflow_mirrored.py"))
 
 
 @on_tensorflow
-def test_workers_of_tensorflow():
-    checks = (
-        "exact",
-        "overflow",
-        "normalization",
-        "one_reduction",
-        "uneven",
-        "different_updates",
-    )
-    launch.succeed(launch.tensorflow_workers("tensorflow_workers.py", *checks), SECONDS)
+@pytest.mark.xdist_group("tensorflow_workers")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(p.name for p in problems.here() if "workers" in p.devices),
+        *launch.checks("tensorflow_workers.py"),
+    ],
+)
+def test_workers_of_tensorflow(request, name):
+    launch.one_of(request, partial(launch.tensorflow_workers, "tensorflow_workers.py"))
 
 
 @on_tensorflow

@@ -8,6 +8,7 @@ quickly.add_flags("--xla_force_host_platform_device_count=4")
 
 import keras
 import numpy as np
+from checks import CHECKS, check, run
 from helpers import TOLERANCE
 from jax.sharding import PartitionSpec
 from keras import layers
@@ -63,6 +64,7 @@ def parallel(shape):
 # ----------------------------------------------------------------------------- checks
 
 
+@check
 def model_parallel():
     """Accumulators lie where their variables do: a half or a quarter on a device."""
     reference = build()
@@ -86,6 +88,7 @@ def model_parallel():
             assert slot.sharding.spec == PartitionSpec(None, "model")
 
 
+@check
 def accumulators():
     """What a device holds of the sums while pieces are added."""
     from gradient_accumulator.backend.jax import update
@@ -121,6 +124,7 @@ def accumulators():
     }, held
 
 
+@check
 def clipped():
     clip = {"use_agc": True, "clip_factor": 0.02, "eps": 1e-2}
     reference, plain = build(), build()
@@ -138,6 +142,7 @@ def clipped():
     compare("clipped", model, reference, before)
 
 
+@check
 def normalization():
     """By the statistics of all devices' examples of a piece, as in plain Keras."""
     for layer in (
@@ -175,6 +180,7 @@ class Largest(keras.metrics.Metric):
         return self.value.value
 
 
+@check
 def own_metric():
     def run(**way):
         model = build()
@@ -189,6 +195,7 @@ def own_metric():
         np.testing.assert_allclose(values, reference[name], rtol=1e-5)
 
 
+@check
 def dropout():
     """Devices draw different masks, and two runs from one seed are equal."""
     keras.distribution.set_distribution(keras.distribution.DataParallel())
@@ -213,8 +220,10 @@ def dropout():
     assert np.round(counts % 4).any(), counts
 
 
+def alone(name):
+    keras.distribution.set_distribution(None)
+    CHECKS[name]()
+
+
 if __name__ == "__main__":
-    for check in sys.argv[1:]:
-        print(check, flush=True)
-        keras.distribution.set_distribution(None)
-        globals()[check]()
+    run(sys.argv[1:], alone)

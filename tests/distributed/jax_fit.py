@@ -10,7 +10,8 @@ import quickly
 quickly.add_flags(f"--xla_force_host_platform_device_count={sys.argv[2]}")
 
 import keras
-from helpers import differences, named, train
+from checks import run
+from helpers import assert_same, named, train
 from problems import cut
 
 from gradient_accumulator import accumulate
@@ -28,9 +29,8 @@ def divisible(batches):
 
 def main(way, count, *names):
     keras.distribution.set_distribution(keras.distribution.DataParallel())
-    found = []
-    for name in names:
-        print(name, flush=True)
+
+    def compare(name):
         problem = named(name)
         batches = divisible(problem.batches())
         pieces = [piece for batch in batches for piece in cut(batch, PIECE)]
@@ -40,13 +40,11 @@ def main(way, count, *names):
             size, data = PIECE, batches
         else:
             size, data = max(len(cut(batch, PIECE)) for batch in batches), pieces
-        trained = train(
-            problem, data, lambda model, size=size: accumulate(model, **{way: size})
-        )
-        found += [f"{name}: {d}" for d in differences(trained, reference)]
+        trained = train(problem, data, lambda model: accumulate(model, **{way: size}))
+        assert_same(trained, reference)
         keras.backend.clear_session()
-    if found:
-        sys.exit("\n".join(found))
+
+    run(names, compare)
 
 
 if __name__ == "__main__":

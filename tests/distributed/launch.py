@@ -1,14 +1,24 @@
-"""Starts processes that train together, and sees that they end."""
+"""Starts processes that train together, and sees that they end.
+
+A script's checks are tests; one launch runs all of them that are selected.
+"""
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import covered
+import pytest
+
 HERE = Path(__file__).parent
+SECONDS = 240  # at most, for all processes of a launch
+SECONDS_OF_A_CHECK = 20  # more, for each
+AT_ONCE = 40  # checks of a launch, at most
 
 
 def free_port():
@@ -34,7 +44,12 @@ def start(script, *arguments, **environment):
     )
 
 
-def wait(processes, seconds):
+def processes(script, *arguments):
+    """One process, as a list as of several."""
+    return [start(script, *arguments)]
+
+
+def wait(processes, seconds=SECONDS):
     """What each printed, when all have ended; none outlives the time limit."""
     end = time.monotonic() + seconds
     outputs = []
@@ -49,7 +64,7 @@ def wait(processes, seconds):
     return outputs
 
 
-def succeed(processes, seconds):
+def succeed(processes, seconds=SECONDS):
     """The same, and all have succeeded."""
     outputs = wait(processes, seconds)
     for rank, (process, output) in enumerate(zip(processes, outputs)):
@@ -90,3 +105,74 @@ def tensorflow_workers(script, *arguments, count=2):
         )
         for rank in range(count)
     ]
+
+
+def checks(script):
+    """The names of a script's checks, which this process cannot import."""
+    return re.findall(r"^@check\ndef (\w+)", (HERE / script).read_text(), re.MULTILINE)
+
+
+def one_of(request, start):
+    """Launches the checks of a test that are selected, all at once.
+
+    Args:
+        request: Pytest's, of a test that has the parameter `name`: those that differ in
+            nothing else are launched together.
+        start: Starts processes for the names that it is given.
+
+    Returns:
+        What the processes said of the check that this test is about.
+    """
+    test, name = _test(request.node), request.node.callspec.params["name"]
+    found = request.session.stash.setdefault(_OUTCOMES, {}).setdefault(test, {})
+    if name not in found:
+        selected = {
+            item.callspec.params["name"]: item
+            for item in request.session.items
+            if _test(item) == test and not _is_skipped(item)
+        }
+        following = list(selected)[list(selected).index(name) :][:AT_ONCE]
+        with pytest.MonkeyPatch.context() as patch:
+            for key, value in covered.for_checks(selected).items():
+                patch.setenv(key, value)
+            found.update(_outcomes(start, following))
+    failure, said = found[name]
+    assert not failure, failure
+    return said
+
+
+_OUTCOMES = pytest.StashKey[dict]()
+
+
+def _test(item):
+    """The test function, and its parameters but the name."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    others = {key: value for key, value in parameters.items() if key != "name"}
+    return item.path, item.originalname, repr(others)
+
+
+def _is_skipped(item):
+    return any(mark.args[0] for mark in item.iter_markers("skipif"))
+
+
+def _outcomes(start, names):
+    """For each name what failed, if anything, and what was said of it."""
+    found = {}
+    while left := [name for name in names if name not in found]:
+        processes = start(*left)
+        outputs = wait(processes, SECONDS + SECONDS_OF_A_CHECK * len(left))
+        said = [dict(re.findall("^passed\t(.*)\t(.*)$", o, re.M)) for o in outputs]
+        passed = [name for name in left if all(name in each for each in said)]
+        found.update({name: (None, said[0][name]) for name in passed})
+        if passed != left or any(process.returncode for process in processes):
+            # The first that did not pass in all, or what is after the last.
+            failed = next((n for n in left if n not in passed), left[-1])
+            found[failed] = (_failure(processes, outputs), None)
+    return found
+
+
+def _failure(processes, outputs):
+    return "\n".join(
+        f"process {rank} ended with {process.returncode}:\n{output[-6000:]}"
+        for rank, (process, output) in enumerate(zip(processes, outputs))
+    )

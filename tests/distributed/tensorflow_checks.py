@@ -14,6 +14,7 @@ STRATEGY = replicated(REPLICAS)
 import keras
 import numpy as np
 import reductions
+from checks import check, run
 from keras import layers
 
 from gradient_accumulator import (
@@ -52,12 +53,13 @@ def fit(x, y, batch, *, optimizer=adam, loss="mse", jit_compile=False, **size):
     return model
 
 
-def check(name, ours, reference):
+def compare(name, ours, reference):
     before = weights(build())
     off = np.abs(ours - reference).max() / np.abs(reference - before).max()
     assert off < 1e-5, f"{name}: off by {off}"
 
 
+@check
 def one_reduction():
     """Of the gradients, whatever the number of pieces is, and none within a loop."""
     counts = []
@@ -71,14 +73,16 @@ def one_reduction():
     assert counts[0] == counts[1] == counts[2], counts
 
 
+@check
 def no_share_of_the_last_batch():
     """The last batch has one example, which the first replica has."""
     plain = weights(fit(X[:13], Y[:13], 12))
     for batch, size in ((12, {"microbatch_size": 2}), (4, {"accum_steps": 3})):
         ours = fit(X[:13], Y[:13], batch, **size)
-        check(str(size), weights(ours), plain)
+        compare(str(size), weights(ours), plain)
 
 
+@check
 def overflow():
     """On one replica skips the update on all, and halves the scale once."""
 
@@ -122,14 +126,16 @@ def overflow():
             assert optimizer.iterations.numpy() == 0, name
 
 
+@check
 def compiled():
     """By XLA, as TPUs need it. Plain Keras fails there, and is run without."""
     plain = weights(fit(X, Y, 12))
     for size, batch in (({"microbatch_size": 2}, 12), ({"accum_steps": 3}, 4)):
         ours = fit(X, Y, batch, jit_compile=True, **size)
-        check(str(size), weights(ours), plain)
+        compare(str(size), weights(ours), plain)
 
 
+@check
 def clipped():
     """What is clipped is the sum over replicas, as on one device."""
     clip = {"use_agc": True, "clip_factor": 0.02, "eps": 1e-2}
@@ -141,9 +147,10 @@ def clipped():
     moved = np.abs(unclipped - weights(build())).max()
     assert np.abs(reference - unclipped).max() > 0.1 * moved
     ours = fit(X, Y, 12, microbatch_size=2, **clip)
-    check("clipped", weights(ours), reference)
+    compare("clipped", weights(ours), reference)
 
 
+@check
 def own_loop():
     """`strategy.run`, with a loop on each replica or an optimizer that accumulates."""
     reference = weights(fit(X, Y, 12))
@@ -186,12 +193,10 @@ def own_loop():
 
         return gradients
 
-    check("loop", trained(12, adam, in_a_loop), reference)
+    compare("loop", trained(12, adam, in_a_loop), reference)
     wrapped = trained(4, lambda: GradientAccumulateOptimizer(adam(), 3), of_a_piece)
-    check("optimizer", wrapped, reference)
+    compare("optimizer", wrapped, reference)
 
 
 if __name__ == "__main__":
-    for name in sys.argv[2:]:
-        print(name, flush=True)
-        globals()[name]()
+    run(sys.argv[2:])

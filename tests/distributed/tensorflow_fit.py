@@ -20,7 +20,8 @@ import helpers
 import keras
 import numpy as np
 import problems
-from helpers import differences, named, train
+from checks import run
+from helpers import assert_same, named, train
 
 from gradient_accumulator import accumulate
 
@@ -62,24 +63,21 @@ WAYS = {"microbatch_size": cut_by_keras, "accum_steps": in_order}
 def main(way, _, *names):
     helpers.Batches = lambda data: data
     problems.problem.PIECE = 4  # examples, of which both replicas have as many
-    found = []
-    for name in names:
-        print(name, flush=True)
+
+    def compare(name):
         problem = named(name)
         full, data, size = WAYS[way](problem)
         with STRATEGY.scope():
             try:
                 reference = train(problem, full)
             except Exception as error:
-                print(f"plain Keras fails: {name}: {type(error).__name__}", flush=True)
-                continue
-            trained = train(
-                problem, data, lambda model, size=size: accumulate(model, **size)
-            )
-        found += [f"{name}: {d}" for d in differences(trained, reference)]
+                return f"plain Keras fails: {type(error).__name__}"
+            trained = train(problem, data, lambda model: accumulate(model, **size))
+        assert_same(trained, reference)
         keras.backend.clear_session()
-    if found:
-        sys.exit("\n".join(found))
+        return None
+
+    run(names, compare)
 
 
 if __name__ == "__main__":

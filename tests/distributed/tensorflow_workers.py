@@ -1,4 +1,4 @@
-"""A worker of a `MultiWorkerMirroredStrategy`: the checks that the arguments name.
+"""A worker of a `MultiWorkerMirroredStrategy`: checks, and problems, by name.
 
 Plain Keras fails there, so that what is right is what it gives of as many replicas in
 one process.
@@ -18,6 +18,7 @@ import helpers
 import keras
 import numpy as np
 import reductions
+from checks import CHECKS, check, run
 from helpers import assert_same, named, train
 from keras import layers
 
@@ -26,11 +27,6 @@ from gradient_accumulator import AccumBatchNormalization, accumulate
 r = np.random.default_rng(0)
 X = r.normal(size=(24, 6)).astype("float32")
 Y = np.tanh(X[:, :3]).astype("float32")
-SOME = [
-    "optimizer_adam",
-    "global_clipnorm",
-    "reduction_mean_with_sample_weight_masked_weighted",
-]
 
 
 def build(*normalization):
@@ -62,27 +58,25 @@ def own(data):
     return TOGETHER.distribute_datasets_from_function(lambda _: data)
 
 
-def exact():
+def exact(name):
     """As one process with two replicas: masks, clipping, ragged batches."""
-    helpers.Batches = lambda data: data
-    for name in SOME:
-        print(name, flush=True)
-        problem = named(name)
-        together = keras.tree.map_structure(
-            lambda *arrays: np.concatenate(arrays), *problem.batches()
+    problem = named(name)
+    together = keras.tree.map_structure(
+        lambda *arrays: np.concatenate(arrays), *problem.batches()
+    )
+    examples = tf.data.Dataset.from_tensor_slices(together)
+    with ALONE.scope():
+        reference = train(problem, examples.batch(12))
+    with TOGETHER.scope():
+        trained = train(
+            problem,
+            examples.batch(12),
+            lambda model: accumulate(model, microbatch_size=2),
         )
-        examples = tf.data.Dataset.from_tensor_slices(together)
-        with ALONE.scope():
-            reference = train(problem, examples.batch(12))
-        with TOGETHER.scope():
-            trained = train(
-                problem,
-                examples.batch(12),
-                lambda model: accumulate(model, microbatch_size=2),
-            )
-        assert_same(trained, reference)
+    assert_same(trained, reference)
 
 
+@check
 def overflow():
     """In one worker skips the update in both, and halves the scale once."""
     x = np.ones((8, 6), "float32")
@@ -103,6 +97,7 @@ def overflow():
         assert optimizer.iterations.numpy() == 0
 
 
+@check
 def normalization():
     """Pooled over pieces and workers."""
     data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(12)
@@ -120,6 +115,7 @@ def normalization():
             np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-5, atol=1e-6)
 
 
+@check
 def one_reduction():
     """Of the gradients, whatever the number of pieces is, and none within a loop."""
     counts = []
@@ -134,6 +130,7 @@ def one_reduction():
     assert counts[0] == counts[1] == counts[2], counts
 
 
+@check
 def uneven():
     """A worker whose data ends before takes part, with nothing."""
     sizes = (6, 6, 6) if RANK == 0 else (4, 2)
@@ -148,6 +145,7 @@ def uneven():
         ).all()
 
 
+@check
 def different_updates():
     """Raise in both workers, and none waits: different batches, and epochs."""
     for sizes, epochs in (((6,) * (3 - RANK), 2), ((6, 6), 2 + RANK)):
@@ -161,6 +159,5 @@ def different_updates():
 
 
 if __name__ == "__main__":
-    for check in sys.argv[1:]:
-        print(check, flush=True)
-        globals()[check]()
+    helpers.Batches = lambda data: data
+    run(sys.argv[1:], lambda name: CHECKS[name]() if name in CHECKS else exact(name))

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import torch
 import torch.distributed as dist
+from checks import CHECKS, check, run
 from helpers import differences, named, train
 from keras import layers
 from torch.nn.parallel import DistributedDataParallel
@@ -68,7 +69,7 @@ def weights(model):
     return np.concatenate([w.ravel() for w in model.get_weights()])
 
 
-def check(name, ours, reference, before):
+def compare(name, ours, reference, before):
     off = np.abs(ours - reference).max() / np.abs(reference - before).max()
     assert off < 1e-5, f"{name}: off by {off}"
 
@@ -86,6 +87,7 @@ def fit(model, batch, *, optimizer=None, **arguments):
 # ----------------------------------------------------------------------------- checks
 
 
+@check
 def one_reduction():
     """Of the gradients, whatever the number of pieces is."""
     begin()
@@ -105,6 +107,7 @@ def one_reduction():
         assert sum(sizes) < 2 * (parameters + 50), (pieces, sizes)
 
 
+@check
 def begins_alike():
     """Weights that differ between processes are the first one's."""
     before = weights(build())
@@ -114,9 +117,10 @@ def begins_alike():
     if RANK == 1:
         model.set_weights([w + 1 for w in model.get_weights()])
     model = fit(accumulate(model, microbatch_size=5), 24)
-    check("weights", weights(model), reference, before)
+    compare("weights", weights(model), reference, before)
 
 
+@check
 def clipped():
     """What is clipped is the sum over processes."""
     clip = {"use_agc": True, "clip_factor": 0.02, "eps": 1e-2}
@@ -127,9 +131,10 @@ def clipped():
     assert np.abs(reference - unclipped).max() > 0.1 * np.abs(unclipped - before).max()
     begin()
     ours = fit(accumulate(build(), microbatch_size=5, **clip), 24)
-    check("clipped", weights(ours), reference, before)
+    compare("clipped", weights(ours), reference, before)
 
 
+@check
 def overflow():
     """In one process skips the update in all, and halves the scale once."""
     reference = train(named("loss_scale_skips_an_overflow"), full := data())
@@ -152,13 +157,14 @@ def data():
     return named("loss_scale_skips_an_overflow").batches()
 
 
+@check
 def normalization():
     """Pooled over pieces and processes; synchronized, by the statistics of both."""
     plain = fit(build(layers.BatchNormalization(momentum=0.5)), 24)
     begin()
     synchronized = AccumBatchNormalization(momentum=0.5, synchronized=True)
     model = fit(accumulate(build(synchronized), microbatch_size=12), 24)
-    check(
+    compare(
         "synchronized",
         weights(model),
         weights(plain),
@@ -175,6 +181,7 @@ def normalization():
         assert all(torch.equal(mine, each) for each in everyone), layer
 
 
+@check
 def different_updates():
     """Raise in all processes, and no process waits."""
     begin()
@@ -190,6 +197,7 @@ def different_updates():
     raise AssertionError("did not raise")
 
 
+@check
 def no_share_of_the_last_batch():
     before = weights(build())
     reference = weights(fit(build(), 24, epochs=1))
@@ -203,9 +211,10 @@ def no_share_of_the_last_batch():
     model = accumulate(build(), microbatch_size=5)
     model.compile(keras.optimizers.Adam(0.05, epsilon=1e-2), "mse")
     model.fit((batch for batch in mine), verbose=0)
-    check("weights", weights(model), reference, before)
+    compare("weights", weights(model), reference, before)
 
 
+@check
 def uneven_normalization():
     """Processes that wait for each other in every piece, and have not as many."""
     begin()
@@ -221,6 +230,7 @@ def uneven_normalization():
     raise AssertionError("did not raise")
 
 
+@check
 def different_epochs():
     """Of which one process goes on from a later backup than the other."""
     begin()
@@ -278,6 +288,7 @@ def agree(value, gradients, reference):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-7), (a - b).abs().max()
 
 
+@check
 def replicated_loop():
     """`DistributedDataParallel`: uneven shares, one reduction with the last piece."""
     begin()
@@ -304,6 +315,7 @@ def replicated_loop():
             assert sum(reduced) == sum(p.numel() for p in module.parameters())
 
 
+@check
 def some_of_the_parameters():
     """Are not reduced by `DistributedDataParallel`, which waits for all of them."""
     begin()
@@ -319,6 +331,7 @@ def some_of_the_parameters():
     raise AssertionError("did not raise")
 
 
+@check
 def sharded_loop():
     """FSDP2, with a part of each parameter in each process."""
     from torch.distributed.fsdp import fully_shard
@@ -353,9 +366,11 @@ def sharded_loop():
     raise AssertionError("did not raise")
 
 
+def alone(name):
+    CHECKS[name]()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        print(name, flush=True)
-        globals()[name]()
-        dist.barrier()
-        dist.destroy_process_group()
+    run(sys.argv[1:], alone)

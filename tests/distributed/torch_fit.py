@@ -9,7 +9,8 @@ import sys
 import keras
 import problems
 import torch.distributed as dist
-from helpers import differences, named, train
+from checks import run
+from helpers import assert_same, named, train
 
 from gradient_accumulator import accumulate
 
@@ -46,19 +47,16 @@ def main(way, *names):
     # Before processes know of each other, plain Keras trains as in one.
     references = {name: train(named(name), named(name).batches()) for name in names}
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
-    found = []
-    for name, reference in references.items():
-        print(name, flush=True)  # the last one, if a process hangs
+
+    def compare(name):
         problem = named(name)
         data, size = own_data(problem, way, dist.get_rank())
-        trained = train(
-            problem, data, lambda m, size=size: accumulate(m, **{way: size})
-        )
-        found += [f"{name}: {d}" for d in differences(trained, reference)]
+        trained = train(problem, data, lambda model: accumulate(model, **{way: size}))
+        assert_same(trained, references[name])
+
+    run(names, compare)
     dist.barrier()
     dist.destroy_process_group()
-    if found:
-        sys.exit("\n".join(found))
 
 
 if __name__ == "__main__":
