@@ -33,7 +33,7 @@ KERAS2_READY := $(VENV)-keras2/.ready
 KERAS2_OLDEST_READY := $(VENV)-keras2-oldest/.ready
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-full test-oldest coverage core-choice
+.PHONY: help demo test test-all test-full test-oldest compare-core choose-core
 .PHONY: lint format types benchmark clean
 .PHONY: test-keras2 test-keras2-2.15 test-keras2-tf_keras test-keras2-oldest
 .PHONY: benchmark-keras2
@@ -80,13 +80,12 @@ test-oldest: $(OLDEST_READY)
 $(BACKENDS:%=test-oldest-%): test-oldest-%: $(OLDEST_READY)
 	PYTHONPATH=$(<D) $(EACH_BACKEND) $* -- $(IN_PROCESSES) $(PYTEST_ARGS)
 
-# What all tests run of the package, and of that the core.
-coverage:
-	$(MAKE) test-all COVERAGE=yes
+# After `make test-all COVERAGE=yes`: whether the core runs most of what all tests run.
+compare-core: $(TEST_READY)
 	$(BIN)/python tests/core.py compare
 
-# After it: which tests would make a core.
-core-choice: $(TEST_READY)
+# Which tests would make one; of `python tests/core.py choose --help` the rest.
+choose-core: $(TEST_READY)
 	$(BIN)/python tests/core.py choose
 
 # Those that are not of Keras 3 only.

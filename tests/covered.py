@@ -1,4 +1,4 @@
-"""Notes which test covered what, where coverage.py measures (`make coverage`).
+"""Notes which test covered what, where coverage.py measures (`COVERAGE=yes`).
 
 A context is "core" or "all", for whether the test is in the core, and its id.
 """

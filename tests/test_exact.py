@@ -20,6 +20,8 @@ def cases():
                 pytest.mark.xdist_group(problem.name),
                 unless_plain_fails(*problem.since),
             ]
+            if way in problem.core:
+                marks.append(pytest.mark.core)
             if TRACED and "fit" in problem.alike and WAYS[number % 2] != way:
                 marks.append(pytest.mark.full)
             yield pytest.param(problem, way, marks=marks, id=f"{problem}-{way}")

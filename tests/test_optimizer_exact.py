@@ -51,6 +51,8 @@ def cases(reduction):
     for problem in problems.here():
         if problem.optimizer_reduction == reduction:
             marks = [unless_plain_fails(*problem.since)]
+            if "optimizer" in problem.core:
+                marks.append(pytest.mark.core)
             if TRACED and "optimizer" in problem.alike:
                 marks.append(pytest.mark.full)
             yield pytest.param(problem, marks=marks, id=problem.name)

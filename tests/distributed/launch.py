@@ -135,7 +135,7 @@ def one_of(request, start):
         with pytest.MonkeyPatch.context() as patch:
             for key, value in covered.for_checks(selected).items():
                 patch.setenv(key, value)
-            found.update(_outcomes(start, following))
+            found.update(outcomes(start, following))
     failure, said = found[name]
     assert not failure, failure
     return said
@@ -155,7 +155,7 @@ def _is_skipped(item):
     return any(mark.args[0] for mark in item.iter_markers("skipif"))
 
 
-def _outcomes(start, names):
+def outcomes(start, names):
     """For each name what failed, if anything, and what was said of it."""
     found = {}
     while left := [name for name in names if name not in found]:
