@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gradient_accumulator.accumulator import Accumulator, accumulating
 from gradient_accumulator.backend.api import keras
-from gradient_accumulator.backend.statistics import pooling_layers
+from gradient_accumulator.backend.statistics import update_layers
 
 
 class FlushGradients(keras.callbacks.Callback):
@@ -53,5 +53,5 @@ class FlushGradients(keras.callbacks.Callback):
             return
         self._optimizer.flush()
         # Those that it does not know, for it trains no variable of theirs.
-        for layer in pooling_layers(self.model):
+        for layer in update_layers(self.model):
             layer.finish_update()

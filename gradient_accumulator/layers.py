@@ -151,7 +151,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         self.rmax = float(rmax)
         self.dmax = float(dmax)
         self._pool: Any = None  # made with the other variables
-        self._told = 0  # by how many train steps it is told where an update ends
+        self._within = 0  # by how many train steps it is told where an update ends
 
     @classmethod
     def take_over(cls, layer: Any, *settings: Any) -> None:
@@ -171,7 +171,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
 
     def hand_over(self) -> None:
         """Make a Keras layer of this one, in place."""
-        for name in ("accum_steps", "rmax", "dmax", "_pool", "_told"):
+        for name in ("accum_steps", "rmax", "dmax", "_pool", "_within"):
             delattr(self, name)
         self.renorm = False
         self.synchronized &= keras.backend.backend() == "tensorflow"
@@ -234,11 +234,11 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         return r, d if beta is None else d + beta
 
     def _observe(self, mean, variance, count):
-        if self.accum_steps == 1 and not self._told:
+        if self.accum_steps == 1 and not self._within:
             self._move(mean, variance, count)
             return
         self._pool.add(mean, variance, count)
-        if not self._told:
+        if not self._within:
             self._finish_if(trainer.value(self._pool.calls) >= self.accum_steps)
 
     @property
@@ -309,13 +309,13 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
             moving.assign(ops.where(moves, moved, old))
 
     @contextmanager
-    def told(self) -> Iterator[None]:
+    def within_update(self) -> Iterator[None]:
         """Around calls whose update the caller will finish with `finish_update`."""
-        self._told += 1  # counted, for replicas take turns in here
+        self._within += 1  # counted, for replicas take turns in here
         try:
             yield
         finally:
-            self._told -= 1
+            self._within -= 1
 
     def get_config(self):
         config = super().get_config()

@@ -16,6 +16,10 @@ piece takes the numerator's place, and the factor is 1.
 
 Additional losses (regularizers, `add_loss`) then count once an update, as means over
 examples do.
+
+Where one compiled loss is all that there is, its denominator need not be known before:
+the pass that computes a micro-batch's numerator gives its denominator too, and what was
+summed is divided in the end.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+import numpy as np
+
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras, ops
 from gradient_accumulator.pieces import Pieces, first_input, map_leaves
@@ -34,6 +40,7 @@ from gradient_accumulator.pieces import Pieces, first_input, map_leaves
 ADDITIVE = "additive"  # nothing: pieces add up
 BY_EXAMPLES = "by_examples"  # the loss cannot be taken apart
 NORMALIZED = "normalized"  # a number that each piece has its own of
+DIVIDED_LAST = "divided_last"  # the same, divided by when all micro-batches are done
 
 
 def kind(loss: keras.losses.Loss) -> str:
@@ -58,7 +65,8 @@ class Denominator:
     Calling it returns 0. Afterwards `kind` is the loss's kind, `value` the denominator
     of a `NORMALIZED` one (a scalar tensor or a number, else None), `rank` is the number
     of axes of the loss's values before they are reduced, if they are, and `varies` says
-    whether pieces of one shape can differ in the denominator.
+    whether pieces of one shape can differ in the denominator, `by_predictions` whether
+    they can by the predictions' values or mask.
 
     Of the predictions only mask and shape are used, so that a compiler drops the rest
     of the forward pass.
@@ -70,6 +78,7 @@ class Denominator:
         self.value: Any = None
         self.rank = 0
         self.varies = False
+        self.by_predictions = False
 
     def __call__(self, y_true, y_pred, sample_weight=None):
         if self.kind == NORMALIZED:
@@ -77,19 +86,26 @@ class Denominator:
         return ops.zeros((), trainer.loss_dtype(self.loss))
 
     def _measure(self, y_true, y_pred, sample_weight):
-        loss = self.loss
-
-        values = trainer.loss_values(loss, y_true, y_pred)
+        values = trainer.loss_values(self.loss, y_true, y_pred)
         self.rank = len(values.shape)
         if self.rank == 0:
             self.kind = BY_EXAMPLES  # one value for the piece couples its examples
             return
-        mask = _both(trainer.get_mask(y_pred), trainer.get_mask(values))
-        if loss.reduction != "mean_with_sample_weight":
-            sample_weight = None
-        self.varies = mask is not None or sample_weight is not None
+        masked = trainer.get_mask(y_pred) is not None
+        self.varies = (
+            masked
+            or trainer.get_mask(values) is not None
+            or (
+                self.loss.reduction == "mean_with_sample_weight"
+                and sample_weight is not None
+            )
+        )
+        # Where a loss of one's own takes a mask from is not known.
+        self.by_predictions = masked or not trainer.is_loss_of_keras(self.loss)
         if self.varies:
-            self.value = trainer.counted(loss, values, mask, sample_weight)
+            self.value = trainer.denominator(
+                self.loss, values, y_true, y_pred, sample_weight
+            )
         else:
             self.value = _size(values, y_true)
 
@@ -101,12 +117,6 @@ class _Inspected(Denominator):
         if self.kind == BY_EXAMPLES:
             self.rank = len(self.loss(y_true, y_pred, sample_weight).shape)
         return super().__call__(y_true, y_pred, sample_weight)
-
-
-def _both(mask, other):
-    if mask is None or other is None:
-        return other if mask is None else mask
-    return mask & other
 
 
 def _size(values, y_true):
@@ -154,27 +164,46 @@ def factors(denominators, shares, kinds: Sequence[str], totals=None):
     return ops.where(by_examples, 1.0, ops.where(additives, additive, normalized))
 
 
-def weighing(kinds: Sequence[str], factors: Sequence) -> Callable:
-    """A function that takes the compiled losses, one after the other, and returns for
-    each what is called in its place in a piece.
+class Weighing:
+    """What is called for the compiled losses of a micro-batch, in their place.
+
+    It takes them one after the other, and returns a function for each. Afterwards
+    `denominator` is that of a loss that is `DIVIDED_LAST`, else 0.
 
     Args:
         kinds: The `kind` of each loss.
-        factors: The piece's factor of each loss.
+        factors: The micro-batch's factor of each loss.
     """
-    waiting = iter(zip(kinds, factors))
 
-    def weigh(loss):
-        kind, factor = next(waiting)
+    def __init__(self, kinds: Sequence[str], factors: Sequence):
+        self._waiting = iter(zip(kinds, factors))
+        self.denominator: Any = 0.0
+
+    def __call__(self, loss: keras.losses.Loss) -> Callable:
+        kind, factor = next(self._waiting)
 
         def value(y_true, y_pred, sample_weight=None):
-            whole = loss if kind == BY_EXAMPLES else partial(trainer.numerator, loss)
-            value = whole(y_true, y_pred, sample_weight)
+            given = y_true, y_pred, sample_weight
+            if kind == BY_EXAMPLES:
+                value = loss(*given)
+            elif kind == DIVIDED_LAST:
+                value, denominator = trainer.taken_apart(loss, *given)
+                self.denominator = ops.stop_gradient(ops.cast(denominator, dtype()))
+            else:
+                value = trainer.numerator(loss, *given)
             return value * ops.cast(factor, value.dtype)
 
         return value
 
-    return weigh
+
+def correction(expected: Any, found: Any) -> Any:
+    """What sums are to be multiplied by that were divided by `expected`, not `found`.
+
+    Args:
+        expected: What numerators were divided by: a number of examples.
+        found: What they were to be divided by. Where that is 0, so is the result.
+    """
+    return ops.divide_no_nan(ops.cast(expected, dtype()), ops.cast(found, dtype()))
 
 
 def measure(model, data, y_pred, stand_in=Denominator) -> list[Denominator]:
@@ -191,10 +220,12 @@ class Losses:
         denominators: Of the compiled losses.
         need_shares: Whether a piece's share of the full batch has to be known while it
             is trained on, for more than a factor that the end can correct.
+        alone: Whether one compiled loss is all that the model's loss consists of.
     """
 
     denominators: list[Denominator]
     need_shares: bool
+    alone: bool = False
 
     def kinds(self, even: bool) -> tuple[str, ...]:
         """The compiled losses' kinds in an update.
@@ -202,18 +233,28 @@ class Losses:
         Args:
             even: Whether all pieces have one shape, but for the number of examples.
         """
-        return tuple(
+        kinds = tuple(
             # One value for each example: as many as the piece's share says.
             BY_EXAMPLES
             if d.kind == NORMALIZED and not d.varies and (even or d.rank == 1)
             else d.kind
             for d in self.denominators
         )
+        if kinds == (NORMALIZED,) and self.alone and not self.need_shares:
+            return (DIVIDED_LAST,)
+        return kinds
 
-    def by_examples(self, even: bool) -> bool:
-        """Whether the number of its examples is all that a piece is worth, so that no
-        other piece has to be known."""
-        return not self.need_shares and set(self.kinds(even)) <= {BY_EXAMPLES}
+    def one_by_one(self, even: bool) -> bool:
+        """Whether nothing has to be known of the other pieces to train on one."""
+        return not self.need_shares and set(self.kinds(even)) <= {
+            BY_EXAMPLES,
+            DIVIDED_LAST,
+        }
+
+    @property
+    def by_predictions(self) -> bool:
+        """Whether denominators depend on more of the predictions than their shape."""
+        return any(d.by_predictions for d in self.denominators)
 
 
 def inspect(
@@ -235,15 +276,23 @@ def inspect(
     found = Losses([], need_shares=trainer.rounds_or_overwrites(model))
 
     def run(data):
-        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
-        with scope(collect_losses=True):
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        with scope(collect_losses=True) as inside:
             y_pred = trainer.forward(model, x, training)
+            additional = list(model.losses)
             # Losses with axes are summed, by Keras or by TensorFlow.
-            found.need_shares |= any(len(loss.shape) for loss in model.losses)
+            found.need_shares |= any(len(loss.shape) for loss in additional)
             if trainer.has_compiled_losses(model):
                 found.denominators = measure(model, data, y_pred, _Inspected)
                 found.need_shares |= trainer.records_shares(model, y) or any(
                     d.kind == BY_EXAMPLES and d.rank for d in found.denominators
+                )
+            found.alone = (
+                training and not additional and trainer.compiled_loss_is_all(model)
+            )
+            if trainer.may_average_numbers(model):
+                found.need_shares |= not training or trainer.averages_numbers(
+                    model, (x, y, y_pred, sample_weight), additional, inside
                 )
         return ops.zeros(())
 
@@ -277,14 +326,20 @@ class Weighed:
         kinds: The compiled losses' kinds.
         factors: A row for each piece, or None.
         totals: As for `HostWeights`.
+        devices: As for `HostWeights`.
     """
 
-    def __init__(self, pieces, expected, kinds=(), factors=None, totals=None):
+    def __init__(
+        self, pieces, expected, kinds=(), factors=None, totals=None, devices=1
+    ):
         self.pieces = pieces
         self.expected = expected
-        self.kinds = kinds
+        self.divided_last = DIVIDED_LAST in kinds
+        # All are 1 where all losses weigh by examples.
+        self.kinds = () if set(kinds) <= {BY_EXAMPLES} else kinds
         self.factors = factors
         self.totals = totals
+        self.devices = devices
         self.count = 0
         self.examples = 0
 
@@ -295,17 +350,33 @@ class Weighed:
                 continue
             self.count += 1
             self.examples += size
-            row = None if self.factors is None else self.factors[k]
-            yield piece, size / self.expected, self.kinds, row
+            yield piece, size / self.expected, self.kinds, self._row(k, size)
 
-    def correction(self) -> float:
-        """What sums over the pieces are to be multiplied by, when all are done."""
-        examples = self.examples
+    def _row(self, k, size):
+        if self.divided_last:
+            # Times its share, a numerator is then divided by `expected`.
+            shape = (1,) if self.devices == 1 else (self.devices, 1)
+            return np.full(shape, self.devices / size, dtype())
+        return None if self.factors is None else self.factors[k]
+
+    def correction(self, denominator: Any = None) -> float:
+        """What sums over the pieces are to be multiplied by, when all are done.
+
+        Args:
+            denominator: The sum of the denominators of a loss that is `DIVIDED_LAST`.
+                If not given, it is left to the caller to divide by it.
+        """
+        numbers = [self.examples, 0.0 if denominator is None else float(denominator)]
         if self.totals is not None:
-            (examples,) = self.totals([examples])
+            numbers = self.totals(numbers)
+        examples, found = numbers
         if not examples:
             raise no_examples()
-        return self.expected / examples
+        if not self.divided_last:
+            return self.expected / examples
+        if denominator is None:
+            return self.expected
+        return self.expected / found if found else 0.0
 
 
 class HostWeights:
@@ -313,7 +384,8 @@ class HostWeights:
 
     Args:
         model: A compiled and built model.
-        measure: A function of the model's state and a piece that returns `values`.
+        measure: A function of the model's state, a piece and its `Losses` that returns
+            `values`, and the state after the piece as far as it matters to the others'.
         scope: As for `inspect`, but a function of the model's state first.
         totals: Sums a list of numbers over the processes that train together, each on
             pieces of its own. None if there is one.
@@ -327,7 +399,7 @@ class HostWeights:
         self,
         model,
         measure,
-        scope=trainer.StatelessScope,
+        scope,
         totals=None,
         devices=1,
         check=lambda pieces: None,
@@ -351,12 +423,18 @@ class HostWeights:
         first = next(pieces.iterator)
         losses = self._inspect(first, state)
         drawn = chain([first], pieces.iterator)
+        weighed = partial(Weighed, totals=self.totals, devices=self.devices)
         if pieces.examples is None:
-            if losses.by_examples(self.even):
+            if losses.one_by_one(self.even):
                 expected = max(examples(first), 1) * pieces.count
-                return Weighed(drawn, expected, totals=self.totals)
-        elif losses.by_examples(even=self.even or self.totals is None):
-            return Weighed(drawn, max(pieces.examples, 1), totals=self.totals)
+                return weighed(drawn, expected, losses.kinds(self.even))
+        else:
+            even = self.even or self.totals is None
+            kinds = losses.kinds(even)
+            # Of one process alone the shares are known.
+            shares_known = self.totals is None and set(kinds) <= {BY_EXAMPLES}
+            if shares_known or losses.one_by_one(even):
+                return weighed(drawn, max(pieces.examples, 1), kinds)
         return self._all(list(drawn), losses, state)
 
     def _all(self, pieces: list, losses: Losses, state: tuple) -> Weighed:
@@ -368,18 +446,15 @@ class HostWeights:
         kinds = losses.kinds(even)
         denominators, totals = None, None
         if NORMALIZED in kinds:
-            denominators = ops.stack(
-                [
-                    self.measure(*state, piece) if size else ops.zeros(len(kinds))
-                    for piece, size in zip(pieces, sizes)
-                ]
-            )
+            denominators = self._denominators(pieces, sizes, kinds, losses, state)
         expected = sum(sizes)
         if self.totals is not None:
             own = [] if denominators is None else ops.sum(denominators, axis=0)
             expected, *sums = self.totals([expected, *map(float, own)])
             totals = ops.convert_to_tensor(sums, dtype=dtype())
-        weighed = partial(Weighed, pieces, expected, totals=self.totals)
+        weighed = partial(
+            Weighed, pieces, expected, totals=self.totals, devices=self.devices
+        )
         if set(kinds) <= {BY_EXAMPLES}:
             return weighed()
         # Of what is empty the factors are not used.
@@ -391,6 +466,17 @@ class HostWeights:
         shares = ops.repeat(shares / self.devices, self.devices)
         rows = factors(denominators, shares, kinds)
         return weighed(kinds, list(ops.reshape(rows, (-1, self.devices, len(kinds)))))
+
+    def _denominators(self, pieces, sizes, kinds, losses, state):
+        rows = []
+        for piece, size in zip(pieces, sizes):
+            row = ops.zeros(len(kinds))
+            if size:
+                # Masks may be drawn from seeds: each piece sees the state that it will
+                # be trained in.
+                row, state = self.measure(state, piece, losses)
+            rows.append(row)
+        return ops.stack(rows)
 
     def _inspect(self, piece, state):
         # What a loss divides by depends on what there is, not on how much.

@@ -1,4 +1,13 @@
-"""The moving statistics of a model's normalization layers, once an update."""
+"""The state of layers that moves once an update: moving statistics, and the like.
+
+A layer tells of such state by what it has; docs/layers.md says it to users:
+
+- `update_variables`, a list of variables that the layer moves in training by itself,
+  whatever the data: every micro-batch begins with their values of before the update,
+  and what the last one leaves stays.
+- `within_update`, a context manager around the forward passes of an update, in which
+  the layer pools what it sees, and `finish_update`, which moves its state by that.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +39,23 @@ def pooling_layers(model: keras.Model) -> list:
     """Those of them that pool the statistics of an update's pieces."""
     layers = normalizations(model)
     return [x for x in layers if isinstance(x, AccumBatchNormalization)]
+
+
+def update_layers(model: keras.Model) -> list:
+    """The layers, of anyone's, that pool what an update's micro-batches show them."""
+    return [
+        layer
+        for layer in trainer.layers_of(model)
+        if hasattr(layer, "within_update") and hasattr(layer, "finish_update")
+    ]
+
+
+def rewound(model: keras.Model) -> list:
+    """The variables that every micro-batch of an update finds as the first one did."""
+    layers = trainer.layers_of(model)
+    return list(
+        {id(v): v for x in layers for v in trainer.update_variables(x)}.values()
+    )
 
 
 def synchronizes(model: keras.Model) -> bool:
@@ -70,7 +96,7 @@ class Statistics:
 
     def __init__(self, model: keras.Model):
         self.optimizer: Any = model.optimizer
-        self.pools = pooling_layers(model)
+        self.pools = update_layers(model)
         # What no pool of an update's pieces moves, but every piece.
         self.moving = [
             variable
@@ -79,23 +105,23 @@ class Statistics:
             for variable in (layer.moving_mean, layer.moving_variance)
         ]
         # What an update that is skipped must leave as it was. Without a scale none is.
-        self.variables = [
-            variable
-            for layer in (
-                normalizations(model)
-                if trainer.may_skip(model.optimizer)
-                else self.pools
-            )
-            for variable in layer.variables
-            if not variable.trainable
-        ]
+        left = list(self.pools)
+        if trainer.may_skip(model.optimizer):
+            left += [x for x in normalizations(model) if x not in left]
+        self.variables = [v for x in left for v in x.variables if not v.trainable]
+        self.rewound = rewound(model)
+        # What a micro-batch may find otherwise than the one before: seeds, and what
+        # layers of one's own keep. In training no normalization reads its statistics.
+        pooled = [v for layer in self.pools for v in layer.variables]
+        known = {id(v) for v in (*self.moving, *self.rewound, *pooled)}
+        self.carried = [v for v in trainer.moved_by_pieces(model) if id(v) not in known]
 
     @contextmanager
     def pooling(self) -> Iterator[None]:
         """Around the forward passes of an update."""
         with ExitStack() as stack:
             for layer in self.pools:
-                stack.enter_context(layer.told())
+                stack.enter_context(layer.within_update())
             yield
 
     def before(self) -> Any:

@@ -23,13 +23,21 @@ def zeros(zeros, model, replicas):
     )
 
 
-def measure(measure, replicas):
-    """The denominators of each device's part of a piece."""
+def measure(model, measure, replicas, trainable, non_trainable, data):
+    """The denominators of each device's part of a piece, and what it moved.
+
+    Args, returns: As on one device; there is a row of denominators for each device.
+    """
 
     def run(trainable, non_trainable, data):
-        return measure(trainable, non_trainable, data)[None]
+        with together(model):
+            worth, moved = measure(
+                trainable, _seeded(model, non_trainable, replicas), data
+            )
+        return worth[None], _of_all(model, non_trainable, moved)
 
-    return replicas.on_each(run, (False, False, True), True)
+    on_each = replicas.on_each(run, (False, False, True), (True, False))
+    return on_each(trainable, non_trainable, data)
 
 
 def add_piece(
@@ -50,30 +58,22 @@ def add_piece(
 
     Args, returns: As on one device; the share and the factors are of a device's part.
     """
-    is_seed = [trainer.is_seed(v) for v in model.non_trainable_variables]
 
     def run(sums, trainable, non_trainable, optimizer, data, share, factors):
         *sums, own = jax.tree.map(lambda stack: stack[0], sums)
-        seeded = [
-            _of_device(value, replicas) if seed else value
-            for value, seed in zip(non_trainable, is_seed)
-        ]
         with together(model):
             sums, moved, own, _ = add_piece(
                 kinds,
                 tuple(sums),
                 trainable,
-                seeded,
+                _seeded(model, non_trainable, replicas),
                 own,
                 optimizer,
                 data,
                 share,
                 None if factors is None else factors[0],
             )
-        moved = [
-            old.at[1].set(new[1]) if seed and new is not None else new
-            for old, new, seed in zip(non_trainable, moved, is_seed)
-        ]
+        moved = _of_all(model, non_trainable, moved)
         return jax.tree.map(lambda value: value[None], (*sums, own)), moved
 
     on_each = replicas.on_each(
@@ -87,7 +87,7 @@ def add_piece(
 
 def reduce(model, sums, metrics):
     """What the devices have added up, reduced, and the metrics with their part."""
-    accumulators, loss, own = sums
+    accumulators, *numbers, own = sums
     with jax.named_scope("reduce_gradients"):
         gradients = [
             jnp.max(stack, axis=0) if trainer.overwrites(v) else jnp.sum(stack, axis=0)
@@ -97,7 +97,25 @@ def reduce(model, sums, metrics):
             value + jnp.sum(stack, axis=0).astype(value.dtype)
             for value, stack in zip(metrics, own)
         ]
-        return (gradients, jnp.sum(loss, axis=0)), metrics
+        return (gradients, *(jnp.sum(each, axis=0) for each in numbers)), metrics
+
+
+def _seeded(model, non_trainable, replicas):
+    """The values of variables that are not trained, with seeds of the device's own."""
+    return [
+        _of_device(value, replicas) if trainer.is_seed(variable) else value
+        for variable, value in zip(model.non_trainable_variables, non_trainable)
+    ]
+
+
+def _of_all(model, non_trainable, moved):
+    """What was moved, with the seeds that are of all devices."""
+    return [
+        old.at[1].set(new[1]) if new is not None and trainer.is_seed(variable) else new
+        for variable, old, new in zip(
+            model.non_trainable_variables, non_trainable, moved
+        )
+    ]
 
 
 def _of_device(seed, replicas):

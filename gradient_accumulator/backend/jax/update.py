@@ -38,7 +38,8 @@ def make_update(model, accumulation, epoch):
     if accumulation.clipping is not None:
         accumulation.clipping.check_excluded(model.weights)
     statistics = Statistics(model)
-    positions = _positions(model, statistics)
+    positions = _positions(model, statistics.variables)
+    rewound = _positions(model, statistics.rewound)
     # Scaling the loss may need the optimizer's variables; else they stay out of it.
     scales = trainer.has_own_scale_loss(model.optimizer)
     shardings = state_shardings(model)  # while `fit` has the values in the variables
@@ -67,24 +68,27 @@ def make_update(model, accumulation, epoch):
         check(pieces.count)  # processes may wait for each other in a piece
         pieces = programs.weighed(pieces, trainable, non_trainable)
         sums = programs.zeros()
+        found = non_trainable  # by the next micro-batch
         for piece, share, kinds, factors in pieces:
             sums, moved, metrics, own_logs = programs.add_piece(
                 kinds,
                 sums,
                 trainable,
-                non_trainable,
+                found,
                 metrics,
                 optimizer if scales else None,
                 piece,
                 number(share / programs.devices),
                 factors,
             )
-            non_trainable = [
-                old if new is None else new for old, new in zip(non_trainable, moved)
-            ]
+            non_trainable = _replaced(found, moved)
+            found = list(non_trainable)
+            for i in rewound:
+                found[i] = state[1][i]
         check(pieces.count)
         sums, metrics = programs.reduce(sums, metrics)
         trainable, optimizer, metrics, logs, after = programs.apply(
+            pieces.divided_last,
             sums,
             number(pieces.correction()),
             trainable,
@@ -118,7 +122,7 @@ class _Programs:
     def __init__(self, model, accumulation, statistics, state, check, replicas):
         zeros = partial(_zeros, model, accumulation)
         add_piece = partial(_add_piece, model, statistics)
-        measure = partial(_measure, model)
+        measure = partial(_measure, model, statistics)
         apply = partial(_apply, model, accumulation.clipping, statistics)
         reduce = _reduced
         self.devices = 1
@@ -126,7 +130,7 @@ class _Programs:
             self.devices = replicas.count
             zeros = partial(each_device.zeros, zeros, model, replicas)
             add_piece = partial(each_device.add_piece, model, add_piece, replicas)
-            measure = each_device.measure(measure, replicas)
+            measure = partial(each_device.measure, model, measure, replicas)
             reduce = partial(each_device.reduce, model)
         if model.jit_compile and not model.run_eagerly:
             measure = jax.jit(measure)
@@ -140,12 +144,17 @@ class _Programs:
             )
             if replicas is not None:
                 reduce = jax.jit(reduce, donate_argnums=0, out_shardings=reduced)
-            apply = jax.jit(apply, donate_argnums=(2, 3), out_shardings=after_update)
+            apply = jax.jit(
+                apply,
+                static_argnums=0,
+                donate_argnums=(3, 4),
+                out_shardings=after_update,
+            )
         self.zeros, self.add_piece, self.apply = zeros, add_piece, apply
         self.reduce = reduce if jax.process_count() == 1 else waited_for(reduce)
         self.weighed = normalizers.HostWeights(
             model,
-            measure,
+            partial(_measured, measure),
             partial(_variables, model),
             devices=self.devices,
             check=check,
@@ -199,11 +208,12 @@ def _shardings(state, replicas):
     if state is None:
         return None, None, None, None
     trainable, non_trainable, optimizer, metrics = state
-    reduced = (trainable, None), metrics
-    sums: tuple = (trainable, None)
+    sums: tuple = (trainable, None, None)
+    reduced = sums, metrics
     if replicas is not None:
         sums = (
             [replicas.stacked(sharding) for sharding in trainable],
+            replicas.stacked(),
             replicas.stacked(),
             [replicas.stacked() for _ in metrics],
         )
@@ -212,20 +222,47 @@ def _shardings(state, replicas):
 
 
 def _zeros(model, accumulation):
-    """What pieces add up to: the gradients, and the loss."""
+    """What pieces add up to: gradients, loss, and what these are divided by last."""
     gradients = [
         jnp.zeros(v.shape, trainer.accumulator_dtype(v, accumulation.accum_dtype))
         for v in model.trainable_variables
     ]
-    return gradients, jnp.zeros((), normalizers.dtype())
+    dtype = normalizers.dtype()
+    return gradients, jnp.zeros((), dtype), jnp.zeros((), dtype)
 
 
-def _measure(model, trainable, non_trainable, data):
-    """The denominators of a piece; of its forward pass only the masks are computed."""
+def _measure(model, statistics, trainable, non_trainable, data):
+    """The denominators of a piece; of its forward pass only the masks are computed.
+
+    And what it moved that the next piece's masks may depend on, as `_add_piece` does.
+    """
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-    with _variables(model, trainable, non_trainable):
-        y_pred = trainer.forward(model, x, training=False)
-        return normalizers.values(normalizers.measure(model, data, y_pred))
+    with _variables(model, trainable, non_trainable) as scope, statistics.pooling():
+        y_pred = trainer.forward(model, x, training=True)
+        found = normalizers.measure(model, data, y_pred)
+        worth = normalizers.values(found)
+    carried = set(map(id, statistics.carried))
+    after = [
+        scope.get_current_value(v) if id(v) in carried else old
+        for v, old in zip(model.non_trainable_variables, non_trainable)
+    ]
+    return worth, _moved(non_trainable, after)
+
+
+def _measured(measure, state, piece, losses):
+    """What `normalizers.HostWeights` wants to know."""
+    trainable, non_trainable = state
+    worth, moved = measure(trainable, non_trainable, piece)
+    return worth, (trainable, _replaced(non_trainable, moved))
+
+
+def _moved(before, after):
+    """What is new, else None: a compiled function copies what it returns."""
+    return [None if new is old else new for old, new in zip(before, after, strict=True)]
+
+
+def _replaced(values, moved):
+    return [old if new is None else new for old, new in zip(values, moved)]
 
 
 def _variables(model, trainable, non_trainable, metrics=(), **kwargs):
@@ -257,9 +294,9 @@ def _add_piece(
     None: a compiled function would copy all frozen weights for every piece.
     """
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    weigh = None if factors is None else normalizers.weighing(kinds, factors)
 
     def worth(trainable):
+        weigh = None if factors is None else normalizers.Weighing(kinds, factors)
         kwargs = {"training": True} if model._call_has_training_arg else {}
         with trainer.summed_activity_losses(model), statistics.pooling():
             y_pred, new_non_trainable, losses = model.stateless_call(
@@ -274,14 +311,15 @@ def _add_piece(
             for variables in (model.non_trainable_variables, model.metrics_variables)
         ]
         worth = loss * share.astype(loss.dtype)
+        denominator = 0.0 if weigh is None else weigh.denominator
         with _optimizer_variables(model, optimizer):
-            return model.optimizer.scale_loss(worth), (loss, y_pred, *state)
+            scaled = model.optimizer.scale_loss(worth)
+        return scaled, (loss, denominator, y_pred, *state)
 
     with jax.named_scope("accumulate_gradients"):
-        gradients, (loss, y_pred, after, metrics) = jax.grad(worth, has_aux=True)(
-            trainable
-        )
-        accumulators, total = sums
+        gradients, aux = jax.grad(worth, has_aux=True)(trainable)
+        loss, denominator, y_pred, after, metrics = aux
+        accumulators, total, divisor = sums
         accumulators = [
             _add(accumulator, gradient.astype(accumulator.dtype), variable)
             for accumulator, gradient, variable in zip(
@@ -290,15 +328,16 @@ def _add_piece(
         ]
     with _variables(model, trainable, after, metrics) as scope:
         own_logs = trainer.update_metrics(
-            model, (x, y, y_pred, sample_weight), loss, normalizers.examples(data)
+            model,
+            (x, y, y_pred, sample_weight),
+            loss,
+            normalizers.examples(data),
+            share,
         )
     metrics = [scope.get_current_value(v) for v in model.metrics_variables]
-    sums = accumulators, total + loss.astype(total.dtype) * share
-    moved = [
-        None if new is old else new
-        for old, new in zip(non_trainable, after, strict=True)
-    ]
-    return sums, moved, metrics, own_logs
+    total = total + loss.astype(total.dtype) * share
+    sums = accumulators, total, divisor + denominator
+    return sums, _moved(non_trainable, after), metrics, own_logs
 
 
 def _optimizer_variables(model, values):
@@ -324,6 +363,7 @@ def _apply(
     model,
     clipping,
     statistics,
+    divided_last,
     sums,
     correction,
     trainable,
@@ -339,7 +379,9 @@ def _apply(
     Returns the new values of the variables, the logs of the update, and the new
     statistics, which were `before` and are `pooled`.
     """
-    accumulators, loss = sums
+    accumulators, loss, divisor = sums
+    if divided_last:
+        correction = normalizers.correction(correction, divisor)
     with _variables(model, trainable, (), metrics) as scope:
         logs = trainer.logs(model, own_logs, loss * correction, examples)
     metrics = [scope.get_current_value(v) for v in model.metrics_variables]
@@ -371,10 +413,10 @@ def _apply(
     return trainable, new_optimizer, metrics, logs, pooled
 
 
-def _positions(model, statistics):
-    """Where the statistics are among the model's variables that are not trained."""
+def _positions(model, variables):
+    """Where those of them that are not trained are among the model's."""
     found = {id(v): i for i, v in enumerate(model.non_trainable_variables)}
-    return [found[id(v)] for v in statistics.variables]
+    return [found[id(v)] for v in variables if id(v) in found]
 
 
 def _finish_statistics(model, statistics, old_optimizer, optimizer, before, pooled):

@@ -5,12 +5,15 @@ The functions are those of `backend/keras3/trainer.py`.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator.backend.attributes import with_attribute
@@ -131,6 +134,20 @@ def moved_by_pieces(model: Any) -> list:
 
 def metrics_variables(model: Any) -> list:
     return [v for metric in model.metrics for v in metric.variables]
+
+
+def update_variables(layer: Any) -> list:
+    """What a layer moves in training by itself, whatever the data: see
+    `backend/statistics.py`."""
+    spectral = getattr(keras.layers, "SpectralNormalization", ())  # since 2.13
+    if isinstance(layer, spectral):
+        return [layer.vector_u, layer.kernel]
+    return list(getattr(layer, "update_variables", ()))
+
+
+# Whether denominators are measured with the masks that training makes: seeds cannot be
+# drawn from twice here.
+MEASURES_IN_TRAINING = False
 
 
 def path(variable: Any) -> str:
@@ -422,20 +439,118 @@ def variance_to_move_by(layer: Any, variance: Any, count: Any) -> Any:
 # ------------------------------------------------------------------ metrics
 
 
+_number_weight: ContextVar[Any] = ContextVar("number_weight")
+# The metrics that were updated by a number, where that is asked for.
+_numbers_seen: ContextVar[list | None] = ContextVar("numbers_seen", default=None)
+
+_Reduce: Any = keras.metrics.Mean.__mro__[1]
+_Wrapper: Any = keras.metrics.MeanMetricWrapper
+
+
+def _weight_of(values: Any, sample_weight: Any) -> Any:
+    """The weight of what a mean is updated by: of one number, as its update says."""
+    if sample_weight is not None or len(np.shape(values)):
+        return sample_weight
+    seen = _numbers_seen.get()
+    if seen is not None:
+        seen.append(values)
+    return tf.cast(_number_weight.get(), keras.backend.floatx())
+
+
+class _AveragesNumbers(_Reduce):
+    """A mean in which one number for a micro-batch weighs as its update says."""
+
+    def update_state(self, values, sample_weight=None):
+        return super().update_state(values, _weight_of(values, sample_weight))
+
+
+@functools.cache
+def _averaging(cls: Any) -> Any:
+    """A class of metrics that lies between a class and Keras's base of `Mean`."""
+    return type(cls.__name__, (cls, _AveragesNumbers), {"__module__": cls.__module__})
+
+
+def _means(model: Any) -> list:
+    """The model's metrics that average what they are given, but for losses' own."""
+    losses_own = model.compiled_loss.metrics if model.compiled_loss else []
+    known = set(map(id, losses_own))
+    return [
+        metric
+        for metric in model.metrics
+        if isinstance(metric, keras.metrics.Mean) and id(metric) not in known
+    ]
+
+
+@contextmanager
+def weighing_numbers(model: Any, weight: Any) -> Iterator[None]:
+    """Around what updates metrics: one number for a micro-batch weighs `weight`.
+
+    A metric has another class meanwhile, for a class of the user's calls that of Keras
+    by `super()`; one of Keras's itself has its method bound already.
+    """
+    token = _number_weight.set(weight)
+    with ExitStack() as stack:
+        stack.callback(_number_weight.reset, token)
+        for metric in _means(model):
+            cls: Any = type(metric)
+            if cls.update_state is not _Reduce.update_state:
+                stack.callback(setattr, metric, "__class__", cls)
+                metric.__class__ = _averaging(cls)
+                continue
+            update = _weighing_number(metric.update_state)
+            stack.enter_context(with_attribute(metric, "update_state", update))
+        yield
+
+
+def _weighing_number(update_state):
+    def update(values, sample_weight=None):
+        return update_state(values, _weight_of(values, sample_weight))
+
+    return update
+
+
+def may_average_numbers(model: Any) -> bool:
+    """Whether a metric may average numbers that are each of a whole micro-batch.
+
+    Those that Keras has classes for average a value of each example.
+    """
+    return any(
+        type(metric) is _Wrapper
+        or not isinstance(metric, _Wrapper)
+        or not is_keras_own(type(metric))
+        for metric in _means(model)
+    )
+
+
+def averages_numbers(model: Any, piece: tuple, additional: list, scope: Any) -> bool:
+    """Whether some do, learnt from a trace that never runs."""
+    seen: list = []
+    token = _numbers_seen.set(seen)
+    try:
+        loss = compute_loss(model, piece, additional, 1.0, None)
+        update_metrics(model, piece, loss, 1, 1.0)
+    finally:
+        _numbers_seen.reset(token)
+    return bool(seen)
+
+
 def has_own_metrics(model: Any) -> bool:
     """Whether only the model's own `compute_metrics` knows what the logs are."""
     return not is_keras_own(type(model).compute_metrics)
 
 
-def update_metrics(model: Any, piece: tuple, loss: Any, examples: Any) -> dict:
+def update_metrics(
+    model: Any, piece: tuple, loss: Any, examples: Any, share: Any
+) -> dict:
     """Add a piece to the metrics; returns the logs if they are the model's own.
 
     The compiled losses have added their means, which weigh by examples.
     """
     x, y, y_pred, sample_weight = piece
-    if has_own_metrics(model):
-        return model.compute_metrics(x, y, y_pred, sample_weight)
-    model.compiled_metrics.update_state(y, y_pred, sample_weight)
+    with weighing_numbers(model, share):
+        if has_own_metrics(model):
+            return model.compute_metrics(x, y, y_pred, sample_weight)
+        model.compiled_metrics.update_state(y, y_pred, sample_weight)
     return {}
 
 
@@ -451,13 +566,16 @@ def get_mask(tensor: Any) -> Any:
     return getattr(tensor, "_keras_mask", None)
 
 
-def counted(loss: Any, values: Any, mask: Any, sample_weight: Any) -> Any:
+def denominator(
+    loss: Any, values: Any, y_true: Any, y_pred: Any, sample_weight: Any
+) -> Any:
     """What a loss with a mask is divided by: its values, by the mask's share.
 
     Keras 2 divides by no sample weights.
     """
+    masks = [m for m in (get_mask(y_pred), get_mask(values)) if m is not None]
     dtype = values.dtype
-    share = tf.reduce_mean(tf.cast(mask, dtype))
+    share = tf.reduce_mean(tf.cast(functools.reduce(tf.logical_and, masks), dtype))
     return tf.cast(tf.size(values), dtype) * share
 
 
@@ -475,6 +593,16 @@ def loss_values(loss: Any, y_true: Any, y_pred: Any) -> tf.Tensor:
 
 def _casts(y_true):
     return y_true.dtype.is_floating
+
+
+def compiled_loss_is_all(model: Any) -> bool:
+    """Never taken for granted: what each micro-batch's loss is worth is in its log."""
+    return False
+
+
+def is_loss_of_keras(loss: Any) -> bool:
+    """Whether Keras's own code computes a loss's values, and their mask."""
+    return is_keras_own(type(loss)) and is_keras_own(getattr(loss, "fn", type(loss)))
 
 
 def has_compiled_losses(model: Any) -> bool:
@@ -500,6 +628,7 @@ def compute_loss(
             stack.enter_context(with_attribute(metric, "update_state", update))
         if weigh is not None:
             stack.enter_context(replaced_losses(model, weigh))
+        stack.enter_context(weighing_numbers(model, share))
         loss = model.compute_loss(x, y, y_pred, sample_weight)
     model._validate_target_and_loss(y, loss)
     return loss
@@ -522,11 +651,17 @@ def _weighing_once(update_state, share):
 
 def numerator(loss: Any, y_true, y_pred, sample_weight=None) -> Any:
     """A loss before it is divided by anything."""
-    reduction, loss.reduction = loss.reduction, "sum"
-    try:
-        return loss(y_true, y_pred, sample_weight)
-    finally:
-        loss.reduction = reduction
+    # The loss itself may be in use elsewhere.
+    summed = object.__new__(type(loss))
+    summed.__dict__.update(loss.__dict__, reduction="sum")
+    return summed(y_true, y_pred, sample_weight)
+
+
+def taken_apart(loss: Any, y_true, y_pred, sample_weight=None) -> tuple:
+    """A loss's numerator and its denominator."""
+    values = loss_values(loss, y_true, y_pred)
+    given = y_true, y_pred, sample_weight
+    return numerator(loss, *given), denominator(loss, values, *given)
 
 
 class _InPlaceOf:

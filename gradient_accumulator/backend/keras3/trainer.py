@@ -7,6 +7,7 @@ import inspect
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import keras
@@ -146,6 +147,19 @@ def moved_by_pieces(model: keras.Model) -> list:
 
 def metrics_variables(model: keras.Model) -> list:
     return model.metrics_variables
+
+
+def update_variables(layer: Any) -> list:
+    """What a layer moves in training by itself, whatever the data: see
+    `backend/statistics.py`."""
+    if isinstance(layer, keras.layers.SpectralNormalization):
+        return [layer.vector_u, layer.kernel]
+    return list(getattr(layer, "update_variables", ()))
+
+
+# Whether denominators are measured with the masks that training makes: with the same
+# seeds, and without effects.
+MEASURES_IN_TRAINING = True
 
 
 def path(variable: Any) -> str:
@@ -343,17 +357,46 @@ def loss_dtype(loss: keras.losses.Loss) -> str:
     return loss.dtype
 
 
-def counted(loss: keras.losses.Loss, values: Any, mask: Any, sample_weight: Any) -> Any:
-    """What a loss with a mask or weights is divided by: those that count.
+def is_loss_of_keras(loss: keras.losses.Loss) -> bool:
+    """Whether Keras's own code computes a loss's values, and their mask."""
+    return is_keras_own(type(loss)) and is_keras_own(getattr(loss, "fn", type(loss)))
+
+
+def _like(loss: keras.losses.Loss, **attributes: Any) -> keras.losses.Loss:
+    """A loss with other attributes. The loss itself may be in use elsewhere."""
+    other = object.__new__(type(loss))
+    other.__dict__.update(loss.__dict__, **attributes)
+    return other
+
+
+def denominator(
+    loss: keras.losses.Loss, values: Any, y_true: Any, y_pred: Any, sample_weight: Any
+) -> Any:
+    """What a loss with a mask or weights is divided by.
+
+    Keras says it: the sum of a loss whose values are all 1, over its mean.
 
     Args:
         loss: A compiled loss.
-        values: Its values.
-        mask: Their mask, or None.
-        sample_weight: Their weights if it divides by them, else None.
+        values: Its values, with their mask.
+        y_true: What it was called with.
+        y_pred: The same.
+        sample_weight: The same.
     """
-    weights = losses.apply_mask(sample_weight, mask, dtype=loss.dtype, reduction="sum")
-    return keras.ops.sum(weights)
+    ones = keras.ops.ones_like(values)
+    mask = get_mask(values)
+    if mask is not None:
+        set_mask(ones, mask)
+    divides = loss.reduction == "mean_with_sample_weight" and sample_weight is not None
+    # On PyTorch Keras multiplies weights in place.
+    sample_weight = keras.ops.copy(sample_weight) if divides else None
+
+    def reduced(reduction):
+        of_ones = _like(loss, reduction=reduction, call=lambda *_: ones)
+        return of_ones(y_true, y_pred, sample_weight)
+
+    mean = losses.unscale_loss_for_distribution(reduced(loss.reduction))
+    return keras.ops.divide_no_nan(reduced("sum"), mean)
 
 
 def loss_values(loss: keras.losses.Loss, y_true: Any, y_pred: Any) -> Any:
@@ -382,12 +425,115 @@ def metric_types(model: keras.Model) -> set[type]:
     }
 
 
+_number_weight: ContextVar[Any] = ContextVar("number_weight")
+# The metrics that were updated by a number, where that is asked for.
+_numbers_seen: ContextVar[list | None] = ContextVar("numbers_seen", default=None)
+
+
+class _AveragesNumbers(keras.metrics.Mean):
+    """A mean in which one number for a micro-batch weighs as its update says.
+
+    In Keras's each counts 1, so that those of an update would count more than the one
+    of its batch.
+    """
+
+    def update_state(self, values, sample_weight=None):
+        if sample_weight is None and len(np.shape(values)) == 0:
+            sample_weight = _number_weight.get()
+            seen = _numbers_seen.get()
+            if seen is not None:
+                seen.append(self)
+        return super().update_state(values, sample_weight)
+
+
+@functools.cache
+def _averaging(cls: Any) -> Any:
+    """A class of metrics that lies between a class and Keras's `Mean`."""
+    bases = (
+        (_AveragesNumbers,) if cls is keras.metrics.Mean else (cls, _AveragesNumbers)
+    )
+    return type(cls.__name__, bases, {"__module__": cls.__module__})
+
+
+def _means(model: keras.Model) -> list:
+    """The model's metrics that average what they are given, but for losses' own."""
+    compiled = model._compile_loss
+    losses_own = [model._loss_tracker, *(compiled.metrics if compiled else [])]
+    found = {
+        id(each): each
+        for metric in model.metrics
+        for each in (metric, *getattr(metric, "metrics", ()))
+        if isinstance(each, keras.metrics.Mean)
+    }
+    return [m for key, m in found.items() if key not in set(map(id, losses_own))]
+
+
+@contextmanager
+def weighing_numbers(model: keras.Model, weight: Any) -> Iterator[None]:
+    """Around what updates metrics: one number for a micro-batch weighs `weight`.
+
+    A metric has another class meanwhile, for a class of the user's calls that of Keras
+    by `super()`.
+    """
+    means = _means(model)
+    classes: list[Any] = [type(metric) for metric in means]
+    token = _number_weight.set(weight)
+    for metric, cls in zip(means, classes):
+        metric.__class__ = _averaging(cls)
+    try:
+        yield
+    finally:
+        for metric, cls in zip(means, classes):
+            metric.__class__ = cls
+        _number_weight.reset(token)
+
+
+def may_average_numbers(model: keras.Model) -> bool:
+    """Whether a metric may average numbers that are each of a whole micro-batch.
+
+    Those that Keras has classes for average a value of each example.
+    """
+    wrapper = keras.metrics.MeanMetricWrapper
+    return any(
+        type(metric) is wrapper
+        or not isinstance(metric, wrapper)
+        or not is_keras_own(type(metric))
+        for metric in _means(model)
+    )
+
+
+def averages_numbers(
+    model: keras.Model, piece: tuple, additional: list, scope: Any
+) -> bool:
+    """Whether some do, learnt from a call without effects.
+
+    Args:
+        model: A compiled model.
+        piece: Inputs, targets, predictions and sample weights of a micro-batch.
+        additional: As for `compute_loss`.
+        scope: The stateless scope that this is called in.
+    """
+    for variable in model.metrics_variables:
+        # During `fit` on JAX they have none.
+        scope.add_update((variable, keras.ops.zeros(variable.shape, variable.dtype)))
+    seen: list = []
+    token = _numbers_seen.set(seen)
+    try:
+        loss = compute_loss(model, piece, additional, 1.0, None)
+        update_metrics(model, piece, loss, 1, 1.0)
+    finally:
+        _numbers_seen.reset(token)
+    return bool(seen)
+
+
 def has_own_metrics(model: keras.Model) -> bool:
     """Whether only the model's own `compute_metrics` knows what the logs are."""
     return not is_keras_own(type(model).compute_metrics)
 
 
-def update_metrics(model: keras.Model, piece: tuple, loss: Any, examples: Any) -> dict:
+def update_metrics(
+    model: keras.Model, piece: tuple, loss: Any, examples: Any, share: Any
+) -> dict:
     """Add a piece to the metrics; returns the logs if they are the model's own.
 
     Args:
@@ -395,14 +541,16 @@ def update_metrics(model: keras.Model, piece: tuple, loss: Any, examples: Any) -
         piece: Its inputs, targets, predictions and sample weights.
         loss: Its loss.
         examples: Number of its examples.
+        share: The piece's part of the full batch's examples.
     """
     x, y, y_pred, sample_weight = piece
-    if has_own_metrics(model):
-        _update_loss(model, loss, examples)
-        return model.compute_metrics(x, y, y_pred, sample_weight)
-    # What Keras's own does but for the results, which only the last piece's count.
-    if model._compile_metrics is not None:
-        model._compile_metrics.update_state(y, y_pred, sample_weight)
+    with weighing_numbers(model, share):
+        if has_own_metrics(model):
+            _update_loss(model, loss, examples)
+            return model.compute_metrics(x, y, y_pred, sample_weight)
+        # What Keras's own does but for the results, which only the last piece's count.
+        if model._compile_metrics is not None:
+            model._compile_metrics.update_state(y, y_pred, sample_weight)
     return {}
 
 
@@ -438,6 +586,11 @@ def has_compiled_losses(model: keras.Model) -> bool:
     return model._compile_loss is not None
 
 
+def compiled_loss_is_all(model: keras.Model) -> bool:
+    """Whether a loss and logs come from nothing but a compiled loss and `add_loss`."""
+    return is_keras_own(model.compute_loss) and not has_own_metrics(model)
+
+
 def records_shares(model: keras.Model, y: Any) -> bool:
     """Whether compiled losses are recorded by what a piece's share is.
 
@@ -470,7 +623,7 @@ def compute_loss(
     model._losses_override.clear()
     model._losses_override.extend(additional)
     try:
-        with _weighed(model, share, weigh):
+        with _weighed(model, share, weigh), weighing_numbers(model, share):
             return model._compute_loss(
                 x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
             )
@@ -480,12 +633,24 @@ def compute_loss(
 
 def numerator(loss: keras.losses.Loss, y_true, y_pred, sample_weight=None) -> Any:
     """A loss before it is divided by anything."""
-    reduction, loss.reduction = loss.reduction, "sum"
-    try:
-        value = loss(y_true, y_pred, sample_weight)
-    finally:
-        loss.reduction = reduction
-    return value if reduction == "sum" else losses.scale_loss_for_distribution(value)
+    value = _like(loss, reduction="sum")(y_true, y_pred, sample_weight)
+    if loss.reduction == "sum":
+        return value
+    return losses.scale_loss_for_distribution(value)
+
+
+def taken_apart(loss: keras.losses.Loss, y_true, y_pred, sample_weight=None) -> tuple:
+    """A loss's numerator and its denominator, from one call."""
+    kept: list = []
+
+    def call(*args):
+        kept.append(loss.call(*args))
+        return kept[-1]
+
+    keeping = _like(loss, call=call)
+    given = y_true, y_pred, sample_weight
+    value = numerator(keeping, *given)
+    return value, denominator(loss, kept[-1], *given)
 
 
 @contextmanager

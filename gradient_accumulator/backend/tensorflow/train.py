@@ -18,7 +18,7 @@ from gradient_accumulator import normalizers
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras
 from gradient_accumulator.backend.attributes import with_attribute
-from gradient_accumulator.backend.statistics import apart
+from gradient_accumulator.backend.statistics import apart, rewound
 from gradient_accumulator.backend.tensorflow.pieces import (
     Checks,
     cut,
@@ -72,7 +72,7 @@ def make_train_function(
                 # The rest of what Keras counted for this call.
                 epoch.uncount((steps - 1 - number) * updates.accum_steps)
                 break
-            state = trainer.moved_by_pieces(model)
+            state = trainer.moved_by_pieces(model) + rewound(model)
             if updates.replicas == 1:  # several would have to sum theirs, to read them
                 state += trainer.metrics_variables(model)
             before = [trainer.native(variable).read_value() for variable in state]
@@ -227,7 +227,7 @@ class _Updates:
             if not self.built:
                 self._build(_tensors(first.get_value()))
             losses = self._losses(map_leaves(symbolic, self.spec))
-            self.streams = losses.by_examples(is_even(self.spec))
+            self.streams = losses.one_by_one(is_even(self.spec))
         return self.streams
 
     def _stream(self, first, iterator, count):

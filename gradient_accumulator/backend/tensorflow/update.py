@@ -29,9 +29,11 @@ def run_update(model, accumulation, pieces, losses):
     """
     variables = model.trainable_weights
     kinds = losses.kinds(pieces.even)
-    factors = _factors(model, pieces, kinds)
     statistics = Statistics(model)
+    factors = _factors(model, statistics, pieces, kinds)
     before = statistics.before()
+    rewound = [(v, tf.identity(trainer.value(v))) for v in statistics.rewound]
+    divided_last = normalizers.DIVIDED_LAST in kinds
     sums = _Sums(model, variables, accumulation.accum_dtype, pieces)
     add_piece = partial(_add_piece, model, variables, statistics, sums, kinds)
     apply = partial(_apply, model, accumulation.clipping, variables)
@@ -43,28 +45,45 @@ def run_update(model, accumulation, pieces, losses):
         if model.distribute_strategy.num_replicas_in_sync == 1:
             apply = compiled(apply)
 
-    def body(k, state, examples, loss, dense, slices, own_logs):
+    def body(k, state, examples, divisor, loss, dense, slices, own_logs):
         data = pieces.read(k, state)
         size = size_of(data)
         share = tf.cast(size, pieces.expected.dtype) / pieces.expected
         row = None if factors is None else factors[k]
-        part, dense, new_slices, own_logs = add_piece(dense, data, share, row)
+        if divided_last:
+            # Times its share, a numerator is then divided by `expected`.
+            row = tf.expand_dims(1 / tf.cast(size, pieces.expected.dtype), 0)
+        for variable, value in rewound:
+            variable.assign(value)
+        part, denominator, dense, new_slices, own_logs = add_piece(
+            dense, data, share, row
+        )
         slices = [
             (values.write(k, new.values), indices.write(k, new.indices))
             for (values, indices), new in zip(slices, new_slices)
         ]
         state = pieces.following(k + 1, state)
-        return k + 1, state, examples + size, loss + part, dense, slices, own_logs
+        return (
+            k + 1,
+            state,
+            examples + size,
+            divisor + denominator,
+            loss + part,
+            dense,
+            slices,
+            own_logs,
+        )
 
     with tf.name_scope("accumulate_gradients"):
         loop = _unrolled if unrolled else _loop
-        count, _, examples, loss, dense, slices, own_logs = loop(
+        count, _, examples, divisor, loss, dense, slices, own_logs = loop(
             pieces,
             body,
             (
                 tf.constant(0),
                 pieces.state,
                 tf.constant(0),
+                tf.zeros((), normalizers.dtype()),
                 tf.zeros((), normalizers.dtype()),
                 sums.dense(),
                 sums.slices(),
@@ -79,8 +98,11 @@ def run_update(model, accumulation, pieces, losses):
     )
     with tf.name_scope("apply_gradients"), tf.control_dependencies([done]):
         correction = None
-        if pieces.sizes is None:
+        if divided_last:
+            correction = normalizers.correction(pieces.expected, divisor)
+        elif pieces.sizes is None:
             correction = pieces.expected / tf.cast(examples, pieces.expected.dtype)
+        if correction is not None:
             loss *= correction
         apply(sums.gradients(dense, slices, correction))
         statistics.finish(before)
@@ -238,31 +260,54 @@ def _sparse_variables(model, variables, pieces) -> dict[int, tf.DType]:
     return sparse
 
 
-def _factors(model, pieces, kinds):
-    """The factor of each compiled loss in each piece, or None where all are 1."""
-    if set(kinds) <= {normalizers.BY_EXAMPLES}:
+def _factors(model, statistics, pieces, kinds):
+    """The factor of each compiled loss in each piece, or None where all are 1.
+
+    None too where a loss is divided last, for then each piece knows its own.
+    """
+    if set(kinds) <= {normalizers.BY_EXAMPLES, normalizers.DIVIDED_LAST}:
         return None
-
-    def measure(k):
-        data = pieces.read(k, ())
-        # Nothing of this forward pass stays, and only its masks are computed.
-        with trainer.StatelessScope():
-            x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-            y_pred = trainer.forward(model, x, training=False)
-            found = normalizers.measure(model, data, y_pred)
-        return normalizers.values(found)
-
     denominators = None
     if normalizers.NORMALIZED in kinds:
         with _only_what_is_used():
-            denominators = tf.map_fn(
-                measure,
-                tf.range(tf.size(pieces.sizes)),
-                parallel_iterations=1,
-                fn_output_signature=tf.TensorSpec((len(kinds),), normalizers.dtype()),
-            )
+            denominators = _denominators(model, statistics, pieces, len(kinds))
     shares = tf.cast(pieces.sizes, pieces.expected.dtype) / pieces.expected
     return normalizers.factors(denominators, shares, kinds)
+
+
+def _denominators(model, statistics, pieces, losses):
+    """The denominators of all pieces, of shape `(pieces, losses)`.
+
+    Nothing of these forward passes stays, and only their masks are computed.
+    """
+    carried = statistics.carried if trainer.MEASURES_IN_TRAINING else []
+
+    def body(k, rows, values):
+        data = pieces.read(k, ())
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        mapping = list(zip(carried, values))
+        with (
+            trainer.StatelessScope(state_mapping=mapping) as scope,
+            statistics.pooling(),
+            apart(model),
+        ):
+            y_pred = trainer.forward(model, x, trainer.MEASURES_IN_TRAINING)
+            found = normalizers.measure(model, data, y_pred)
+            row = normalizers.values(found)
+        # Each piece sees the state that it will be trained in, for its masks.
+        values = [scope.get_current_value(variable) for variable in carried]
+        return k + 1, rows.write(k, row), values
+
+    count = tf.size(pieces.sizes)
+    dtype = tf.as_dtype(normalizers.dtype())
+    rows = tf.TensorArray(dtype, count, element_shape=(losses,))
+    _, rows, _ = tf.while_loop(
+        lambda k, *_: k < count,
+        body,
+        (tf.constant(0), rows, [tf.identity(trainer.value(v)) for v in carried]),
+        parallel_iterations=1,
+    )
+    return rows.stack()
 
 
 @contextmanager
@@ -287,21 +332,22 @@ def _only_what_is_used():
 def _add_piece(model, variables, statistics, sums, kinds, dense, data, share, factors):
     """Add a piece's part of the full batch's gradient, and its metrics.
 
-    Returns its part of the full batch's loss, the accumulators, the slices, and the
-    logs if they are the model's own.
+    Returns its part of the full batch's loss, what that is divided by last, the
+    accumulators, the slices, and the logs if they are the model's own.
     """
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     weigh = None
     if factors is not None:
-        weigh = normalizers.weighing(kinds, tf.unstack(factors))
+        weigh = normalizers.Weighing(kinds, tf.unstack(factors))
     with statistics.pooling():
         loss, y_pred, gradients = _gradients(model, variables, data, share, weigh)
     dense, slices = sums.add(dense, gradients)
     own_logs = trainer.update_metrics(
-        model, (x, y, y_pred, sample_weight), loss, size_of(data)
+        model, (x, y, y_pred, sample_weight), loss, size_of(data), share
     )
     part = tf.reduce_mean(tf.cast(loss, normalizers.dtype())) * share
-    return part, dense, slices, own_logs
+    denominator = tf.cast(0.0 if weigh is None else weigh.denominator, part.dtype)
+    return part, denominator, dense, slices, own_logs
 
 
 def _gradients(model, variables, data, share, weigh=None):

@@ -15,8 +15,14 @@ import torch
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.attributes import with_attribute
+from gradient_accumulator.backend.statistics import rewound
 from gradient_accumulator.backend.torch import replicas
-from gradient_accumulator.backend.torch.update import clear_gradients, make_update
+from gradient_accumulator.backend.torch.update import (
+    assign,
+    clear_gradients,
+    make_update,
+    values_of,
+)
 from gradient_accumulator.pieces import (
     Accumulation,
     Epoch,
@@ -60,16 +66,19 @@ def make_train_function(
         else:
             later = others[0]
             pieces = Pieces(itertools.chain([first], later.iterator), later.count)
-        state = trainer.moved_by_pieces(model) + trainer.metrics_variables(model)
-        before = [variable.value.detach().clone() for variable in state]
+        before = values_of(
+            [
+                *trainer.moved_by_pieces(model),
+                *rewound(model),
+                *trainer.metrics_variables(model),
+            ]
+        )
         try:
             with replicas.together(False):
                 return update(pieces)
         except BaseException:
             # The pieces before the failing one moved it.
-            with torch.no_grad():
-                for variable, value in zip(state, before):
-                    variable.assign(value)
+            assign(before)
             raise
         finally:
             clear_gradients(model.trainable_variables)

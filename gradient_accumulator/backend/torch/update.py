@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import keras
 import torch
 
 from gradient_accumulator import normalizers
-from gradient_accumulator.backend import masks, trainer
-from gradient_accumulator.backend.statistics import Statistics, synchronizes
+from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.statistics import Statistics, apart, synchronizes
 from gradient_accumulator.backend.torch import replicas
 from gradient_accumulator.backend.torch.activations import free_activations
 from gradient_accumulator.backend.torch.sums import Sum
+from gradient_accumulator.pieces import map_leaves
 
 
 def make_update(model, accumulation):
@@ -29,7 +31,12 @@ def make_update(model, accumulation):
     totals = replicas.totals if replicas.count() > 1 else None
     # These ask for the logs at every piece, of which processes differ in number.
     own_metrics = totals is not None and trainer.has_own_metrics(model)
-    weighed = normalizers.HostWeights(model, partial(_measure, model), totals=totals)
+    weighed = normalizers.HostWeights(
+        model,
+        partial(_measure, model, statistics, waiting),
+        trainer.StatelessScope,
+        totals=totals,
+    )
 
     def update(pieces):
         variables = model.trainable_variables
@@ -43,26 +50,31 @@ def make_update(model, accumulation):
             for v in variables
         ]
         before = statistics.before()
+        rewound = values_of(statistics.rewound)
         loss, own_logs = keras.ops.zeros((), normalizers.dtype()), {}
+        denominator = 0.0
         if waiting:
             replicas.check_pieces(pieces.count)
-        pieces = weighed(pieces)
+        pieces = weighed(pieces, values_of(statistics.carried))
         drawn = list(pieces) if own_metrics else pieces
         for k, (piece, share, kinds, factors) in enumerate(drawn, start=1):
             last = own_metrics and k == len(drawn)
-            weigh = None if factors is None else normalizers.weighing(kinds, factors)
+            weigh = None if factors is None else normalizers.Weighing(kinds, factors)
+            assign(rewound)
             with statistics.pooling(), replicas.together(last):
                 worth, own_logs = _add_piece(
                     model, variables, forward, piece, share, weigh
                 )
             loss = loss + worth
+            if weigh is not None:
+                denominator = denominator + weigh.denominator
             for sum_ in sums:
                 sum_.add()
             free_activations()
         if own_metrics and not drawn:
             with replicas.together():
                 own_logs = model.get_metrics_result()  # the others wait for it
-        correction = pieces.correction()
+        correction = pieces.correction(denominator)
         gradients = [s.finish(None if correction == 1 else correction) for s in sums]
         loss = loss * correction
         if replicas.count() > 1:
@@ -75,19 +87,57 @@ def make_update(model, accumulation):
     return update
 
 
-def _measure(model, piece):
-    """The denominators of a piece."""
+def _measure(model, statistics, waiting, state, piece, losses):
+    """The denominators of a piece, and the state that the next one finds.
+
+    Nothing else of the forward pass stays, nor of what it draws.
+    """
     x, _, _ = keras.utils.unpack_x_y_sample_weight(piece)
-    # Nothing of a forward pass stays. Without a compiler that drops what is not used
-    # it costs as much as any: the model's graph often tells the masks without one.
-    with trainer.StatelessScope(), torch.no_grad():
-        y_pred = masks.predictions(model, x)
-        if y_pred is None:
-            y_pred = trainer.forward(model, x, training=False)
+    (carried,) = state
+    with ExitStack() as stack:
+        scope = stack.enter_context(trainer.StatelessScope(state_mapping=carried))
+        stack.enter_context(torch.no_grad())
+        if losses.by_predictions:
+            stack.enter_context(statistics.pooling())
+            stack.enter_context(_unmoved(model))
+            if not waiting:
+                stack.enter_context(apart(model))
+            # Without a compiler that drops what is not used, it costs as much as any.
+            y_pred = trainer.forward(model, x, training=True)
+        else:
+            y_pred = _of_shape(model, x)
         worth = normalizers.values(normalizers.measure(model, piece, y_pred))
     del y_pred
     free_activations()
-    return worth
+    return worth, ([(v, scope.get_current_value(v)) for v, _ in carried],)
+
+
+def _of_shape(model, x):
+    """Zeros in the shapes of the predictions."""
+    specs = trainer.compute_output_spec(
+        partial(trainer.forward, model, training=True),
+        map_leaves(normalizers.symbolic, x),
+    )
+    return map_leaves(
+        # One number in the place of all, for a shape costs nothing then.
+        lambda spec: keras.ops.broadcast_to(
+            keras.ops.zeros((), spec.dtype), spec.shape
+        ),
+        specs,
+    )
+
+
+@contextmanager
+def _unmoved(model):
+    """Around a forward pass: what Keras does not know of stays as it was.
+
+    PyTorch's own seeds, and the statistics of PyTorch's own modules.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng():
+        yield
+    for buffer, value in buffers:
+        buffer.copy_(value)
 
 
 def _add_piece(model, variables, forward, data, share, weigh):
@@ -101,7 +151,8 @@ def _add_piece(model, variables, forward, data, share, weigh):
     worth = loss * share
     if variables:
         model.optimizer.scale_loss(worth).backward()
-    own_logs = trainer.update_metrics(model, piece, loss, normalizers.examples(data))
+    size = normalizers.examples(data)
+    own_logs = trainer.update_metrics(model, piece, loss, size, share)
     return worth.detach(), own_logs
 
 
@@ -145,3 +196,15 @@ def _apply(model, clipping, variables, gradients):
 def clear_gradients(variables):
     for variable in variables:
         variable.value.grad = None
+
+
+def values_of(variables):
+    """Pairs of a variable and a copy of its value."""
+    return [(variable, variable.value.detach().clone()) for variable in variables]
+
+
+@torch.no_grad()
+def assign(values):
+    """Give variables the values of such pairs."""
+    for variable, value in values:
+        variable.assign(value)
