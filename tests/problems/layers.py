@@ -122,3 +122,24 @@ add(
     sequential((FEATURES,), mlp(5), lambda: layers.Dense(CLASSES)),
     vectors,
 )
+
+
+def spectral(inner):
+    # Made when the model is, so that Keras's numbers in names are the same.
+    return lambda: layers.SpectralNormalization(inner(), power_iterations=2)
+
+
+add(
+    "layer_spectral_normalization",
+    sequential(
+        (8, 8, 2),
+        spectral(lambda: layers.Conv2D(4, 3, activation="tanh")),
+        lambda: layers.Flatten(),
+        spectral(lambda: layers.Dense(6, activation="tanh")),
+        lambda: layers.Dense(CLASSES),
+    ),
+    images,
+    arguments=logits(),
+    keras2="2.13",
+    optimizer_reduction=None,  # which does not tell layers of updates
+)

@@ -2,16 +2,22 @@
 
 from api import keras, layers, ops
 
+from gradient_accumulator.backend import trainer
+
 from .data import (
     CLASSES,
+    FEATURES,
     STEPS,
+    TOKENS,
     classified_tokens,
     each_size,
     float_sequences,
     labelled,
     normal,
     random,
+    token_sequences,
     tokens,
+    vectors,
     weighted,
     weighted_rows,
 )
@@ -137,3 +143,89 @@ add("mask_computed_from_activations", own_mask, float_sequences,
 
 
 add("mask_used_up_by_pooling", pooled(), classified_tokens, arguments=logits())
+
+
+@seeded
+def kept_by_an_operation():
+    """An operation that returns its input, which on PyTorch still has its mask."""
+    x = layers.Input((STEPS,), dtype="int32")
+    h = layers.Embedding(TOKENS, 4, mask_zero=True)(x)
+    return keras.Model(x, ops.cast(layers.Dense(2)(h), "float32"))
+
+
+@seeded
+def of_two_inputs():
+    """Inputs in another order than that of their names, by which data is sorted."""
+    a = layers.Input((STEPS,), dtype="int32", name="y")
+    b = layers.Input((STEPS,), dtype="int32", name="x")
+    outputs = [
+        layers.Dense(2, name=name)(layers.Embedding(TOKENS, 4, mask_zero=True)(tokens))
+        for name, tokens in (("first", a), ("second", b))
+    ]
+    return keras.Model([a, b], outputs)
+
+
+def two_named_inputs():
+    def make(r, n):
+        x = {"x": tokens(r, n), "y": tokens(r, n)}
+        return x, (normal(r, n, STEPS, 2), normal(r, n, STEPS, 2))
+
+    return each_size(make)
+
+
+add(
+    "mask_kept_by_an_operation",
+    kept_by_an_operation,
+    token_sequences,
+    keras2=None,  # whose functional models have no operations
+    optimizer_reduction=None,
+)
+add(
+    "mask_of_each_input",
+    of_two_inputs,
+    two_named_inputs,
+    arguments=lambda: {"loss": ["mse", "mse"]},
+    keras2=None,  # which takes dictionaries for inputs that are one
+    optimizer_reduction=None,
+)
+add(
+    "mask_and_regularizers",
+    of_tokens(
+        lambda: layers.Dense(
+            6, "tanh", kernel_regularizer="l2", activity_regularizer="l2"
+        ),
+        dense_steps(),
+    ),
+    token_sequences,
+    optimizer_reduction=None,
+)
+
+
+@seeded
+def two_heads():
+    x = layers.Input((FEATURES,))
+    h = layers.Dense(8, activation="tanh")(x)
+    return keras.Model(x, [layers.Dense(CLASSES, name=name)(h) for name in "ab"])
+
+
+class Squares(keras.losses.Loss):
+    """A loss of one's own, which ignores targets by a mask of its own."""
+
+    def call(self, y_true, y_pred):
+        values = ops.mean(ops.square(y_true - y_pred), axis=-1)
+        trainer.set_mask(values, ops.any(y_pred > 0.5, axis=-1))
+        return values
+
+
+_BY_PREDICTIONS = {
+    "arguments": lambda: {"loss": Squares()},
+    "keras2": None,
+    "optimizer_reduction": None,
+}
+add("mask_by_a_loss_of_predictions", mlp(), vectors, **_BY_PREDICTIONS)
+add(
+    "mask_by_losses_of_predictions",
+    two_heads,
+    lambda: [(x, (y, y)) for x, y in vectors()],
+    **_BY_PREDICTIONS,
+)

@@ -155,3 +155,42 @@ add(
     },
     **of_reduction("mean_with_sample_weight", equal=False),
 )
+
+
+def mean_of_all(y, y_pred):
+    """One number for a batch."""
+    return ops.mean(ops.abs(y - y_pred))
+
+
+class OwnMean(keras.metrics.Mean):
+    """Updates Keras's own with one number for a batch."""
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        return super().update_state(mean_of_all(y_true, y_pred))
+
+
+class CountedInTheLoss(Written):
+    """Records a part of its loss, as a variational autoencoder does."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = keras.metrics.Mean(name="size")
+
+    def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
+        training = {} if KERAS_2 else {"training": training}
+        loss = super().compute_loss(x, y, y_pred, sample_weight, **training)
+        size = mean_of_all(0.0 * y_pred, y_pred)
+        self.size.update_state(size)
+        return loss + 0.1 * size
+
+
+add(
+    "metrics_of_one_number",
+    mlp(),
+    vectors,
+    arguments=lambda: {
+        "loss": "mse",
+        "metrics": [mean_of_all, OwnMean(name="own"), "mae"],
+    },
+)
+add("metrics_counted_in_the_loss", written(CountedInTheLoss), vectors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import keras
@@ -34,7 +34,7 @@ def make_update(model, accumulation):
     weighed = normalizers.HostWeights(
         model,
         partial(_measure, model, statistics, waiting),
-        trainer.StatelessScope,
+        partial(_stateless, model),
         totals=totals,
     )
 
@@ -94,18 +94,13 @@ def _measure(model, statistics, waiting, state, piece, losses):
     """
     x, _, _ = keras.utils.unpack_x_y_sample_weight(piece)
     (carried,) = state
-    with ExitStack() as stack:
-        scope = stack.enter_context(trainer.StatelessScope(state_mapping=carried))
-        stack.enter_context(torch.no_grad())
-        if losses.by_predictions:
-            stack.enter_context(statistics.pooling())
-            stack.enter_context(_unmoved(model))
-            if not waiting:
-                stack.enter_context(apart(model))
-            # Without a compiler that drops what is not used, it costs as much as any.
-            y_pred = trainer.forward(model, x, training=True)
-        else:
+    with _stateless(model, carried) as scope, torch.no_grad():
+        if not losses.by_predictions:
             y_pred = _of_shape(model, x)
+        else:
+            # Without a compiler that drops what is not used, it costs as much as any.
+            with statistics.pooling(), nullcontext() if waiting else apart(model):
+                y_pred = trainer.forward(model, x, training=True)
         worth = normalizers.values(normalizers.measure(model, piece, y_pred))
     del y_pred
     free_activations()
@@ -128,16 +123,23 @@ def _of_shape(model, x):
 
 
 @contextmanager
-def _unmoved(model):
-    """Around a forward pass: what Keras does not know of stays as it was.
+def _stateless(model, state, **settings):
+    """A stateless scope, also for what Keras does not know of.
 
-    PyTorch's own seeds, and the statistics of PyTorch's own modules.
+    Seeds of PyTorch's own, and the statistics of its modules, are left as they were.
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng():
-        yield
-    for buffer, value in buffers:
-        buffer.copy_(value)
+    devices = range(torch.cuda.device_count())
+    try:
+        with (
+            torch.random.fork_rng(devices),
+            trainer.StatelessScope(state_mapping=state, **settings) as scope,
+        ):
+            yield scope
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 def _add_piece(model, variables, forward, data, share, weigh):
