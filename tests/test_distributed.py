@@ -120,8 +120,8 @@ def test_jax_reduces_once_an_update_whatever_the_number_of_pieces(tmp_path):
     for pieces in (1, 2, 6):
         found = exchanges(tmp_path, "data", pieces)
         assert found["piece"] == []
-        # The gradients, and with them the loss and the metrics' totals and counts.
-        assert found["update"] == [["all-reduce", found["parameters"] + 5]]
+        # The gradients, the loss and what it is divided by, metrics' totals and counts.
+        assert found["update"] == [["all-reduce", found["parameters"] + 6]]
 
 
 @on_jax

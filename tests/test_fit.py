@@ -25,7 +25,7 @@ from fitting import (
     ways,
 )
 from helpers import Batches, arrays, assert_close, collector, counting_activations
-from keras import layers
+from keras import layers, ops
 from versions import JIT_COMPILE, unless_plain_fails
 
 from gradient_accumulator import accumulate
@@ -300,8 +300,11 @@ def test_a_pieces_activations_are_gone_before_the_next(way):
 
 @pytest.mark.skipif(BACKEND != "torch", reason="others compile the piece")
 def test_activations_are_gone_of_passes_that_tell_what_pieces_are_worth():
-    """Of a model with a `call` of its own nothing else tells."""
+    """Nothing else tells where a loss is the user's own, and not all that there is."""
     alive = []
+
+    class Squares(keras.losses.MeanSquaredError):
+        pass
 
     class Written(keras.Model):
         def __init__(self):
@@ -309,9 +312,10 @@ def test_activations_are_gone_of_passes_that_tell_what_pieces_are_worth():
             self.inner = counting_activations(alive, training_only=False)
 
         def call(self, x, training=False):
+            self.add_loss(ops.mean(x))
             return self.inner(x, training=training)
 
-    loss = keras.losses.MeanSquaredError("mean_with_sample_weight")
+    loss = Squares("mean_with_sample_weight")
     model = compiled("microbatch_size", Written, loss=loss)
     x, y = data(FULL)
     with collector(young=10**6):

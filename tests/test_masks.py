@@ -6,7 +6,6 @@ import keras
 import numpy as np
 import problems
 import pytest
-import test_exact_random  # noqa: F401  Hypothesis's profiles
 from fitting import BACKEND, fit, ways
 from helpers import arrays, assert_same, in_pieces, train
 from hypothesis import given
