@@ -9,6 +9,7 @@ import problems
 import pytest
 from helpers import array, assert_same, even, in_pieces, moved, named, pieces, train
 from keras import layers, ops
+from marks import core_on
 
 from gradient_accumulator import (
     GradientAccumulateModel,
@@ -19,6 +20,8 @@ from gradient_accumulator import (
     compute_norm,
     unitwise_norm,
 )
+
+pytestmark = core_on("torch")
 
 BACKEND = keras.backend.backend()
 CLIP, EPS = 0.05, 1e-2
@@ -170,6 +173,7 @@ PROBLEMS = (
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.core
 def test_an_update_is_clipped_once(name, way):
     problem = named(name)
     reference = train(with_optimizer(problem, clipped), problem.batches())
@@ -292,6 +296,7 @@ def test_a_saved_model_clips_as_before(kind, tmp_path):
 
 
 @pytest.mark.parametrize("scaling", PAIRS)
+@pytest.mark.core
 def test_the_optimizer_wrapper_clips_the_finished_gradient(scaling):
     problem = named("weights_int")
     batch, given = even(problem)

@@ -10,6 +10,7 @@ import problems
 import pytest
 from helpers import Batches, array
 from keras import layers, ops
+from marks import core_on
 
 from gradient_accumulator import (
     AccumBatchNormalization,
@@ -18,6 +19,8 @@ from gradient_accumulator import (
     accumulate,
 )
 from gradient_accumulator.layers import Pool
+
+pytestmark = core_on("torch")
 
 WAYS = ("microbatch_size", "accum_steps")
 SIZES = (12, 7)  # full batches; in pieces of 5 the last ones are smaller
@@ -96,6 +99,7 @@ def test_the_full_batchs_statistics(kind, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.core
 def test_masked_steps_do_not_count(way):
     batches = data((5, 6))
     r = np.random.default_rng(1)
@@ -160,6 +164,7 @@ def test_alone_it_is_keras_own(shape):
         np.testing.assert_allclose(array(a), array(b), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.core
 def test_training_normalizes_each_piece_by_its_own_statistics():
     ((x, _), _) = data((6,))
     layer = AccumBatchNormalization(accum_steps=3)
@@ -202,6 +207,7 @@ def test_with_the_optimizer_wrapper_it_counts_calls():
     assert_same(model, reference)
 
 
+@pytest.mark.core
 def test_a_flush_ends_an_update():
     batches = data((6,))
     reference = fit(model_of(layers.BatchNormalization(), (6,)), batches)
@@ -233,6 +239,7 @@ def go_on(model, start, stop):
 
 
 @pytest.mark.parametrize("kind", ["flush", "reset"])
+@pytest.mark.core
 def test_flush_and_reset_of_the_optimizer_wrapper(kind):
     model, layer = waiting(2)
     (x, _), _ = data((3,))
@@ -293,6 +300,7 @@ def test_what_is_not_finite_does_not_stay():
     np.testing.assert_allclose(array(layer.moving_mean), [0, *[0.01] * 5], rtol=1e-5)
 
 
+@pytest.mark.core
 def test_a_failed_update_leaves_the_statistics():
     model = model_of(AccumBatchNormalization(), (6,))
     accumulate(model, accum_steps=3)
@@ -315,6 +323,7 @@ def test_a_failed_update_leaves_the_statistics():
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("cls", [AccumBatchNormalization, layers.BatchNormalization])
+@pytest.mark.core
 def test_a_skipped_update_leaves_the_statistics(cls, way):
     """One example's loss is not finite; of the same data, one update is not skipped."""
     model = model_of(cls(), (6,))

@@ -16,9 +16,12 @@ import pytest
 import gradient_accumulator
 from gradient_accumulator import cli
 
-pytestmark = pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow", reason="the same on every backend"
-)
+pytestmark = [
+    pytest.mark.core,
+    pytest.mark.skipif(
+        keras.backend.backend() != "tensorflow", reason="the same on every backend"
+    ),
+]
 SECONDS = 120  # that a process may take
 # As the installed script does it. The command tells by its name that it may not import
 # Keras. Pretended are packages that are there and that are not.

@@ -6,9 +6,12 @@ import problems
 import pytest
 from helpers import Batches, arrays, assert_close
 from keras import layers, ops
+from marks import core_on
 from versions import DATA_THAT_FAILS, EXCEPTIONS, unless_plain_fails
 
 from gradient_accumulator import GradientAccumulateModel, accumulate
+
+pytestmark = core_on("torch")
 
 BACKEND = keras.backend.backend()
 BASE = problems.mlp()
@@ -114,6 +117,7 @@ def test_no_size():
 @pytest.mark.parametrize("value, error", [
     ("float31", ValueError), ("int32", ValueError), (None, TypeError), (32, TypeError)
 ])  # fmt: skip
+@pytest.mark.core
 def test_accum_dtype(value, error):
     with pytest.raises(error, match=r"`accum_dtype`.*Received: accum_dtype="):
         accumulate(compiled(), accum_steps=2, accum_dtype=value)
@@ -386,6 +390,7 @@ def momentum_model():
 
 @ways
 @unless_plain_fails(DATA_THAT_FAILS)
+@pytest.mark.core
 def test_data_that_fails_in_the_middle_of_an_update(way):
     settings, size = WAYS[way]
     model = accumulate(momentum_model(), **settings)
@@ -452,6 +457,7 @@ FAILURES = {
     [pytest.param(False, marks=unless_plain_fails(EXCEPTIONS)), True],
 )
 @pytest.mark.parametrize("bad", [8, 15], ids=["first_piece", "last_piece"])
+@pytest.mark.core
 def test_an_exception_in_a_piece_leaves_the_model_as_it_was(way, run_eagerly, bad):
     """The first update is whole; the second one has an example that fails."""
     settings, size = WAYS[way]
@@ -473,6 +479,7 @@ def test_an_exception_in_a_piece_leaves_the_model_as_it_was(way, run_eagerly, ba
 
 
 @unless_plain_fails(EXCEPTIONS)
+@pytest.mark.core
 def test_an_exception_in_train_on_batch_leaves_the_model_as_it_was():
     model = accumulate(compiled(failing), microbatch_size=2)
     x, y = data(8)

@@ -22,7 +22,7 @@ def cases():
             ]
             if way in problem.core:
                 marks.append(pytest.mark.core)
-            if TRACED and "fit" in problem.alike and WAYS[number % 2] != way:
+            elif TRACED and "fit" in problem.alike and WAYS[number % 2] != way:
                 marks.append(pytest.mark.full)
             yield pytest.param(problem, way, marks=marks, id=f"{problem}-{way}")
 
@@ -35,6 +35,7 @@ def test_pieces_equal_the_full_batch(problem, way):
     assert_alike(problem, trained, reference)
 
 
+@pytest.mark.core
 def test_every_optimizer_is_in_the_list():
     shipped = {
         cls.__name__
@@ -48,6 +49,7 @@ def test_every_optimizer_is_in_the_list():
     assert shipped <= listed
 
 
+@pytest.mark.core
 def test_problem_names_are_unique():
     names = [problem.name for problem in problems.PROBLEMS]
     assert len(names) == len(set(names))
@@ -65,6 +67,7 @@ class Multiplied(keras.losses.Loss):
     # bfloat16 holds 8 binary digits: 256 + 1 is 256 there, and 319 rounds to 320.
     [("float32", 320.0), ("bfloat16", 256.0)],
 )
+@pytest.mark.core
 def test_bfloat16_variables_get_the_float32_sum(accum_dtype, total):
     model = keras.Sequential(
         [

@@ -88,6 +88,7 @@ ways = pytest.mark.parametrize("way", ["microbatch_size", "accum_steps"])
     weights=st.none()
     | st.lists(weight, min_size=MOST_EXAMPLES, max_size=MOST_EXAMPLES),
 )
+@pytest.mark.core
 def test_vectors(way, sizes, reduction, loss, weights):
     counts, piece = sizes
     batches = problems.each_size(
@@ -117,6 +118,7 @@ def test_vectors(way, sizes, reduction, loss, weights):
     | st.lists(weight, min_size=MOST_EXAMPLES, max_size=MOST_EXAMPLES),
     trim=st.booleans(),
 )
+@pytest.mark.core
 def test_masked_sequences(way, sizes, reduction, loss, lengths, weights, trim):
     """Rows of any length, also empty ones, and pieces cut to their longest row."""
     counts, piece = sizes
@@ -162,6 +164,7 @@ def test_masked_sequences(way, sizes, reduction, loss, lengths, weights, trim):
     ),
     loss_weights=st.tuples(st.floats(0.1, 3), st.floats(0.1, 3)),
 )
+@pytest.mark.core
 def test_two_outputs(way, sizes, reductions, lengths, weights, loss_weights):
     counts, piece = sizes
     of_steps, of_whole = (np.float32(column) for column in zip(*weights, strict=True))

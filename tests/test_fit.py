@@ -33,6 +33,7 @@ from gradient_accumulator import accumulate
 
 @ways
 @pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.core
 def test_data_source(source, way):
     model, _ = both(way, SOURCES[source], epochs=2)
     assert int(model.optimizer.iterations) == 2 * UPDATES
@@ -49,6 +50,7 @@ def test_py_dataset_with_workers(way):
 
 
 @ways
+@pytest.mark.core
 def test_tf_data_of_unknown_length_and_rank(way):
     import tensorflow as tf
 
@@ -100,6 +102,7 @@ def test_inputs_in_a_list(way):
 
 
 @ways
+@pytest.mark.core
 def test_no_targets(way):
     def source(batch_size):
         return {"x": data()[0], "batch_size": batch_size}
@@ -135,6 +138,7 @@ def test_class_weight(way):
 
 
 @ways
+@pytest.mark.core
 def test_validation_data(way):
     _, history = both(
         way,
@@ -166,6 +170,7 @@ def test_initial_epoch(way):
 
 
 @ways
+@pytest.mark.core
 def test_fit_again_goes_on(way):
     results = []
     for each in (None, way):
@@ -177,6 +182,7 @@ def test_fit_again_goes_on(way):
 
 
 @ways
+@pytest.mark.core
 def test_run_eagerly(way):
     both(way, of_arrays, settings=lambda: {"run_eagerly": True}, epochs=2)
 
@@ -195,6 +201,7 @@ def test_jit_compile(way, jit_compile):
     BACKEND == "torch", reason="Keras has it on TensorFlow and JAX only"
 )
 @pytest.mark.parametrize("steps", [2, 5])
+@pytest.mark.core
 def test_steps_per_execution(way, steps):
     def settings():
         return {"steps_per_execution": steps}
@@ -232,6 +239,7 @@ def test_the_model_sees_pieces_one_after_the_other():
     assert sizes_seen("accum_steps", **eager) == [4, 4, 2]
 
 
+@pytest.mark.core
 def test_the_model_never_sees_the_full_batch():
     for way in WAYS:
         assert FULL not in sizes_seen(way, traced=True)
@@ -239,6 +247,7 @@ def test_the_model_never_sees_the_full_batch():
 
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")  # plain Keras too
 @pytest.mark.parametrize("steps", [None, COUNT])
+@pytest.mark.core
 def test_pieces_are_drawn_when_it_is_their_turn(steps):
     """Nothing has to know all of this model's pieces before the first one."""
     drawn, ahead = [], []
@@ -355,6 +364,7 @@ def test_the_users_cycles_are_collected_while_it_trains(way):
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="a TensorFlow graph")
 @ways
+@pytest.mark.core
 def test_what_pieces_are_worth_takes_no_forward_pass(way):
     """Cross-entropy asserts that the predictions' shape is right, which needs them."""
     import tensorflow as tf
@@ -395,6 +405,7 @@ def test_a_piece_larger_than_the_batch_is_one_piece():
     assert_close(*results)
 
 
+@pytest.mark.core
 def test_more_accum_steps_than_pieces_is_one_update_an_epoch():
     x, y = data()
     reference = compiled()
@@ -406,6 +417,7 @@ def test_more_accum_steps_than_pieces_is_one_update_an_epoch():
 
 
 @ways
+@pytest.mark.core
 def test_evaluate_and_predict_are_untouched(way):
     x, y = data(10)
     reference = compiled(metrics=["mae"])
@@ -423,6 +435,7 @@ def test_evaluate_and_predict_are_untouched(way):
         fit(reference, x, y, batch_size=10)
 
 
+@pytest.mark.core
 def test_train_on_batch_by_microbatch_size():
     reference = compiled(metrics=["mae"])
     model = compiled("microbatch_size", metrics=["mae"])
@@ -438,6 +451,7 @@ def test_train_on_batch_by_microbatch_size():
     assert_close(arrays(model.weights), arrays(reference.weights))
 
 
+@pytest.mark.core
 def test_train_on_batch_by_accum_steps_raises():
     model = compiled("accum_steps")
     before = arrays(model.weights)

@@ -82,6 +82,7 @@ def test_small_arrays_are_in_the_order_of_plain_training(shuffle):
 
 
 @pytest.mark.parametrize("shuffle", [True, "batch"])
+@pytest.mark.core
 def test_shuffled_rows_are_those_of_plain_training(shuffle):
     """Also within a batch, and so is what is drawn afterwards from the same seeds."""
     results = []
@@ -108,6 +109,7 @@ def test_shuffled_rows_are_those_of_plain_training(shuffle):
         np.testing.assert_array_equal(trained, plain)
 
 
+@pytest.mark.core
 def test_arrays_that_a_callback_changes():
     """In float64, which is cast: in each epoch on JAX and PyTorch."""
     results = []
@@ -143,6 +145,7 @@ def test_arrays_are_not_held_after_training():
     assert held[1] <= held[0]  # Keras's loop on PyTorch holds them in a cycle
 
 
+@pytest.mark.core
 def test_shuffled_arrays_in_pieces():
     """The order is that of all examples, however many `fit` gets at a time."""
     trained, plain = [
@@ -152,6 +155,7 @@ def test_shuffled_arrays_in_pieces():
 
 
 @pytest.mark.parametrize("kind", ["float64", "pandas", "tensor", "sparse"])
+@pytest.mark.core
 def test_kinds_of_arrays(kind):
     x, y = data(21)
     given = {
@@ -174,6 +178,7 @@ def test_kinds_of_arrays(kind):
 @pytest.mark.parametrize(
     "eagerly", [False] if BACKEND == "tensorflow" else [False, True]
 )
+@pytest.mark.core
 def test_no_full_batch_is_made_of_arrays(monkeypatch, eagerly):
     taken = []
 

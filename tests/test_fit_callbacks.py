@@ -6,6 +6,9 @@ import keras
 import pytest
 from fitting import FULL, UPDATES, Record, both, compiled, fit, of_arrays, size, ways
 from helpers import arrays, assert_close
+from marks import core_on
+
+pytestmark = core_on("torch")
 
 
 @ways
@@ -35,6 +38,7 @@ def test_reduce_lr_on_plateau(way):
 
 
 @ways
+@pytest.mark.core
 def test_early_stopping_restores_the_best_weights(way):
     _, history = both(
         way,
@@ -75,6 +79,7 @@ class Interrupt(keras.callbacks.Callback):
 
 
 @ways
+@pytest.mark.core
 def test_backup_and_restore(way, tmp_path):
     reference = compiled()
     fit(reference, **of_arrays(FULL), epochs=3)

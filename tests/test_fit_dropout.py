@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import problems
+import pytest
 from fitting import COUNT, FULL, compiled, fit, size, ways
 from helpers import arrays
 from keras import layers, ops
@@ -32,6 +33,7 @@ def with_dropout():
 
 
 @ways
+@pytest.mark.core
 def test_pieces_draw_different_dropout_masks(way):
     model = compiled(way, with_dropout)
     pieces = 4
@@ -49,6 +51,7 @@ def test_pieces_draw_different_dropout_masks(way):
 
 
 @ways
+@pytest.mark.core
 def test_two_runs_from_one_seed_are_equal(way):
     runs = []
     for _ in range(2):

@@ -17,8 +17,11 @@ from fitting import (
     ways,
 )
 from helpers import arrays, assert_close
+from marks import core_on
 
 from gradient_accumulator import accumulate
+
+pytestmark = core_on("torch")
 
 
 def with_fit(fit):
@@ -73,6 +76,7 @@ def test_no_update_crosses_an_epochs_end_in_a_fit_of_its_own(own):
 
 
 @ways
+@pytest.mark.core
 def test_own_fit_that_evaluates_first(way):
     if BACKEND == "torch" and way == "accum_steps":
         pytest.skip("Keras's `evaluate` has one step an execution there")
@@ -141,6 +145,7 @@ def test_own_fit_is_given_callbacks_where_it_wants_them():
     assert seen == [0] * 6
 
 
+@pytest.mark.core
 def test_own_fit_without_callbacks_raises():
     def takes_none(self, x, y, batch_size=None):
         return super(problems.Written, self).fit(x, y, batch_size)

@@ -25,6 +25,7 @@ from versions import is_before
 from gradient_accumulator import accumulate
 
 
+@pytest.mark.core
 def test_an_epochs_last_update_takes_the_pieces_that_are_left():
     """Five pieces, three an update: the second one of each epoch has two."""
     x, y = data(5 * PIECE)
@@ -50,6 +51,7 @@ EXECUTIONS = [1] if BACKEND == "torch" else [1, 3]  # Keras has no others there
 
 @pytest.mark.parametrize("executions", EXECUTIONS)
 @pytest.mark.parametrize("source", ["arrays", "py_dataset", "infinite_generator"])
+@pytest.mark.core
 def test_steps_per_epoch_that_are_no_whole_updates(source, executions):
     """Epochs of seven pieces, two an update: the fourth has one, and none is lost."""
     x, y = data(14 * PIECE)
@@ -94,6 +96,7 @@ def test_data_of_known_length_that_ends_in_an_update_of_steps_per_epoch():
 
 
 @ways
+@pytest.mark.core
 def test_batch_callbacks_run_once_an_update(way):
     record = Record()
     model = compiled(way, metrics=["mae"])
@@ -110,6 +113,7 @@ def test_batch_callbacks_run_once_an_update(way):
 
 
 @ways
+@pytest.mark.core
 def test_logs_of_every_update_equal_plain_keras(way):
     records = []
     for each in (None, way):
@@ -121,6 +125,7 @@ def test_logs_of_every_update_equal_plain_keras(way):
         assert got == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.core
 def test_progress_bar_counts_pieces(capsys):
     model = compiled("accum_steps")
     fit(model, **of_arrays(PIECE), verbose=2)
@@ -131,6 +136,7 @@ def test_progress_bar_counts_pieces(capsys):
 
 
 @ways
+@pytest.mark.core
 def test_schedules_count_updates(way):
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay(
         [UPDATES - 1], [0.3, 0.0]
@@ -146,6 +152,7 @@ def test_schedules_count_updates(way):
 
 
 @ways
+@pytest.mark.core
 def test_stop_training_in_an_epoch(way):
     class Stop(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):

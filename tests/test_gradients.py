@@ -6,13 +6,15 @@ import keras
 import numpy as np
 import problems
 import pytest
-import test_exact_random  # noqa: F401  Hypothesis's profiles
 from helpers import collector, counting_activations
 from hypothesis import given
 from hypothesis import strategies as st
 from keras import ops
+from marks import core_on
 
 from gradient_accumulator import accumulated_value_and_grad
+
+pytestmark = core_on("torch")
 
 BACKEND = keras.backend.backend()
 TOLERANCE = 2e-6
@@ -135,6 +137,7 @@ def compiled(function):
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("within", ["eager", "compiled"])
 @given(count=st.integers(2, 13), size=st.integers(1, 14), seed=st.integers(0, 9))
+@pytest.mark.core
 def test_pieces_equal_the_full_batch(kind, within, count, size, seed):
     variables, predict = network()
     of_pieces, of_all = LOSSES[kind]
@@ -168,6 +171,7 @@ def test_averaging_pieces_is_wrong_where_they_are_not_worth_the_same():
 
 
 @pytest.mark.parametrize("within", ["eager", "compiled"])
+@pytest.mark.core
 def test_aux_of_examples_is_joined_and_of_pieces_listed(within):
     variables, predict = network()
 
@@ -198,6 +202,7 @@ def test_aux_of_examples_is_joined_and_of_pieces_listed(within):
 
 
 @pytest.mark.parametrize("within", ["eager", "compiled"])
+@pytest.mark.core
 def test_further_arguments_go_to_every_piece(within):
     variables, predict = network()
 
@@ -229,6 +234,7 @@ def test_no_weight_at_all_is_a_gradient_of_zero():
 @pytest.mark.parametrize(
     "accum_dtype, total", [("float32", 320.0), ("bfloat16", 256.0)]
 )
+@pytest.mark.core
 def test_half_precision_sums_in_float32(accum_dtype, total):
     """256 and 63 ones: 319 rounds to 320 in bfloat16, and 256 + 1 is 256 there."""
     variable = keras.Variable(ops.ones((1,), "bfloat16"), dtype="bfloat16")
@@ -249,6 +255,7 @@ def test_half_precision_sums_in_float32(accum_dtype, total):
 
 
 @pytest.mark.skipif(BACKEND == "jax", reason="JAX gives zeros there, as jax.grad does")
+@pytest.mark.core
 def test_no_gradient_is_none():
     variables, predict = network()
     unused = keras.Variable(np.ones(2, "float32"))
@@ -259,6 +266,7 @@ def test_no_gradient_is_none():
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="parameters have `grad` on PyTorch only")
+@pytest.mark.core
 def test_grad_is_left_as_it_was():
     import torch
 
@@ -294,6 +302,7 @@ def test_grad_of_other_parameters_is_left_alone():
 
 
 @pytest.mark.parametrize("dtype, count", [("float16", 4096), ("bfloat16", 1024)])
+@pytest.mark.core
 def test_denominators_in_half_precision(dtype, count):
     """They add up to more than the dtype holds, or tells apart."""
     variable = keras.Variable(np.ones(1, "float32"))
@@ -312,6 +321,7 @@ def test_denominators_in_half_precision(dtype, count):
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="arguments of JAX's")
+@pytest.mark.core
 def test_any_argument_and_any_pytree_on_jax():
     import jax
 

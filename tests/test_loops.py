@@ -206,6 +206,7 @@ def test_a_gan_with_two_optimizers_that_accumulate():
     assert_equal_weights(ours, reference, before)
 
 
+@pytest.mark.core
 def test_a_gan_with_the_function():
     before, reference = trained_gan(adam, 12, in_turns=True)
     _, ours = trained_gan(adam, 12, in_turns=True, microbatch_size=5)
@@ -217,6 +218,7 @@ def test_a_gan_with_the_function():
 
 @on_tensorflow
 @pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.core
 def test_a_tape_in_a_tf_function(jit_compile):
     import tensorflow as tf
 
@@ -244,6 +246,7 @@ def test_a_tape_in_a_tf_function(jit_compile):
 
 
 @on_tensorflow
+@pytest.mark.core
 def test_flush_in_a_tf_function():
     import tensorflow as tf
 
@@ -354,6 +357,7 @@ def test_optax_beside_multi_steps_and_microbatching(weighted):
 
 
 @on_jax
+@pytest.mark.core
 def test_a_jitted_loop_with_stateless_apply_and_flush():
     import jax
 

@@ -96,6 +96,7 @@ def bfloat16_update(spread, size=None, **settings):
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.1, 1.0])
+@pytest.mark.core
 def test_sixty_four_pieces_in_bfloat16(spread):
     full = bfloat16_update(spread)
 
@@ -160,6 +161,7 @@ def test_one_overflow_skips_the_update(normalization, own_scaler, way):
 
 
 @pytest.mark.parametrize("around", [False, True])
+@pytest.mark.core
 def test_one_overflow_with_the_optimizer_wrapper(around):
     adam = keras.optimizers.Adam(1e-2)
     if around:

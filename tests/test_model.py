@@ -15,9 +15,12 @@ import problems
 import pytest
 from helpers import arrays, assert_close
 from keras import layers, ops
+from marks import core_on
 
 from gradient_accumulator import GradientAccumulateModel, accumulate
 from gradient_accumulator.fitting import accumulation_of
+
+pytestmark = core_on("torch")
 
 WAYS = ({"microbatch_size": 4}, {"accum_steps": 2})
 ways = pytest.mark.parametrize("way", WAYS, ids=lambda way: next(iter(way)))
@@ -121,6 +124,7 @@ def test_accumulate_keeps_compile_and_optimizer_state(way):
 
 
 @ways
+@pytest.mark.core
 def test_accumulate_by_one_gives_plain_training_back(way):
     model = accumulate(compile_(problems.mlp()()), **way)
     fit(model, batch_size(way))
@@ -148,6 +152,7 @@ def test_accumulate_again_changes_the_size():
 
 
 @ways
+@pytest.mark.core
 def test_compile_again_goes_on_accumulating(way):
     model = accumulate(compile_(problems.mlp()()), **way)
     fit(model, batch_size(way))
@@ -192,6 +197,7 @@ def test_own_train_step_raises():
         lambda: keras.Sequential([layers.LSTM(3, stateful=True)]),
     ],
 )
+@pytest.mark.core
 def test_a_stateful_rnn_raises(make):
     model = keras.Sequential([layers.Input(batch_shape=(8, 5, 2)), make()])
     with pytest.raises(ValueError, match=r"[Ss]tateful.*Received: "):
@@ -329,6 +335,7 @@ def test_a_model_that_accumulates_is_saved_as_a_plain_one(way, tmp_path):
 
 
 @ways
+@pytest.mark.core
 def test_gradient_accumulate_model_equals_the_full_batch(way):
     reference = compile_(problems.mlp()())
     expected = fit(reference, epochs=3).history

@@ -18,12 +18,15 @@ from helpers import (
     with_optimizer,
 )
 from keras import ops
+from marks import core_on
 
 from gradient_accumulator import (
     FlushGradients,
     GradientAccumulateOptimizer,
     accumulate,
 )
+
+pytestmark = core_on("torch")
 
 BACKEND = keras.backend.backend()
 
@@ -42,6 +45,7 @@ def around(optimizer, steps):
 @pytest.mark.parametrize(
     "name", ["loss_scale_grows", "loss_scale_skips_an_overflow", "policy_mixed_float16"]
 )
+@pytest.mark.core
 def test_a_loss_scale_optimizer_around(name):
     problem = named(name)
     batch, pieces = even(problem)
@@ -51,6 +55,7 @@ def test_a_loss_scale_optimizer_around(name):
 
 
 @pytest.mark.parametrize("order", ["inside", "around"])
+@pytest.mark.core
 def test_an_overflow_in_one_piece_skips_the_update_and_lowers_the_scale_once(order):
     inner = keras.optimizers.SGD(0.1)
     if order == "inside":
@@ -208,6 +213,7 @@ else:
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.core
 def test_every_way_to_run(mode):
     plain = model_of(ADAM(), **MODES[mode])
     expected = fit(plain, 8)
@@ -277,6 +283,7 @@ def test_reset_forgets():
 
 @pytest.mark.parametrize("validation", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.core
 def test_flush_gradients_at_each_epochs_end(validation, scaled):
     """20 examples: full batches of 8, 8 and 4, pieces of 2."""
     extra = {"validation_data": whole(8)} if validation else {}
@@ -338,6 +345,7 @@ def test_plain_variables():
 
 @pytest.mark.parametrize("reduction", ["MEAN", "SUM"])
 @pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.core
 def test_a_weight_tells_what_a_piece_is_worth(reduction, steps):
     r = np.random.default_rng(0)
     gradients = r.normal(size=(steps, 4)).astype("float32")
@@ -418,6 +426,7 @@ def test_slices_of_a_piece_without_weight(steps):
 @pytest.mark.parametrize(
     "weight", [-1, float("nan"), float("inf"), True, "2", np.ones(3, "float32")]
 )
+@pytest.mark.core
 def test_weights_that_are_none(weight):
     variable = keras.Variable(np.ones(4, "float32"))
     optimizer = GradientAccumulateOptimizer("sgd", 2)
@@ -480,6 +489,7 @@ def test_an_optimizer_by_name_or_config(inner):
 
 
 @pytest.mark.parametrize("scaled", ["no", "inside", "around"])
+@pytest.mark.core
 def test_saved_in_the_middle_of_an_accumulation(scaled, tmp_path):
     def optimizer():
         # Without averages: plain Keras cannot call `fit` twice with them on JAX.
@@ -609,6 +619,7 @@ def test_the_inner_one_of_a_loss_scale_optimizer_is_not_called():
     assert inner.pending == 0
 
 
+@pytest.mark.core
 def test_an_update_that_fails_leaves_all_as_it_was():
     class Fails(keras.optimizers.SGD):
         failing = True
@@ -638,6 +649,7 @@ def test_an_update_that_fails_leaves_all_as_it_was():
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="of `tf.function` only")
+@pytest.mark.core
 def test_variables_that_change_between_compiled_functions():
     import tensorflow as tf
 
@@ -788,6 +800,7 @@ def test_variables_that_change_while_pieces_wait():
         ([np.ones(2)], "c", "built with.*Received: unknown variables"),
     ],
 )
+@pytest.mark.core
 def test_gradients_that_do_not_fit(gradients, names, message):
     optimizer, variables = two_variables()
     by_name = dict(zip("ab", variables))

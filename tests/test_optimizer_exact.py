@@ -53,7 +53,7 @@ def cases(reduction):
             marks = [unless_plain_fails(*problem.since)]
             if "optimizer" in problem.core:
                 marks.append(pytest.mark.core)
-            if TRACED and "optimizer" in problem.alike:
+            elif TRACED and "optimizer" in problem.alike:
                 marks.append(pytest.mark.full)
             yield pytest.param(problem, marks=marks, id=problem.name)
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from helpers import array
 from keras import layers
+from marks import core_on
 
 from gradient_accumulator import (
     AccumBatchNormalization,
@@ -15,6 +16,8 @@ from gradient_accumulator import (
 )
 from gradient_accumulator.fitting import accumulation_of
 from gradient_accumulator.utils import replace_batchnorm_layers as by_its_old_path
+
+pytestmark = core_on("torch")
 
 
 def normalizations(model):

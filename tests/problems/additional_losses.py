@@ -8,7 +8,7 @@ from .models import Written, dense_steps, mlp, of_tokens, seeded, written
 from .problem import add
 
 add("regularizer_of_weights", mlp(kernel_regularizer=keras.regularizers.L2(0.05)),
-    lambda: weighted(vectors()))  # fmt: skip
+    lambda: weighted(vectors()), core=("optimizer",))  # fmt: skip
 add(
     "regularizer_of_weights_loss_sum",
     mlp(kernel_regularizer=keras.regularizers.L1L2(0.05, 0.05)),
@@ -29,6 +29,7 @@ add(
     ),
     token_sequences,
     optimizer_reduction=None,
+    core=("accum_steps",),
 )
 add(
     "regularizers_of_both",
@@ -40,6 +41,7 @@ add(
     arguments=squared("mean_with_sample_weight"),
     keras2=None,
     devices=("jax", "torch"),
+    core=("microbatch_size",),
 )
 add(
     "regularizer_orthogonal",
@@ -86,9 +88,9 @@ def without_targets():
 add("add_loss_mean", written(MeanOverExamples), lambda: weighted(vectors()))
 # Keras 2 adds losses of each example to a scalar, and fails.
 add("add_loss_of_each_example", written(LossOfEachExample), vectors, keras2=None,
-    optimizer_reduction=None)  # fmt: skip
+    optimizer_reduction=None, core=("microbatch_size",))  # fmt: skip
 add("add_loss_in_a_layer", layer_adds_loss, vectors, devices=("jax", "torch"))
 add("add_loss_only_mean", written(MeanOverExamples), without_targets,
-    arguments=dict)  # fmt: skip
+    arguments=dict, core=("accum_steps",))  # fmt: skip
 add("add_loss_only_of_each_example", written(LossOfEachExample), without_targets,
     arguments=dict, optimizer_reduction="SUM")  # fmt: skip

@@ -61,6 +61,7 @@ add(
     of_tokens(lambda: layers.LSTM(4), lambda: layers.Dense(CLASSES)),
     lambda: weighted(classified_tokens()),
     arguments=logits(),
+    core=("accum_steps",),
 )
 add(
     "layer_gru_bidirectional_masked",

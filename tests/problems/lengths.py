@@ -45,6 +45,7 @@ for _reduction in ("sum", "sum_over_batch_size", "mean_with_sample_weight"):
         pieces=trimmed,
         **of_reduction(_reduction, equal=False),
     )
+change("pieces_of_different_length_sum_over_batch_size", core=("accum_steps",))
 change("pieces_of_different_length_mean_with_sample_weight", devices=("jax", "torch"))
 add(
     "pieces_of_different_length_pooled",

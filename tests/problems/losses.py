@@ -96,12 +96,22 @@ for _reduction in REDUCTIONS:
         lambda: empty_rows(token_sequences(), PIECE, 2 * PIECE),
         **_masked,
     )
-change("reduction_sum", alike=())
-change("reduction_sum_masked_weighted", devices=("jax", "torch"))
-change("reduction_sum_over_batch_size_masked", devices=("jax", "torch", "tensorflow"))
+change("reduction_sum_over_batch_size_masked_weighted", core=("microbatch_size",))
+change("reduction_mean_with_sample_weight_masked_piece", core=("accum_steps",))
+change("reduction_none_masked", core=("accum_steps",))
+change("reduction_sum", alike=(), core=("optimizer",))
+change(
+    "reduction_sum_masked_weighted", devices=("jax", "torch"), core=("microbatch_size",)
+)
+change(
+    "reduction_sum_over_batch_size_masked",
+    devices=("jax", "torch", "tensorflow"),
+    core=("accum_steps",),
+)
 change(
     "reduction_mean_with_sample_weight_masked_weighted",
     devices=("jax", "torch", "tensorflow", "workers"),
+    core=("microbatch_size", "accum_steps"),
 )
 
 
@@ -117,7 +127,13 @@ def cast_weights(dtype):
 
 add("weights_float64", mlp(), cast_weights("float64"))
 add("weights_int", mlp(), cast_weights("int32"))
-add("weights_bool", mlp(), cast_weights("bool"), plain_replicas=False)
+add(
+    "weights_bool",
+    mlp(),
+    cast_weights("bool"),
+    plain_replicas=False,
+    core=("microbatch_size",),
+)
 add(
     "weights_column",
     mlp(),
@@ -154,6 +170,8 @@ for _reduction in ("sum_over_batch_size", "mean_with_sample_weight"):
         # The loss of a batch that is masked as a whole is NaN in plain Keras 2.
         **_settings | {"keras2": None, "optimizer_reduction": None},
     )  # fmt: skip
+change("weights_zero_in_a_full_batch_sum_over_batch_size", core=("accum_steps",))
+change("fully_masked_full_batch_mean_with_sample_weight", core=("microbatch_size",))
 change("fully_masked_full_batch_sum_over_batch_size", devices=("jax", "torch"))
 
 CLASSIFICATION = {
@@ -231,12 +249,24 @@ class LossWhole(keras.losses.Loss):
 
 add("loss_function", mlp(), lambda: weighted(vectors()),
     arguments=lambda: {"loss": loss_of_examples}, **ALIKE)  # fmt: skip
-add("loss_function_of_batch", mlp(), vectors,
-    arguments=lambda: {"loss": loss_of_batch}, **ALIKE)  # fmt: skip
+add(
+    "loss_function_of_batch",
+    mlp(),
+    vectors,
+    arguments=lambda: {"loss": loss_of_batch},
+    **ALIKE,
+    core=("microbatch_size",),
+)
 add("loss_with_own_call", mlp(), lambda: weighted(vectors()),
     arguments=lambda: {"loss": LossByCall()}, **ALIKE)  # fmt: skip
-add("loss_with_own_dunder_call", mlp(), vectors,
-    arguments=lambda: {"loss": LossWhole()}, **ALIKE)  # fmt: skip
+add(
+    "loss_with_own_dunder_call",
+    mlp(),
+    vectors,
+    arguments=lambda: {"loss": LossWhole()},
+    **ALIKE,
+    core=("accum_steps",),
+)
 
 CLASS_WEIGHT = {0: 0.2, 1: 1.0, 2: 6.0}
 for _reduction in ("sum_over_batch_size", "mean_with_sample_weight"):
@@ -252,7 +282,11 @@ for _reduction in ("sum_over_batch_size", "mean_with_sample_weight"):
         class_weight=CLASS_WEIGHT,
         **of_reduction(_reduction, equal=_reduction == "sum_over_batch_size"),
     )
-change("class_weight_mean_with_sample_weight", devices=("jax", "torch"))
+change(
+    "class_weight_mean_with_sample_weight",
+    devices=("jax", "torch"),
+    core=("microbatch_size",),
+)
 add(
     "class_weight_one_hot",
     classifier,

@@ -24,7 +24,7 @@ from .data import (
 from .losses import logits, slow
 from .models import conv_to_image, dense_steps, mlp, of_tokens, pooled, seeded
 from .optimizers import of_class
-from .problem import PIECE, add, of_reduction, sgd
+from .problem import PIECE, add, change, of_reduction, sgd
 
 
 def ignoring(reduction="sum_over_batch_size"):
@@ -85,6 +85,7 @@ for _reduction in ("sum_over_batch_size", "mean_with_sample_weight"):
         arguments=ignoring(_reduction),
         **of_reduction(_reduction, equal=False),
     )
+change("ignore_class_and_mask_zero_mean_with_sample_weight", core=("microbatch_size",))
 add(
     "ignore_class_of_images",
     conv_to_image(CLASSES),
@@ -139,7 +140,7 @@ def own_mask():
 
 
 add("mask_computed_from_activations", own_mask, float_sequences,
-    optimizer_reduction=None)  # fmt: skip
+    optimizer_reduction=None, core=("accum_steps",))  # fmt: skip
 
 
 add("mask_used_up_by_pooling", pooled(), classified_tokens, arguments=logits())

@@ -77,7 +77,13 @@ for _name, _optimizer in OPTIMIZERS.items():
             keras2=KERAS_2_HAS.get(_name, "2.12"),
             alike=("fit",),
         )
-change("optimizer_adam", devices=("jax", "torch", "tensorflow", "workers"))
+change("optimizer_multi_optimizer", core=("accum_steps",))
+change("optimizer_loss_scale_optimizer", core=("microbatch_size", "optimizer"))
+change(
+    "optimizer_adam",
+    devices=("jax", "torch", "tensorflow", "workers"),
+    core=("microbatch_size", "accum_steps", "optimizer"),
+)
 
 SCHEDULES = {
     "exponential_decay": lambda: keras.optimizers.schedules.ExponentialDecay(
@@ -101,6 +107,7 @@ for _name, _schedule in SCHEDULES.items():
         keras2="2.13" if _name == "warmup" else "2.12",
         **ALIKE,
     )
+change("schedule_piecewise", core=("accum_steps",))
 change("schedule_exponential_decay", devices=("jax", "torch"))
 
 FEATURES_OF_OPTIMIZERS = {
@@ -128,7 +135,12 @@ for _name, _settings in FEATURES_OF_OPTIMIZERS.items():
         # A branch of replicas that wait for each other.
         plain_replicas=_name != "ema_overwrite_every_2",
     )
-change("global_clipnorm", devices=("jax", "torch", "tensorflow", "workers"))
+change("ema_overwrite_every_2", core=("accum_steps", "optimizer"))
+change(
+    "global_clipnorm",
+    devices=("jax", "torch", "tensorflow", "workers"),
+    core=("optimizer",),
+)
 
 # Two updates in a row with finite gradients double the scale.
 add(
@@ -159,6 +171,7 @@ add(
     arguments=lambda: {"loss": "mae"},
     skips_first=True,
     devices=("jax", "torch"),
+    core=("microbatch_size", "accum_steps", "optimizer"),
 )
 add(
     "constraint_max_norm",

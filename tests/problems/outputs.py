@@ -86,6 +86,7 @@ add(
     ),
     devices=("jax", "torch"),
     **_masked,
+    core=("accum_steps",),
 )
 add(
     "outputs_only_one_has_a_loss",
@@ -93,6 +94,7 @@ add(
     two_targets,
     arguments=lambda: {"loss": [None, "sparse_categorical_crossentropy"]},
     since=(MASKS_IN_PLACE,),
+    core=("accum_steps",),
 )
 
 
@@ -153,6 +155,7 @@ add(
         loss_weights={"value": 0.1, "kind": 2.0},
     ),
     optimizer_reduction=None,
+    core=("microbatch_size",),
 )
 add(
     "outputs_named_weighted",

@@ -82,8 +82,19 @@ def of_named_inputs():
 
 add("subclass", written(Written), lambda: weighted(vectors()),
     optimizer=OPTIMIZERS["adam"])  # fmt: skip
-add("subclass_compute_loss", written(OwnComputeLoss), vectors, arguments=dict)
-add("subclass_compute_loss_calls_super", written(MoreComputeLoss), vectors)
+add(
+    "subclass_compute_loss",
+    written(OwnComputeLoss),
+    vectors,
+    arguments=dict,
+    core=("microbatch_size",),
+)
+add(
+    "subclass_compute_loss_calls_super",
+    written(MoreComputeLoss),
+    vectors,
+    core=("accum_steps",),
+)
 add(
     "subclass_compute_metrics",
     written(OwnComputeMetrics),
@@ -96,6 +107,7 @@ add(
     of_named_inputs,
     nested_batches,
     arguments=lambda: {"loss": {"y": "mse", "double": "mae"}},
+    core=("accum_steps",),
 )
 
 
@@ -124,6 +136,7 @@ add(
         ],
     },
     since=(METRICS,),
+    core=("microbatch_size",),
 )
 add(
     "metrics_masked",
@@ -143,6 +156,7 @@ add(
     },
     optimizer_reduction=None,
     devices=("jax", "torch", "tensorflow"),
+    core=("accum_steps",),
 )
 add(
     "metrics_of_mean_with_sample_weight",

@@ -44,12 +44,14 @@ add(
     frozen("hidden"),
     vectors,
     stages=(None, set_trainable("hidden", True)),
+    core=("microbatch_size",),
 )
 add(
     "frozen_between_two_fits",
     mlp(),
     vectors,
     stages=(None, set_trainable("head", False)),
+    core=("accum_steps", "optimizer"),
 )
 
 
@@ -95,6 +97,9 @@ for _name in ("clipnorm", "global_clipnorm", "clipvalue"):
         ),
         repeated_rows=True,
     )
+change("embedding_adam", core=("microbatch_size",))
+change("embedding_global_clipnorm", core=("accum_steps",))
+change("embedding_sgd_momentum", core=("optimizer",))
 
 
 class TiedEmbedding(keras.Model):
@@ -118,6 +123,7 @@ add(
         "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     },
     repeated_rows=True,
+    core=("accum_steps",),
 )
 
 
@@ -134,6 +140,7 @@ add(
     written(UnusedWeight),
     vectors,
     optimizer=lambda **overrides: sgd(weight_decay=0.1, **overrides),
+    core=("accum_steps", "optimizer"),
 )
 
 
@@ -172,7 +179,7 @@ EAGER = {
     "plain_replicas": False,
 }
 add("gradient_none_on_some_pieces", written(Gated), gated_batches, **EAGER,
-    devices=("torch",))  # fmt: skip
+    devices=("torch",), core=("microbatch_size",))  # fmt: skip
 add(
     "gradient_none_on_all_pieces_of_one_update",
     written(Gated),
@@ -202,7 +209,13 @@ def counting():
     return keras.Model(x, layers.Dense(CLASSES)(h))
 
 
-add("state_travels_from_piece_to_piece", counting, vectors, per_process=True)
+add(
+    "state_travels_from_piece_to_piece",
+    counting,
+    vectors,
+    per_process=True,
+    core=("microbatch_size",),
+)
 
 
 @seeded
@@ -228,6 +241,7 @@ add(
     # It is rounded by how large a micro-batch's own gradients are.
     optimizer_reduction=None,
     devices=("jax", "torch"),
+    core=("accum_steps",),
 )
 
 
@@ -276,6 +290,8 @@ for _policy, _optimizer in POLICIES.items():
         rounds_loss=True,
         thirds=_policy == "bfloat16",
     )
+change("policy_mixed_float16", core=("microbatch_size", "optimizer"))
+change("policy_bfloat16", core=("accum_steps",))
 change("policy_mixed_bfloat16", devices=("jax", "torch"))
 add(
     "float64",
@@ -287,4 +303,5 @@ add(
     floatx="float64",
     backends=("tensorflow",),
     because="JAX needs a flag of the process; Keras on PyTorch computes in float32",
+    core=("microbatch_size", "optimizer"),
 )
