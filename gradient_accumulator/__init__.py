@@ -6,9 +6,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import sys as _sys
+from pathlib import Path as _Path
+from typing import TYPE_CHECKING
 
 __all__ = [
     "AccumBatchNormalization",
@@ -24,11 +24,20 @@ __all__ = [
     "unitwise_norm",
 ]
 
-# The command line chooses Keras's backend, and so may not import Keras before. Whoever
-# else imports this package wants Keras to know its classes, to load their files.
-_IS_COMMAND = Path(*sys.argv[:1]).stem == "gradient-accumulator"
 
-if TYPE_CHECKING or not _IS_COMMAND:
+def _is_command() -> bool:
+    """Whether the command line is what runs: `gradient-accumulator`, or by `python -m`.
+
+    It chooses Keras's backend, and so may not import Keras before. Whoever else imports
+    this package wants Keras to know its classes, to load their files.
+    """
+    if _sys.argv[:1] == ["-m"]:  # Python looks for the module that it is to run
+        module = _sys.orig_argv[len(_sys.orig_argv) - len(_sys.argv)]
+        return module.removeprefix("-m") in (__name__, f"{__name__}.cli")
+    return _Path(*_sys.argv[:1]).stem == "gradient-accumulator"
+
+
+if TYPE_CHECKING or not _is_command():
     from gradient_accumulator.agc import (
         adaptive_clip_grad,
         compute_norm,
@@ -47,7 +56,13 @@ if TYPE_CHECKING or not _IS_COMMAND:
     )
 
 
-def __getattr__(name: str) -> Any:
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return _version()
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from gradient_accumulator import (
@@ -62,3 +77,13 @@ def __getattr__(name: str) -> Any:
 
     modules = (model, optimizer, callbacks, gradients, agc, layers, utils)
     return next(vars(m)[name] for m in modules if hasattr(m, name))
+
+
+def _version() -> str:
+    """The version that is installed."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("gradient-accumulator")
+    except metadata.PackageNotFoundError:  # a source tree on the path
+        return "0+not.installed"

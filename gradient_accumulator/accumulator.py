@@ -14,11 +14,37 @@ import numpy as np
 
 from gradient_accumulator import backend
 from gradient_accumulator.backend import trainer
-from gradient_accumulator.backend.api import ops
+from gradient_accumulator.backend.api import keras, ops
 from gradient_accumulator.backend.statistics import in_reach, taken_back
 from gradient_accumulator.pieces import check_float_dtype, check_positive_int
+from gradient_accumulator.received import check_of_backend, described
 
 REDUCTIONS = ("MEAN", "SUM")
+# What version 0.5 took, or had, and optimizers take: where it is now.
+ELSEWHERE = {
+    name: "give it to the optimizer that is wrapped, as in "
+    f"`GradientAccumulateOptimizer(keras.optimizers.Adam({name}=...))`"
+    for name in (
+        "clipnorm",
+        "clipvalue",
+        "ema_momentum",
+        "ema_overwrite_frequency",
+        "global_clipnorm",
+        "learning_rate",
+        "loss_scale_factor",
+        "momentum",
+        "use_ema",
+        "weight_decay",
+    )
+} | {
+    "lr": "give the optimizer that is wrapped a `learning_rate`",
+    "decay": "give the optimizer that is wrapped a schedule as its `learning_rate`, "
+    "such as `keras.optimizers.schedules.InverseTimeDecay`; legacy optimizers of Keras "
+    "2's take `decay` itself",
+    "step": "`iterations` counts updates, and `pending` the micro-batches that wait",
+    "gradients": "sums are the optimizer's own affair, and `pending` tells how many "
+    "micro-batches wait for their update",
+}
 
 
 class Accumulator:
@@ -54,6 +80,25 @@ class Accumulator:
         self._weighed = False  # whether some piece was given a weight
         # Which of the variables that a compiled call was for had a gradient in one.
         self._compiled: dict[tuple, set[int]] = {}
+
+    def __repr__(self) -> str:
+        kind = type(self).__name__
+        if "inner_optimizer" not in self.__dict__:  # a constructor fails
+            return f"<{kind}>"
+        *outer, inner = [type(each).__name__ for each in chain(self.inner_optimizer)]
+        wrapped = "(".join([*outer, inner]) + ")" * len(outer)
+        settings = f"optimizer={wrapped}, accum_steps={self.accum_steps}"
+        if self.reduction != "MEAN":
+            settings += f", reduction={self.reduction}"
+        return f"<{kind} {settings}>"
+
+    @property
+    def step(self) -> Any:
+        raise AttributeError(f"There is no `step`: {ELSEWHERE['step']}.")
+
+    @property
+    def gradients(self) -> Any:
+        raise AttributeError(f"There are no `gradients`: {ELSEWHERE['gradients']}.")
 
     def _build_accumulators(self, variables: list) -> None:
         if self._clipping is not None:
@@ -143,6 +188,8 @@ class Accumulator:
                 )
             trainable_variables = self._trainable_variables
         variables = list(trainable_variables)
+        check_variables("trainable_variables", variables)
+        check_of_backend("grads", grads)
         if not self._is_built():
             _check_gradients(grads, variables)
             (self._scaler() or self).build(variables)
@@ -367,16 +414,35 @@ def check_not_accumulating(optimizer: Any, problem: str) -> None:
             )
         if isinstance(each, Accumulator):
             raise ValueError(
-                f"{problem} Use the optimizer that it wraps. Received: {each} with "
-                f"accum_steps={each.accum_steps}"
+                f"{problem} Use the optimizer that it wraps. Received: {each}"
             )
+
+
+def check_variables(name: str, variables: list) -> None:
+    """Raise unless they are what an optimizer of Keras's updates.
+
+    Args:
+        name: Of the argument.
+        variables: What it holds.
+    """
+    check_of_backend(name, variables)
+    if keras.backend.backend() == "tensorflow":  # whose own variables Keras takes too
+        return
+    others = [v for v in variables if not isinstance(v, keras.Variable)]
+    if others:
+        raise TypeError(
+            f"Argument `{name}` must hold Keras's variables, such as "
+            "`model.trainable_variables`, for no other are updated by an optimizer of "
+            "Keras's. With PyTorch's or optax's, take the gradients from "
+            f"`accumulated_value_and_grad`. Received: {name}={described(others)}"
+        )
 
 
 def _check_weight(weight):
     if isinstance(weight, (bool, str)):
         raise TypeError(
             "Argument `weight` must be a number or a scalar tensor. "
-            f"Received: weight={weight!r} (of type {type(weight).__name__})"
+            f"Received: weight={described(weight)} (of type {type(weight).__name__})"
         )
     if isinstance(weight, (int, float)) and not (0 <= weight < math.inf):
         raise ValueError(
@@ -422,10 +488,10 @@ def check_settings(accum_steps: Any, reduction: Any, accum_dtype: Any) -> None:
     """Raise unless they are arguments of `GradientAccumulateOptimizer`."""
     check_positive_int("accum_steps", accum_steps)
     check_float_dtype(accum_dtype)
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(
             "Argument `reduction` must be 'MEAN' or 'SUM'. "
-            f"Received: reduction={reduction!r}"
+            f"Received: reduction={described(reduction)}"
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from gradient_accumulator import backend
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras, ops
+from gradient_accumulator.received import check_of_backend, described
 
 # A layer, its name or that of a variable, or a function of a variable.
 Excluded = Any
@@ -89,7 +90,8 @@ def adaptive_clip_grad(
     Source: Brock et al. 2021, equation 3.
 
     Args:
-        parameters: The weights: Keras variables, or tensors of the active backend.
+        parameters: The weights: Keras variables, or tensors of the active backend,
+            such as `module.parameters()`.
         gradients: One tensor for each of them, or None where there is no gradient.
         clip_factor: Positive number, the largest ratio of the two norms (the paper's
             lambda; 0.01 for batches of up to 4096).
@@ -103,7 +105,8 @@ def adaptive_clip_grad(
         The clipped gradients, a list. Sparse gradients of TensorFlow's come back dense.
 
     Raises:
-        TypeError: If a number or an entry of `agc_exclude` is of another type.
+        TypeError: If a number or an entry of `agc_exclude` is of another type, or
+            tensors are of another framework than Keras runs on.
         ValueError: If the lists have different lengths, a number is not positive, or
             `agc_exclude` names what is not there.
 
@@ -116,6 +119,8 @@ def adaptive_clip_grad(
     ```
     """
     parameters, gradients = list(parameters), list(gradients)
+    check_of_backend("parameters", parameters)
+    check_of_backend("gradients", gradients)
     if len(parameters) != len(gradients):
         raise ValueError(
             "There must be one gradient for each parameter. Received: "
@@ -153,7 +158,7 @@ class AdaptiveClipping:
                 raise TypeError(
                     "Argument `agc_exclude` must be a layer, a name, a function of a "
                     "variable, or a list of these. Received: "
-                    f"agc_exclude={entry!r} (of type {type(entry).__name__})"
+                    f"agc_exclude={described(entry)} (of type {type(entry).__name__})"
                 )
         object.__setattr__(self, "agc_exclude", tuple(exclude))
 
@@ -207,7 +212,7 @@ class AdaptiveClipping:
                 names = [trainer.path(p) or "a tensor without name" for p in parameters]
                 raise ValueError(
                     "Argument `agc_exclude` must name layers or variables that there "
-                    f"are: {names}. Received: agc_exclude={entry!r}"
+                    f"are: {names}. Received: agc_exclude={described(entry)}"
                 )
 
     def get_config(self, parameters: list | None) -> dict:
@@ -229,7 +234,7 @@ class AdaptiveClipping:
                 raise ValueError(
                     "A function as `agc_exclude` is saved as the names of what it "
                     "excludes, which are not known before the optimizer is built. "
-                    f"Received: agc_exclude={entry!r}"
+                    f"Received: agc_exclude={described(entry)}"
                 )
         return {
             "clip_factor": self.clip_factor,
@@ -259,7 +264,7 @@ def _check_positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(
             f"Argument `{name}` must be a positive number. "
-            f"Received: {name}={value!r} (of type {type(value).__name__})"
+            f"Received: {name}={described(value)} (of type {type(value).__name__})"
         )
     if not 0 < value < math.inf:
         raise ValueError(

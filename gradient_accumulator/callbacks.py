@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from gradient_accumulator.accumulator import Accumulator, accumulating
+from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras
 from gradient_accumulator.backend.statistics import update_layers
+from gradient_accumulator.received import described
 
 
 class FlushGradients(keras.callbacks.Callback):
@@ -15,32 +19,50 @@ class FlushGradients(keras.callbacks.Callback):
     Before the validation at that end, if there is one. Put it before callbacks that
     save the model.
 
+    Args:
+        *optimizers: Those that a `train_step` of the model's own uses, such as a GAN's
+            two; they are flushed in this order. Without any, it is the optimizer that
+            the model is compiled with.
+
     Raises:
-        ValueError: When training begins, if the model's optimizer does not accumulate.
+        TypeError: If one of `optimizers` is no optimizer.
+        ValueError: If one of them does not accumulate, nor one that it wraps; when
+            training begins, if there are none and the model's optimizer does not.
 
     Example:
 
     ```python
     model.compile(GradientAccumulateOptimizer("adam", accum_steps=4), "mse")
     model.fit(x, y, batch_size=8, callbacks=[FlushGradients()])
+
+    gan = GAN(generator, discriminator, g_optimizer, d_optimizer)  # with a `train_step`
+    gan.fit(x, batch_size=8, callbacks=[FlushGradients(g_optimizer, d_optimizer)])
     ```
     """
 
-    def __init__(self):
+    def __init__(self, *optimizers: Any):
         super().__init__()
-        self._optimizer: Accumulator | None = None
+        self._given = [_accumulating(optimizer) for optimizer in optimizers]
+        self._optimizers: list[Accumulator] = []
 
     def on_train_begin(self, logs=None):
-        self._optimizer = accumulating(self.model.optimizer)
-        if self._optimizer is None:
+        self._optimizers = self._given or [self._compiled()]
+
+    def _compiled(self) -> Accumulator:
+        """The one of the model's own optimizer."""
+        optimizer = getattr(self.model, "optimizer", None)
+        found = accumulating(optimizer)
+        if found is None:
             raise ValueError(
                 "`FlushGradients` needs a model that was compiled with a "
-                "`GradientAccumulateOptimizer`. Received: "
-                f"optimizer={self.model.optimizer}"
+                "`GradientAccumulateOptimizer`, or to be given the optimizers that the "
+                "model holds: `FlushGradients(g_optimizer, d_optimizer)`. "
+                f"Received: optimizer={described(optimizer)}"
             )
+        return found
 
     def on_train_end(self, logs=None):
-        self._optimizer = None
+        self._optimizers = []
 
     def on_test_begin(self, logs=None):
         self._flush()
@@ -49,9 +71,27 @@ class FlushGradients(keras.callbacks.Callback):
         self._flush()
 
     def _flush(self):
-        if self._optimizer is None:  # outside of `fit` nothing has begun
+        if not self._optimizers:  # outside of `fit` nothing has begun
             return
-        self._optimizer.flush()
+        for optimizer in self._optimizers:
+            optimizer.flush()
         # Those that it does not know, for it trains no variable of theirs.
         for layer in update_layers(self.model):
             layer.finish_update()
+
+
+def _accumulating(optimizer: Any) -> Accumulator:
+    """The optimizer, or the one that it wraps, that accumulates."""
+    if not trainer.is_optimizer(optimizer):
+        raise TypeError(
+            "`FlushGradients` takes optimizers. "
+            f"Received: {described(optimizer)} (of type {type(optimizer)})"
+        )
+    found = accumulating(optimizer)
+    if found is None:
+        raise ValueError(
+            "`FlushGradients` takes optimizers that accumulate, each a "
+            "`GradientAccumulateOptimizer` or with one inside. "
+            f"Received: optimizer={described(optimizer)}"
+        )
+    return found

@@ -8,6 +8,7 @@ from typing import Any
 from gradient_accumulator.accumulator import check_not_accumulating
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import KERAS_2, keras
+from gradient_accumulator.received import described
 
 
 def check_backend() -> None:
@@ -29,7 +30,7 @@ def check_is_model(model: Any) -> None:
     if not isinstance(model, keras.Model):
         raise TypeError(
             f"Argument `model` must be {trainer.A_MODEL}.{_of_the_other(model)} "
-            f"Received: model={model} (of type {type(model)})"
+            f"Received: model={described(model)} (of type {type(model)})"
         )
 
 
@@ -49,6 +50,11 @@ def _of_the_other(model):
         return (
             " This is a Keras 2 model (tf_keras): set TF_USE_LEGACY_KERAS=1 before "
             "TensorFlow is imported, in a new process, or build it with `import keras`."
+        )
+    if is_of("torch.") and not isinstance(model, keras.layers.Layer):
+        return (
+            " This is a module of PyTorch's: in its training loop, take the gradients "
+            "from `accumulated_value_and_grad`, under KERAS_BACKEND=torch."
         )
     return ""
 
@@ -70,8 +76,9 @@ def check_model(model: Any) -> None:
             raise ValueError(
                 f"A model with its own `{name}` cannot train in pieces: what it does "
                 "with a batch is not known. Override `compute_loss` and "
-                "`compute_metrics` instead, or accumulate in the optimizer, with "
-                "`GradientAccumulateOptimizer(optimizer, accum_steps=...)`. "
+                "`compute_metrics` instead, or accumulate in it: take its gradients "
+                "from `accumulated_value_and_grad(loss_fn, microbatch_size=...)`, or "
+                "give it a `GradientAccumulateOptimizer(optimizer, accum_steps=...)`. "
                 f"Received: model={model} (of type {type(model)})"
             )
     check_layers(model)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import gradient_accumulator
 
 BACKENDS = ("tensorflow", "jax", "torch")
 PICTURES = (".png", ".pdf", ".svg")
@@ -19,7 +20,9 @@ DEMO_PACKAGES = ("nilearn", "matplotlib", "rich")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:  # said with the usage of the command that does not know them
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     # Whatever ends this process ends the one that trains, too.
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
@@ -53,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
             "gradient accumulation. Prints a table and writes a picture."
         ),
     )
+    demo.set_defaults(parser=demo)
     demo.add_argument(
         "--backend",
         choices=BACKENDS,
@@ -84,6 +88,12 @@ def demo(options: argparse.Namespace) -> int:
     if advice := missing(options.backend):
         print(f"error: {advice}", file=sys.stderr)
         return 1
+    # Before what takes seconds to import.
+    print(
+        f"A 3D U-Net learns tissue from a brain, on {options.backend} ({options.size} "
+        "size), three times from the same weights.",
+        flush=True,
+    )
     from gradient_accumulator.demo.data import SIZES
     from gradient_accumulator.demo.run import run_demo
 
@@ -100,17 +110,9 @@ def missing(backend: str) -> str | None:
     lacking = [name for name in (*DEMO_PACKAGES, backend) if not _installed(name)]
     if not lacking:
         return None
-    extras = [
-        extra
-        for extra, wanted in (
-            ("demo", any(name in DEMO_PACKAGES for name in lacking)),
-            (backend, backend in lacking),
-        )
-        if wanted
-    ]
     return (
         f"the demonstration needs {', '.join(lacking)}. Install with: "
-        f"pip install 'gradient-accumulator[{','.join(extras)}]'"
+        f"pip install {' '.join(lacking)}"
     )
 
 
@@ -148,10 +150,10 @@ def _picture(text: str) -> Path:
 
 
 class _Version(argparse.Action):
-    """Looks the version up only then: a source tree that is not installed has none."""
+    """Looks the version up only then."""
 
     def __call__(self, parser, *_):
-        print(importlib.metadata.version("gradient-accumulator"))
+        print(gradient_accumulator.__version__)
         parser.exit()
 
 

@@ -12,6 +12,7 @@ from gradient_accumulator import backend
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import KERAS_2, keras, ops
 from gradient_accumulator.pieces import check_positive_int
+from gradient_accumulator.received import described
 
 
 @keras.saving.register_keras_serializable("gradient_accumulator")
@@ -128,7 +129,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
         if not isinstance(renorm, bool):
             raise TypeError(
                 "Argument `renorm` must be a bool. "
-                f"Received: renorm={renorm!r} (of type {type(renorm).__name__})"
+                f"Received: renorm={described(renorm)} (of type {type(renorm)})"
             )
         _check_range("rmax", rmax, 1, math.inf)
         _check_range("dmax", dmax, 0, math.inf)
@@ -461,7 +462,7 @@ def _check_range(name: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(
             f"Argument `{name}` must be a number. "
-            f"Received: {name}={value!r} (of type {type(value).__name__})"
+            f"Received: {name}={described(value)} (of type {type(value).__name__})"
         )
     if not low <= value <= high:
         raise ValueError(

@@ -7,13 +7,16 @@ import inspect
 from typing import Any
 
 from gradient_accumulator.agc import AdaptiveClipping
+from gradient_accumulator.arguments import names_arguments
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras
 from gradient_accumulator.checks import check_model
 from gradient_accumulator.fitting import Model, accumulate_as, accumulation_of
 from gradient_accumulator.pieces import Accumulation, check_positive_int
+from gradient_accumulator.received import described
 
 
+@names_arguments()
 def accumulate(
     model: Model,
     *,
@@ -167,6 +170,7 @@ class GradientAccumulateModel(_WithSettings):
     ```
     """
 
+    @names_arguments()
     def __init__(
         self,
         accum_steps: int = 1,
@@ -309,7 +313,7 @@ def _check_functional_arguments(arguments: dict) -> None:
         raise TypeError(
             "A functional `GradientAccumulateModel` takes `inputs`, `outputs`, `name` "
             "and `trainable` besides its own arguments. Received: "
-            + ", ".join(f"{name}={arguments[name]!r}" for name in sorted(unknown))
+            + ", ".join(f"{n}={described(arguments[n])}" for n in sorted(unknown))
         )
     for name in ("inputs", "outputs"):
         if name not in arguments:

@@ -11,6 +11,7 @@ from typing import Any
 
 from gradient_accumulator.agc import AdaptiveClipping
 from gradient_accumulator.backend.api import keras
+from gradient_accumulator.received import described
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def check_positive_int(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
             f"Argument `{name}` must be a positive int. "
-            f"Received: {name}={value!r} (of type {type(value).__name__})"
+            f"Received: {name}={described(value)} (of type {type(value).__name__})"
         )
     if value < 1:
         raise ValueError(
@@ -83,7 +84,7 @@ def check_float_dtype(dtype: Any) -> None:
     if not isinstance(dtype, str):
         raise TypeError(
             "Argument `accum_dtype` must be the name of a float dtype. "
-            f"Received: accum_dtype={dtype!r} (of type {type(dtype).__name__})"
+            f"Received: accum_dtype={described(dtype)} (of type {type(dtype).__name__})"
         )
     if dtype not in ("bfloat16", "float16", "float32", "float64"):
         raise ValueError(

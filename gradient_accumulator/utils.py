@@ -13,6 +13,7 @@ from gradient_accumulator.checks import check_is_model
 from gradient_accumulator.fitting import accumulate_as, accumulation_of
 from gradient_accumulator.layers import AccumBatchNormalization
 from gradient_accumulator.pieces import check_positive_int
+from gradient_accumulator.received import described
 
 
 def replace_batchnorm_layers(
@@ -53,7 +54,8 @@ def replace_batchnorm_layers(
     check_positive_int("accum_steps", accum_steps)
     if position != "replace":
         raise ValueError(
-            f"Argument `position` must be 'replace'. Received: position={position!r}"
+            "Argument `position` must be 'replace'. "
+            f"Received: position={described(position)}"
         )
 
     def replace(layer):

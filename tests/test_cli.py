@@ -23,6 +23,7 @@ pytestmark = [
     ),
 ]
 SECONDS = 120  # that a process may take
+FIRST_LINE = "A 3D U-Net learns tissue from a brain, on {} (small size), "
 # As the installed script does it. The command tells by its name that it may not import
 # Keras. Pretended are packages that are there and that are not.
 COMMAND = """
@@ -106,15 +107,11 @@ def test_bad_arguments(arguments, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "absent, extras",
-    [
-        (("jax",), "jax"),
-        (("nilearn", "matplotlib", "rich"), "demo"),
-        (("rich",), "demo"),
-        (("matplotlib", "jax"), "demo,jax"),
-    ],
+    "absent",
+    [("jax",), ("nilearn", "matplotlib", "rich"), ("rich",), ("matplotlib", "jax")],
 )
-def test_what_is_not_installed_is_advised(absent, extras, tmp_path):
+def test_what_is_not_installed_is_advised(absent, tmp_path):
+    """By the packages' own names: under ours, PyPI has another project's."""
     present = {*cli.DEMO_PACKAGES, "jax"} - {*absent}
     code, out, err = run(
         ["demo", "--backend", "jax"], tmp_path, present=(*present,), absent=absent
@@ -122,8 +119,70 @@ def test_what_is_not_installed_is_advised(absent, extras, tmp_path):
     assert (code, out) == (1, "")
     assert err == (
         f"error: the demonstration needs {', '.join(absent)}. "
-        f"Install with: pip install 'gradient-accumulator[{extras}]'\n"
+        f"Install with: pip install {' '.join(absent)}\n"
     )
+
+
+@pytest.mark.parametrize(
+    "arguments", [["demo", "--sizes"], ["demo", "small"], ["--sise", "demo"]]
+)
+def test_a_wrong_option_shows_the_usage_of_its_command(arguments, tmp_path):
+    code, out, err = run(arguments, tmp_path)
+    assert (code, out) == (2, "")
+    assert err.startswith("usage: gradient-accumulator demo ")
+    (wrong,) = {*arguments} - {"demo"}
+    assert err.splitlines()[-1].endswith(f"unrecognized arguments: {wrong}")
+
+
+def test_the_first_line_comes_before_what_takes_long(tmp_path):
+    """Packages that are there, and fail when they are imported."""
+    code, out, err = run(
+        ["demo", "--size", "small", "--backend", "jax"],
+        tmp_path,
+        present=(*cli.DEMO_PACKAGES, "jax"),
+    )
+    assert code == 1 and "rich" in err.splitlines()[-1]
+    assert out.startswith(FIRST_LINE.format("jax"))
+
+
+@pytest.mark.parametrize("module", ["gradient_accumulator", "gradient_accumulator.cli"])
+@pytest.mark.parametrize("option", ["-m {}", "-m{}", "-W error -m {}"])
+def test_as_a_module(option, module, tmp_path):
+    """It imports no Keras, as the command does not: the backend is not chosen yet."""
+    (tmp_path / "keras.py").write_text("raise ImportError('Keras is imported')")
+    done = subprocess.run(
+        [sys.executable, *option.format(module).split(), "demo", "--help"],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(gradient_accumulator.__file__).parents[1]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: gradient-accumulator demo ")
+
+
+def test_the_version(tmp_path):
+    code, out, err = run(["--version"], tmp_path)
+    assert (code, err) == (0, "")
+    assert out.strip() == gradient_accumulator.__version__
+
+
+@pytest.mark.parametrize("colour", [True, False])
+def test_no_color_leaves_no_escape_codes(colour, monkeypatch, capsys):
+    """In a terminal; `NO_COLOR=` is none (no-color.org)."""
+    pytest.importorskip("rich")
+    from gradient_accumulator.demo.run import console
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("NO_COLOR", "" if colour else "1")
+    for line in (lambda c: c.rule("[bold]title"), lambda c: c.print("a", style="dim")):
+        line(console())
+    assert ("\x1b" in capsys.readouterr().out) == colour
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")

@@ -21,22 +21,28 @@ RUNS = {
 }
 
 
+def console() -> Console:
+    """Where it prints; without escape codes if the user wants none (no-color.org)."""
+    # Of itself Rich leaves colours out, and bold and dim in.
+    return Console(color_system=None if os.environ.get("NO_COLOR") else "auto")
+
+
 def run_demo(backend: str, size: Size, epochs: int, output: Path) -> None:
     """Trains the three ways, prints the table and writes the picture."""
-    console = Console()
     brain = load_brain()
     results = {}
+    out = console()
     with tempfile.TemporaryDirectory(prefix="gradient-accumulator-") as name:
         folder = Path(name)
         save(prepare(brain, size), folder / "data.npz")
         for run, title in RUNS.items():
-            console.rule(f"[bold]{title}")
-            console.print(_how(run, size), style="dim", highlight=False)
+            out.rule(f"[bold]{title}")
+            out.print(_how(run, size), style="dim", highlight=False)
             results[title] = train_in_process(run, folder, backend, size, epochs)
-    console.print(report.table(results))
-    console.print(report.summary(results), highlight=False)
+    out.print(report.table(results))
+    out.print(report.summary(results), highlight=False)
     report.draw(brain, results, output)
-    console.print(f"Picture: {output}", soft_wrap=True, highlight=False)
+    out.print(f"Picture: {output}", soft_wrap=True, highlight=False)
 
 
 def train_in_process(

@@ -3,6 +3,8 @@
 Its users change nothing but the version.
 """
 
+import re
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -413,6 +415,139 @@ def test_the_last_pieces_of_an_epoch():
     model.fit(Batches(pieces), epochs=2, verbose=0, callbacks=[FlushGradients()])
     assert int(optimizer.iterations) == 2
     assert optimizer.pending == 0
+
+
+def test_flush_gradients_of_optimizers_that_a_model_holds():
+    class Both(tf.keras.Model):
+        """A `train_step` of its own, with an optimizer for each layer."""
+
+        def __init__(self, *optimizers):
+            super().__init__()
+            tf.keras.utils.set_random_seed(0)
+            self.parts = [layers.Dense(3), layers.Dense(3)]
+            self.own = optimizers
+
+        def call(self, x):
+            return sum(part(x) for part in self.parts)
+
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape(persistent=True) as tape:
+                loss = tf.reduce_mean(tf.square(self(x) - y))
+            gradients = [tape.gradient(loss, p.trainable_variables) for p in self.parts]
+            for optimizer, part, each in zip(self.own, self.parts, gradients):
+                optimizer.apply_gradients(zip(each, part.trainable_variables))
+            return {"loss": loss}
+
+    def trained(size, wrap, flush):
+        own = [wrap(optimizers.Adam(0.1)) for _ in range(2)]
+        model = Both(*own)
+        model(data()[0])
+        for optimizer, part in zip(own, model.parts):
+            optimizer.build(part.trainable_variables)
+        model.compile()
+        x, y = data(10)  # 6 and 4, in pieces of 2
+        model.fit(
+            x, y, batch_size=size, epochs=2, verbose=0, shuffle=False,
+            callbacks=flush(own),
+        )  # fmt: skip
+        return values(model), own
+
+    expected, _ = trained(6, lambda optimizer: optimizer, lambda own: [])
+    got, own = trained(
+        2,
+        lambda optimizer: GradientAccumulateOptimizer(optimizer, 3),
+        lambda own: [FlushGradients(*own)],
+    )
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert [int(o.iterations) for o in own] == [4, 4]
+    with pytest.raises(ValueError, match=r"FlushGradients\(g_optimizer, .*Received: "):
+        trained(2, lambda o: GradientAccumulateOptimizer(o, 3), lambda own: [
+            FlushGradients()
+        ])  # fmt: skip
+    with pytest.raises(ValueError, match=r"takes optimizers.*Received: "):
+        FlushGradients(optimizers.legacy.SGD(0.1))
+
+
+@pytest.mark.parametrize(
+    "name, advice",
+    [
+        ("clipnorm", r"Adam\(clipnorm=...\)"),
+        ("clipvalue", r"Adam\(clipvalue=...\)"),
+        ("lr", "`learning_rate`"),
+        ("decay", "schedule"),
+        ("step", "`iterations`"),
+        ("gradients", "`pending`"),
+    ],
+)
+def test_arguments_and_attributes_that_are_gone(name, advice):
+    with pytest.raises(TypeError, match=f"`{name}`: .*{advice}.*Received: {name}=0.5"):
+        GradientAccumulateOptimizer("SGD", K, **{name: 0.5})
+    if name in ("step", "gradients"):
+        with pytest.raises(AttributeError, match=advice):
+            getattr(GradientAccumulateOptimizer("SGD", K), name)
+
+
+def test_arguments_that_are_not_there():
+    for call in (
+        lambda **a: GradientAccumulateOptimizer("SGD", **a),
+        lambda **a: GradientAccumulateModel(**a),
+        lambda **a: wrapped(**a),
+        lambda **a: accumulate(network(), **a),
+    ):
+        with pytest.raises(TypeError, match=r"use `accum_steps` .*Received: .*steps=4"):
+            call(gradient_accumulation_steps=4)
+    with pytest.raises(TypeError, match=r"`zzz`: it has `optimizer`.*Received: zzz=1"):
+        GradientAccumulateOptimizer("SGD", K, zzz=1)
+    with pytest.raises(TypeError, match=r"by position.*Received: 8 by position"):
+        GradientAccumulateModel(1, False, False, 0.01, 1e-3, False, 8)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_repr(legacy):
+    inner = (optimizers.legacy if legacy else optimizers).SGD(0.1)
+    optimizer = GradientAccumulateOptimizer(inner, K)
+    expected = "<GradientAccumulateOptimizer optimizer=SGD, accum_steps=3>"
+    assert repr(optimizer) == expected
+    optimizer.build(network().trainable_variables)
+    assert repr(optimizer) == expected
+    scaled = tf.keras.mixed_precision.LossScaleOptimizer(optimizers.SGD(0.1))
+    text = repr(GradientAccumulateOptimizer(scaled, K))
+    assert re.search(r"optimizer=LossScaleOptimizer\w*\(SGD\), accum_steps=3", text)
+
+
+def test_generators_of_variables():
+    def trained(kind):
+        model = network()
+        optimizer = GradientAccumulateOptimizer(optimizers.SGD(0.1, use_ema=True), 1)
+        optimizer.build(kind(model.trainable_variables))
+        x, y = data()
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(model(x) - y))
+        pairs = optimizer.compute_gradients(loss, kind(model.trainable_variables), tape)
+        assert len(pairs) == len(model.trainable_variables)
+        optimizer.apply_gradients(kind(pairs))
+        optimizer.finalize_variable_values(kind(model.trainable_variables))
+        return values(model)
+
+    for a, b in zip(trained(iter), trained(list), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_parameters_of_pytorchs():
+    torch = pytest.importorskip("torch")
+    parameters = torch.nn.Linear(3, 2).parameters
+    message = r"PyTorch's, and Keras runs on TensorFlow: use Keras 3.*KERAS_BACKEND=tor"
+    for call in (
+        lambda: GradientAccumulateOptimizer("SGD", K).build(parameters()),
+        lambda: adaptive_clip_grad(parameters(), parameters()),
+        lambda: accumulated_value_and_grad(lambda _: 0.0, microbatch_size=2)(
+            parameters(), data()
+        ),
+    ):
+        with pytest.raises(TypeError, match=f"{message}.*Received: "):
+            call()
 
 
 def test_the_learning_rate_is_found():

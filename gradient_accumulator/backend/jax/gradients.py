@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, ValuesView
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 
-from gradient_accumulator.gradients import LossFunction
+from gradient_accumulator.gradients import (
+    LossFunction,
+    check_leaves,
+    listed,
+    warn_of_nan,
+)
 from gradient_accumulator.pieces import example_count
+from gradient_accumulator.received import check_of_backend, described
 
 # What is traced among further arguments: what `jax.jit` traces, but for ints and bools,
 # which shapes and branches are made of.
@@ -19,10 +26,14 @@ TRACED = (jax.Array, np.ndarray, np.inexact, float, complex)
 
 def value_and_grad(loss: LossFunction) -> Callable:
     """The function that `accumulated_value_and_grad` returns."""
-    add = partial(_add, loss)
+    means: set[bool] = set()  # whether a loss was a mean, when it was traced
+    watch = _Watch()
+    add = partial(_add, loss, means)
     compiled = jax.jit(add, static_argnames="others", donate_argnames="sums")
 
     def function(variables, batch, *args, **kwargs):
+        variables = _arrays(variables)
+        check_leaves(batch, jax.tree.leaves(batch))
         size = example_count(jax.tree.leaves(batch))
         length = min(loss.microbatch_size, size)
         sums = _zeros(loss, variables)
@@ -57,11 +68,51 @@ def value_and_grad(loss: LossFunction) -> Callable:
             sums, aux = piece(sums, size - rest, rest)
             auxes.append(jax.tree.map(lambda leaf: leaf[None], aux))
         value, gradients = _finished(sums, variables, size)
+        if not traced and True in means:
+            warn_of_nan(watch.is_nan(value))
         if loss.has_aux:
             return (value, jax.tree.map(_joined, *auxes)), gradients
         return value, gradients
 
     return function
+
+
+def _arrays(variables):
+    """The arrays to differentiate by, of whatever they come in."""
+    if isinstance(variables, (Iterator, ValuesView)):
+        variables = listed(variables)
+    leaves = jax.tree.leaves(variables)
+    check_of_backend("variables", leaves)
+    if any(isinstance(leaf, keras.Variable) for leaf in leaves):
+        raise TypeError(
+            "Argument `variables` must be nested arrays on JAX, whose functions are "
+            "pure: `[v.value for v in model.trainable_variables]`. "
+            f"Received: variables={described(variables)}"
+        )
+    return variables
+
+
+class _Watch:
+    """Looks at losses when they are computed, and waits for the first one only.
+
+    To wait for each would let the device wait for the host (a quarter of the time of
+    an update of a small network).
+    """
+
+    def __init__(self):
+        self.began = False
+        self.running: list = []
+
+    def is_nan(self, value: jax.Array) -> bool:
+        """Whether this loss, or one of those before that ran then, is not a number."""
+        # Of other processes' devices it would not be here.
+        if value.is_fully_addressable or value.is_fully_replicated:
+            self.running.append(value)
+        self.running = [v for v in self.running if not v.is_deleted()]  # or donated
+        ready = [v for v in self.running if not self.began or v.is_ready()]
+        self.running = [v for v in self.running if not any(v is r for r in ready)]
+        self.began = True
+        return any(np.isnan(np.asarray(v)) for v in ready)
 
 
 def _taken_apart(args, kwargs):
@@ -104,12 +155,13 @@ def _take(batch, start, length):
     return jax.tree.map(take, batch)
 
 
-def _add(loss, sums, variables, piece, inverse, arrays, others):
+def _add(loss, means, sums, variables, piece, inverse, arrays, others):
     """Add a piece's numerator over the number of all examples, and its gradient."""
     args, kwargs = _together(arrays, others)
 
     def worth(variables):
         numerator, denominator, aux = loss(variables, piece, *args, **kwargs)
+        means.add(denominator is None)
         share = inverse
         if denominator is None:
             denominator = example_count(jax.tree.leaves(piece))

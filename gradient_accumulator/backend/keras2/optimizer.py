@@ -14,13 +14,17 @@ from typing import Any
 import tensorflow as tf
 
 from gradient_accumulator.accumulator import (
+    ELSEWHERE,
     Accumulator,
     check_not_accumulating,
     check_settings,
+    check_variables,
 )
 from gradient_accumulator.agc import AdaptiveClipping
+from gradient_accumulator.arguments import names_arguments
 from gradient_accumulator.backend.keras2 import trainer
 from gradient_accumulator.backend.keras2.names import keras
+from gradient_accumulator.received import described
 
 _LossScaleOptimizer = keras.mixed_precision.LossScaleOptimizer
 
@@ -60,6 +64,7 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
     ```
     """
 
+    @names_arguments(**ELSEWHERE)
     def __init__(
         self,
         optimizer: Any = "SGD",
@@ -87,7 +92,7 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
     # ------------------------------------------------------------------ applying
 
     def compute_gradients(self, loss, var_list, tape=None):
-        inner = self.inner_optimizer
+        inner, var_list = self.inner_optimizer, list(var_list)
         if not isinstance(inner, _LossScaleOptimizer):
             return super().compute_gradients(loss, var_list, tape)
         tape = tf.GradientTape() if tape is None else tape
@@ -163,6 +168,7 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
         if self._built:
             return
         variables = list(var_list)
+        check_variables("var_list", variables)
         self._build_index_dict(variables)
         self._remember(variables)
         with tf.init_scope():
@@ -271,7 +277,7 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
     def finalize_variable_values(self, var_list):
         # Legacy optimizers have no averages of the weights.
         if hasattr(self.inner_optimizer, "finalize_variable_values"):
-            self.inner_optimizer.finalize_variable_values(var_list)
+            self.inner_optimizer.finalize_variable_values(list(var_list))
 
     def exclude_from_weight_decay(self, var_list=None, var_names=None):
         self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
@@ -352,12 +358,12 @@ def _optimizer(identifier: Any) -> Any:
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 "Argument `optimizer` must be a Keras 2 optimizer, its name or its "
-                f"config. {error} Received: optimizer={identifier!r}"
+                f"config. {error} Received: optimizer={described(identifier)}"
             ) from error
     if not trainer.is_optimizer(identifier):
         raise TypeError(
             "Argument `optimizer` must be a Keras 2 optimizer, its name or its config. "
-            f"Received: optimizer={identifier!r} (of type {type(identifier)})"
+            f"Received: optimizer={described(identifier)} (of type {type(identifier)})"
         )
     check_not_accumulating(identifier, "The optimizer accumulates already.")
     return identifier

@@ -11,11 +11,15 @@ import keras
 from keras import ops
 
 from gradient_accumulator.accumulator import (
+    ELSEWHERE,
     Accumulator,
     check_not_accumulating,
     check_settings,
+    check_variables,
 )
 from gradient_accumulator.agc import AdaptiveClipping
+from gradient_accumulator.arguments import names_arguments
+from gradient_accumulator.received import check_of_backend, described
 
 
 @keras.saving.register_keras_serializable("gradient_accumulator")
@@ -97,6 +101,7 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
     ```
     """
 
+    @names_arguments(**ELSEWHERE)
     def __init__(
         self,
         optimizer: Any = "SGD",
@@ -195,6 +200,7 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
         # Keras before 3.10 does nothing to the optimizer inside when it puts it there.
         self._look_for_scaler()
         variables = list(variables)
+        check_variables("variables", variables)
         self._build_accumulators(variables)
         self.inner_optimizer.build(variables)
         super().build(variables)
@@ -224,6 +230,9 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
                 "`optimizer.build(trainable_variables)`. Received: an optimizer "
                 "without variables"
             )
+        optimizer_variables = list(optimizer_variables)
+        trainable_variables = list(trainable_variables)
+        check_of_backend("trainable_variables", trainable_variables)
         for name, values, of in (
             ("optimizer_variables", optimizer_variables, root.variables),
             ("trainable_variables", trainable_variables, self._trainable_variables),
@@ -281,7 +290,7 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
         return self.inner_optimizer.scale_loss(loss)
 
     def finalize_variable_values(self, var_list):
-        self.inner_optimizer.finalize_variable_values(var_list)
+        self.inner_optimizer.finalize_variable_values(list(var_list))
 
     @property
     def _model_variables_moving_average(self):
@@ -393,11 +402,11 @@ def _optimizer(identifier: Any) -> keras.optimizers.Optimizer:
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"Argument `optimizer` must be {advice} {error} "
-                f"Received: optimizer={identifier!r}"
+                f"Received: optimizer={described(identifier)}"
             ) from error
     raise TypeError(
-        f"Argument `optimizer` must be {advice} Received: optimizer={identifier!r} "
-        f"(of type {type(identifier)})"
+        f"Argument `optimizer` must be {advice} "
+        f"Received: optimizer={described(identifier)} (of type {type(identifier)})"
     )
 
 

@@ -9,15 +9,22 @@ import tensorflow as tf
 
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras
-from gradient_accumulator.gradients import LossFunction
+from gradient_accumulator.gradients import (
+    LossFunction,
+    check_leaves,
+    listed,
+    warn_of_nan,
+)
 from gradient_accumulator.pieces import example_count, leaves, map_leaves
+from gradient_accumulator.received import check_of_backend, described
 
 
 def value_and_grad(loss: LossFunction) -> Callable:
     """The function that `accumulated_value_and_grad` returns."""
 
     def function(variables, batch, *args, **kwargs):
-        variables = list(variables)
+        variables = listed(variables)
+        check_of_backend("variables", variables)
         for variable in variables:
             if not isinstance(variable, tf.Variable) and not trainer.is_variable(
                 variable
@@ -25,13 +32,16 @@ def value_and_grad(loss: LossFunction) -> Callable:
                 raise TypeError(
                     "Argument `variables` must be a list of variables. A `tf.function` "
                     "turns those that it is given into tensors: let it use them from "
-                    f"outside. Received: {variable} (of type {type(variable)})"
+                    f"outside. Received: {described(variable)} (of type "
+                    f"{type(variable)})"
                 )
+        check_leaves(batch, leaves(batch))
         batch = map_leaves(tf.convert_to_tensor, batch)
         example_count(batch)
         size = tf.shape(leaves(batch)[0])[0]
         length = tf.minimum(loss.microbatch_size, size)
         connected: set[int] = set()
+        means: set[bool] = set()  # whether a loss was a mean
         dtypes = [loss.accumulator_dtype(v.dtype) for v in variables]
         zero = tf.zeros((), "float64" if "float64" in dtypes else "float32")
         auxes = _Auxes(loss, batch, args, kwargs)
@@ -41,6 +51,8 @@ def value_and_grad(loss: LossFunction) -> Callable:
             piece = map_leaves(lambda array: array[start:stop], batch)
             with tf.GradientTape() as tape:
                 numerator, denominator, aux = loss(piece, *args, **kwargs)
+                numerator = tf.convert_to_tensor(numerator)
+                means.add(denominator is None)
                 share = 1 / size
                 if denominator is None:
                     denominator = stop - start
@@ -78,6 +90,8 @@ def value_and_grad(loss: LossFunction) -> Callable:
             for i, (a, v) in enumerate(zip(accumulators, variables))
         ]
         value = total * correction
+        if tf.executing_eagerly() and True in means:
+            warn_of_nan(bool(tf.math.is_nan(value)))
         return ((value, auxes.joined(held)) if loss.has_aux else value), gradients
 
     return function

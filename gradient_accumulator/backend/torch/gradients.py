@@ -11,8 +11,14 @@ import torch
 from gradient_accumulator.backend.torch.activations import free_activations
 from gradient_accumulator.backend.torch.modules import reducing
 from gradient_accumulator.backend.torch.sums import Sum
-from gradient_accumulator.gradients import LossFunction
-from gradient_accumulator.pieces import cut, example_count
+from gradient_accumulator.gradients import (
+    LossFunction,
+    check_leaves,
+    listed,
+    warn_of_nan,
+)
+from gradient_accumulator.pieces import cut, example_count, leaves
+from gradient_accumulator.received import check_of_backend, described
 
 
 def value_and_grad(loss: LossFunction) -> Callable:
@@ -20,10 +26,17 @@ def value_and_grad(loss: LossFunction) -> Callable:
     processes = reducing(loss.module)
 
     def function(variables, batch, *args, **kwargs):
-        variables = list(variables)
         parameters = [
-            v.value if isinstance(v, keras.Variable) else v for v in variables
+            v.value if isinstance(v, keras.Variable) else v for v in listed(variables)
         ]
+        check_of_backend("variables", parameters)
+        for parameter in parameters:
+            if not isinstance(parameter, torch.Tensor):
+                raise TypeError(
+                    "Argument `variables` must be a list of variables or parameters. "
+                    f"Received: {described(parameter)} (of type {type(parameter)})"
+                )
+        check_leaves(batch, leaves(batch))
         # A mean over processes: each adds its sum, times their number.
         (size,) = processes.totals([example_count(batch) / processes.count])
         dtypes = [
@@ -44,6 +57,12 @@ def value_and_grad(loss: LossFunction) -> Callable:
             for k, piece in enumerate(pieces.iterator, start=1):
                 with processes.piece(last=k == pieces.count):
                     numerator, denominator, aux = loss(piece, *args, **kwargs)
+                    if not isinstance(numerator, torch.Tensor):
+                        raise TypeError(
+                            "`loss_fn` must return a tensor of PyTorch's, also where "
+                            "the batch has arrays of NumPy's, which it is given as "
+                            f"they are. Received: {described(numerator)}"
+                        )
                     examples = example_count(piece)
                     share = (examples if denominator is None else 1) / size
                     worth = numerator * share
@@ -68,6 +87,8 @@ def value_and_grad(loss: LossFunction) -> Callable:
             for parameter, gradient in zip(parameters, before):
                 parameter.grad = gradient
         value = total if correction is None else total * correction
+        if correction is None:
+            warn_of_nan(bool(torch.isnan(value)))
         if loss.has_aux:
             return (value, keras.tree.map_structure(_joined, *auxes)), gradients
         return value, gradients

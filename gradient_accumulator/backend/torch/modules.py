@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from gradient_accumulator.backend.torch import replicas
+from gradient_accumulator.received import described
 
 
 class Alone:
@@ -112,5 +113,5 @@ def reducing(module: Any) -> Alone:
         return Sharded(module)
     raise TypeError(
         "Argument `module` must be a `DistributedDataParallel`, or a module that "
-        f"`fully_shard` returned. Received: module={module} (of type {type(module)})"
+        f"`fully_shard` returned. Received: module={described(module)}"
     )

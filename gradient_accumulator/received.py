@@ -1,0 +1,105 @@
+"""What an error says of a value: what it is, and never the numbers in a tensor."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import Any
+
+from gradient_accumulator.backend.api import KERAS_2, keras
+
+FRAMEWORKS = {
+    "jax": "JAX",
+    "jaxlib": "JAX",
+    "tensorflow": "TensorFlow",
+    "torch": "PyTorch",
+}
+# What Keras calls them.
+BACKENDS = {"JAX": "jax", "TensorFlow": "tensorflow", "PyTorch": "torch"}
+SHOWN = 3  # entries of a list or a dictionary
+LENGTH = 120  # of what one entry is shown as
+
+
+def described(value: Any) -> str:
+    """A value as an error shows it: of tensors their kind, shape and dtype."""
+    if isinstance(value, Mapping):
+        entries = [f"{k!r}: {described(v)}" for k, v in islice(value.items(), SHOWN)]
+        return "{" + _listed(entries, len(value)) + "}"
+    if isinstance(value, (list, tuple, set, frozenset)):
+        entries = [described(each) for each in islice(value, SHOWN)]
+        start, end = "()" if isinstance(value, tuple) else "[]"
+        return start + _listed(entries, len(value)) + end
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return _shortened(repr(value))
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return _tensor(value)
+    if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)) or (
+        _is_of_keras(value)
+    ):
+        return _shortened(repr(value))
+    # Somebody's own may show all that it holds.
+    return f"<{type(value).__module__}.{type(value).__qualname__}>"
+
+
+def _listed(entries: list[str], count: int) -> str:
+    return ", ".join(entries) + (f", ... ({count} in all)" if count > SHOWN else "")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LENGTH else text[: LENGTH - 3] + "..."
+
+
+def _tensor(value: Any) -> str:
+    path = getattr(value, "path", None)
+    name = f" {path!r}" if isinstance(path, str) else ""
+    # TensorFlow does not always know it.
+    rank_is_known = getattr(value.shape, "rank", 0) is not None
+    shape = tuple(value.shape) if rank_is_known else "unknown"
+    dtype = getattr(value.dtype, "name", value.dtype)
+    return f"<{type(value).__name__}{name} of shape {shape}, {dtype}>"
+
+
+def _is_of_keras(value: Any) -> bool:
+    kinds = (keras.layers.Layer, keras.optimizers.Optimizer, keras.losses.Loss)
+    return isinstance(value, kinds)
+
+
+def check_of_backend(name: str, values: Iterable) -> None:
+    """Raise if tensors are those of another framework than Keras runs on.
+
+    Args:
+        name: Of the argument.
+        values: What it holds: tensors, variables, or other things.
+    """
+    values = list(values)
+    backend = keras.backend.backend()
+    for kind in {type(value) for value in values}:
+        framework = _framework(kind)
+        if framework is None or BACKENDS[framework] == backend:
+            continue
+        running = next(f for f, b in BACKENDS.items() if b == backend)
+        keras_3 = "use Keras 3, and " if KERAS_2 else ""
+        raise TypeError(
+            f"Argument `{name}` holds {_plural(kind)} of {framework}'s, and Keras runs "
+            f"on {running}: {keras_3}set the environment variable "
+            f"KERAS_BACKEND={BACKENDS[framework]} before Keras is imported, in a new "
+            f"process. Received: {name}={described(values)}"
+        )
+
+
+def _framework(kind: type) -> str | None:
+    """The framework that a class of tensors is of, or None.
+
+    Keras's variables are of the backend that it runs on.
+    """
+    roots = [cls.__module__.partition(".")[0] for cls in kind.__mro__]
+    if roots[0] in ("keras", "tf_keras"):
+        return None
+    return next((FRAMEWORKS[root] for root in roots if root in FRAMEWORKS), None)
+
+
+def _plural(kind: type) -> str:
+    if kind.__name__ == "Parameter":
+        return "parameters"
+    return "variables" if kind.__name__.endswith("Variable") else "tensors"
