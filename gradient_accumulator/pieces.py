@@ -35,8 +35,8 @@ class Accumulation:
         if (self.accum_steps is None) == (self.microbatch_size is None):
             raise ValueError(
                 "Exactly one of `accum_steps` and `microbatch_size` must be given. "
-                f"Received: accum_steps={self.accum_steps}, "
-                f"microbatch_size={self.microbatch_size}"
+                f"Received: accum_steps={described(self.accum_steps)}, "
+                f"microbatch_size={described(self.microbatch_size)}"
             )
         for name in ("accum_steps", "microbatch_size"):
             value = getattr(self, name)

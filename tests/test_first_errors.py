@@ -233,6 +233,9 @@ def model():
 
 PRINTED = {
     "microbatch_size": lambda: accumulate(model(), microbatch_size=tensor()),
+    "both_sizes": lambda: accumulate(
+        model(), accum_steps=tensor(), microbatch_size=tensor()
+    ),
     "accum_dtype": lambda: accumulate(model(), accum_steps=2, accum_dtype=tensor()),
     "model": lambda: accumulate(tensor(), accum_steps=2),
     "model_of_variables": lambda: accumulate([variable()], accum_steps=2),
