@@ -26,6 +26,7 @@ from gradient_accumulator import (
 from gradient_accumulator.gradients import ValueAndGrad, ValueAuxAndGrad
 from gradient_accumulator.received import described
 
+pytestmark = pytest.mark.core
 BACKEND = keras.backend.backend()
 ROOT = Path(__file__).parents[1]
 VALUE = 0.123456  # of all tensors here, that no error may print
