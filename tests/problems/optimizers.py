@@ -77,7 +77,8 @@ for _name, _optimizer in OPTIMIZERS.items():
             keras2=KERAS_2_HAS.get(_name, "2.12"),
             alike=("fit",),
         )
-change("optimizer_multi_optimizer", core=("accum_steps",))
+if hasattr(keras.optimizers, "MultiOptimizer"):
+    change("optimizer_multi_optimizer", core=("accum_steps",))
 change("optimizer_loss_scale_optimizer", core=("microbatch_size", "optimizer"))
 change(
     "optimizer_adam",
