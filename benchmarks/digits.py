@@ -122,7 +122,7 @@ def accuracy(way: str, seed: int) -> float:
     ]
     model = keras.Sequential([layers.Input((64,)), *body, layers.Dense(10)])
     if way != "full":
-        accumulate(model, microbatch_size=PIECE)
+        accumulate(model, microbatch_size=PIECE, warn=False)
     model.compile(
         keras.optimizers.Adam(LEARNING_RATE),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),

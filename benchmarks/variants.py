@@ -111,10 +111,10 @@ def trainer(spec: Spec, model, x, y) -> Callable[[int], list[float]]:
         from gradient_accumulator import accumulate
 
         if spec.variant == "steps":
-            accumulate(model, accum_steps=spec.pieces)
+            accumulate(model, accum_steps=spec.pieces, warn=False)
         else:
             clip = spec.variant == "clipped"
-            accumulate(model, microbatch_size=spec.size, use_agc=clip)
+            accumulate(model, microbatch_size=spec.size, use_agc=clip, warn=False)
     handed = batch if spec.variant in ("full", *SPLIT) else spec.size
     handed *= spec.replicas
 

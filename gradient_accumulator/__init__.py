@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 __all__ = [
     "AccumBatchNormalization",
+    "AccumulationWarning",
     "FlushGradients",
     "GradientAccumulateModel",
     "GradientAccumulateOptimizer",
@@ -47,6 +48,7 @@ if TYPE_CHECKING or not _is_command():
     from gradient_accumulator.gradients import accumulated_value_and_grad
     from gradient_accumulator.layers import AccumBatchNormalization
     from gradient_accumulator.model import GradientAccumulateModel, accumulate
+    from gradient_accumulator.notices import AccumulationWarning
     from gradient_accumulator.optimizer import (
         GradientAccumulateOptimizer,
     )
@@ -71,11 +73,12 @@ def __getattr__(name: str) -> object:
         gradients,
         layers,
         model,
+        notices,
         optimizer,
         utils,
     )
 
-    modules = (model, optimizer, callbacks, gradients, agc, layers, utils)
+    modules = (model, optimizer, callbacks, gradients, agc, layers, notices, utils)
     return next(vars(m)[name] for m in modules if hasattr(m, name))
 
 

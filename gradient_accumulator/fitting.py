@@ -16,6 +16,7 @@ from gradient_accumulator.backend.statistics import pooling_layers
 from gradient_accumulator.checks import check_backend, check_layers, check_optimizer
 from gradient_accumulator.fit_arguments import FitArguments
 from gradient_accumulator.normalizers import symbolic
+from gradient_accumulator.notices import Notices
 from gradient_accumulator.pieces import (
     Accumulation,
     Epoch,
@@ -41,6 +42,10 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
     check_backend()
     engine = backend.active()
     accum_steps = accumulation.accum_steps
+    if isinstance(model.__dict__.get("accumulation"), Accumulation):
+        del model.__dict__["accumulation"]
+    # A user's own attribute of that name, or a layer, stays what it is.
+    is_free = getattr(model, "accumulation", None) is None
     for name in _METHODS:
         model.__dict__.pop(name, None)
     # The function that was made for another way of training is of no use.
@@ -49,6 +54,7 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
         return model
 
     epoch = Epoch()
+    notices = Notices(accumulation)
     draw_arrays = None
     if accumulation.microbatch_size is not None:
         draw_arrays = partial(
@@ -75,7 +81,8 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
         _check_not_empty(arguments)
         if engine.KERAS_DRAWS_TO_BUILD:
             _build_from_first(model, accumulation, arguments)
-        callback = _EpochCallback(epoch, arguments, engine.epoch_ended)
+        notices.before_fit(model, arguments)
+        callback = _EpochCallback(epoch, arguments, engine.epoch_ended, notices)
         steps = trainer.steps_per_execution(model)
         if accum_steps is not None:
             # Keras then counts an update as so many steps, as it does for itself.
@@ -125,14 +132,20 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
         # Attributes of the object: its class, and what is saved of it, stay plain.
         setattr(model, name, functools.wraps(getattr(type(model), name))(method))
     model.__dict__["fit"].accumulation = accumulation
+    model.__dict__["make_train_function"].notices = notices
+    if is_free:
+        model.__dict__["accumulation"] = accumulation
     return model
 
 
 class _EpochCallback(keras.callbacks.Callback):
     """Tells the engine where an epoch begins, and checks what it was given."""
 
-    def __init__(self, epoch: Epoch, arguments: FitArguments, ended: Callable):
+    def __init__(
+        self, epoch: Epoch, arguments: FitArguments, ended: Callable, notices: Notices
+    ):
         super().__init__()
+        self.notices = notices
         self.epoch = epoch
         self.ended = ended
         self.endless = isinstance(arguments.get("x"), Iterator)
@@ -154,6 +167,7 @@ class _EpochCallback(keras.callbacks.Callback):
         # Of other data Keras knows the length, and warns.
         if self.endless and not self.epoch.sized and not self.model.stop_training:
             self.epoch.check_complete()
+        self.notices.after_epoch(self.model, self.epoch)
 
 
 @contextmanager

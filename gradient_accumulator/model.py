@@ -27,6 +27,7 @@ def accumulate(
     clip_factor: float = 0.01,
     eps: float = 1e-3,
     agc_exclude: Any = None,
+    warn: bool = True,
 ) -> Model:
     """Make a Keras model train in pieces, in place.
 
@@ -49,7 +50,14 @@ def accumulate(
     pieces by their examples, which is exact if the full batch's loss is the mean of
     its examples' losses. So does what a model's own `compute_loss` adds. A tensor with
     axes that is given to `add_loss` is summed by Keras, and its pieces add up; a scalar
-    is taken for a mean over examples.
+    is taken for a mean over examples. A loss that gives one number for a batch is not
+    exact with `sample_weight`: Keras multiplies that number by the weights of the
+    batch, and here by those of the piece.
+
+    The first `fit` warns (`AccumulationWarning`) of a loss that couples the examples of
+    a batch, as Keras's `Dice()` does, and of batch normalization, which sees a piece
+    and not the batch; the first epoch, if nothing was accumulated. `model.accumulation`
+    says how a model accumulates, and so does `fit` with `verbose=1`, in one line.
 
     Under `tf.distribute`, `keras.distribution` (JAX) or in processes of
     `torch.distributed` that each have their share of every batch, gradients are
@@ -58,7 +66,10 @@ def accumulate(
     that keep a state of their own of what they see, and layouts of what layers return.
 
     The model keeps its type, weights, compile state and optimizer state. Nothing of
-    accumulation is saved with it.
+    accumulation is saved with it: what `load_model` and `clone_model` make of it, and
+    of a callback's checkpoints, trains as plain Keras does, with an update for every
+    batch it is given, until `accumulate` is called on it. A `GradientAccumulateModel`
+    goes on accumulating.
 
     Args:
         model: A Keras 3 model: functional, Sequential or subclassed, compiled or not.
@@ -77,6 +88,8 @@ def accumulate(
         eps: Positive number, of adaptive clipping.
         agc_exclude: What is not clipped: a layer, a name (of a layer or a variable), a
             function of a variable that returns a bool, or a list of these.
+        warn: Whether to warn of what makes updates differ from those on the batch, and
+            of accumulating nothing.
 
     Returns:
         The same model.
@@ -90,16 +103,25 @@ def accumulate(
     Example:
 
     ```python
-    model = keras.applications.MobileNetV2(weights=None)
-    model.compile("adam", "categorical_crossentropy")
+    model = keras.Sequential(
+        [
+            keras.Input((32, 32, 3)),
+            keras.layers.Conv2D(32, 3, strides=2, activation="relu"),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(10, activation="softmax"),
+        ]
+    )
+    model.compile("adam", "sparse_categorical_crossentropy")
     model = accumulate(model, microbatch_size=8)
-    model.fit(x, y, batch_size=64)
+    model.fit(x, y, batch_size=64)  # updates from 64 examples
     ```
     """
     clipping = AdaptiveClipping(clip_factor, eps, agc_exclude) if use_agc else None
-    accumulation = Accumulation(accum_steps, microbatch_size, accum_dtype, clipping)
+    accumulation = Accumulation(
+        accum_steps, microbatch_size, accum_dtype, clipping, warn
+    )
     check_model(model)
-    if isinstance(model, GradientAccumulateModel) and hasattr(model, "accumulation"):
+    if isinstance(model, GradientAccumulateModel) and _is_made(type(model)):
         model.__class__ = _functional_class(type(model).__bases__[0], accumulation)
     return accumulate_as(model, accumulation)
 
@@ -152,6 +174,7 @@ class GradientAccumulateModel(_WithSettings):
         accum_dtype: Name of the float dtype that gradients are summed in.
         agc: Another spelling of `use_agc`.
         agc_exclude: What adaptive clipping leaves out: see `accumulate`.
+        warn: Whether to warn: see `accumulate`.
         **kwargs: Arguments of `keras.Model`: `inputs`, `outputs`, `name`, `trainable`.
 
     Raises:
@@ -161,14 +184,18 @@ class GradientAccumulateModel(_WithSettings):
     Example:
 
     ```python
-    model = keras.applications.MobileNetV2(weights=None)
-    model = GradientAccumulateModel(
-        accum_steps=4, inputs=model.input, outputs=model.output
-    )
-    model.compile("adam", "categorical_crossentropy")
-    model.fit(x, y, batch_size=8)  # weights change every 32 examples
+    image = keras.Input((32, 32, 3))
+    h = keras.layers.Conv2D(32, 3, strides=2, activation="relu")(image)
+    h = keras.layers.GlobalAveragePooling2D()(h)
+    classes = keras.layers.Dense(10, activation="softmax")(h)
+    model = GradientAccumulateModel(accum_steps=4, inputs=image, outputs=classes)
+    model.compile("adam", "sparse_categorical_crossentropy")
+    model.fit(x, y, batch_size=8)  # updates from 32 examples
     ```
     """
+
+    # How it accumulates, None if it is plain.
+    accumulation: Accumulation | None = None
 
     @names_arguments()
     def __init__(
@@ -184,6 +211,7 @@ class GradientAccumulateModel(_WithSettings):
         accum_dtype: str = "float32",
         agc: bool = False,
         agc_exclude: Any = None,
+        warn: bool = True,
         **kwargs,
     ):
         clipping = None
@@ -195,6 +223,7 @@ class GradientAccumulateModel(_WithSettings):
             microbatch_size,
             accum_dtype,
             clipping,
+            warn,
         )
         if "inputs" in kwargs or "outputs" in kwargs:
             _check_functional_arguments(kwargs)
@@ -210,7 +239,8 @@ class GradientAccumulateModel(_WithSettings):
         config = super().get_config()
         if "layers" in config:
             first, *others = config["layers"]
-            settings = self.accumulation.get_config(self.weights)
+            how = accumulation_of(self) or Accumulation(accum_steps=1)
+            settings = how.get_config(self.weights)
             return {**config, "layers": [{**first, _ANNOTATION: settings}, *others]}
         config.update(self._settings)
         accumulation = accumulation_of(self)
@@ -259,6 +289,11 @@ def _has_our_constructor(cls: Any) -> bool:
     return cls.__init__ is GradientAccumulateModel.__init__
 
 
+def _is_made(cls: Any) -> bool:
+    """Whether a class is one that `_functional_class` made for its settings."""
+    return "_made_for" in vars(cls)
+
+
 def _settings(cls: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
     """What of a constructor's arguments is of `GradientAccumulateModel`."""
     try:
@@ -284,7 +319,7 @@ def _functional_class(cls: Any, accumulation: Accumulation) -> type:
         "__doc__": cls.__doc__,
     }
     if _has_our_constructor(cls):
-        namespace["accumulation"] = accumulation
+        namespace["_made_for"] = accumulation
         namespace["__init__"] = trainer.constructor(
             lambda model: accumulate_as(model, accumulation)
         )

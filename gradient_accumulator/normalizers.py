@@ -32,8 +32,10 @@ from typing import Any
 
 import numpy as np
 
+from gradient_accumulator import notices
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras, ops
+from gradient_accumulator.coupling import shape_of
 from gradient_accumulator.pieces import Pieces, first_input, map_leaves
 
 # What a loss divides by, as far as a reduction's name tells.
@@ -111,9 +113,17 @@ class Denominator:
 
 
 class _Inspected(Denominator):
-    """One that also calls a loss that is not taken apart, for its `rank`."""
+    """One that also calls a loss that is not taken apart, for its `rank`.
+
+    `arguments` are the shapes of its targets and predictions.
+    """
+
+    arguments: tuple = (None, None)
 
     def __call__(self, y_true, y_pred, sample_weight=None):
+        self.arguments = tuple(
+            keras.tree.map_structure(shape_of, each) for each in (y_true, y_pred)
+        )
         if self.kind == BY_EXAMPLES:
             self.rank = len(self.loss(y_true, y_pred, sample_weight).shape)
         return super().__call__(y_true, y_pred, sample_weight)
@@ -482,9 +492,11 @@ class HostWeights:
         # What a loss divides by depends on what there is, not on how much.
         structure = str(map_leaves(_kind_of_array, piece))
         if structure not in self.inspected:
-            self.inspected[structure] = inspect(
-                self.model, map_leaves(symbolic, piece), partial(self.scope, *state)
-            )
+            scope = partial(self.scope, *state)
+            with notices.watching(self.model) as seen:
+                losses = inspect(self.model, map_leaves(symbolic, piece), scope)
+            notices.tell(self.model, losses.denominators, seen, scope)
+            self.inspected[structure] = losses
         return self.inspected[structure]
 
 

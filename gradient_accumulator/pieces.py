@@ -24,12 +24,14 @@ class Accumulation:
             batches.
         accum_dtype: Dtype in which gradients are summed.
         clipping: How an update's gradient is clipped, or None.
+        warn: Whether to say what makes updates differ from those on the batch.
     """
 
     accum_steps: int | None = None
     microbatch_size: int | None = None
     accum_dtype: str = "float32"
     clipping: AdaptiveClipping | None = None
+    warn: bool = True
 
     def __post_init__(self):
         if (self.accum_steps is None) == (self.microbatch_size is None):
@@ -43,6 +45,31 @@ class Accumulation:
             if value is not None:
                 check_positive_int(name, value)
         check_float_dtype(self.accum_dtype)
+        if not isinstance(self.warn, bool):
+            raise TypeError(
+                "Argument `warn` must be a bool. "
+                f"Received: warn={self.warn!r} (of type {type(self.warn).__name__})"
+            )
+
+    def __repr__(self) -> str:
+        values = {
+            self.mode: self.size,
+            "accum_dtype": self.accum_dtype,
+            "clipping": self.clipping,
+            **({} if self.warn else {"warn": False}),
+        }
+        inside = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        return f"{type(self).__name__}({inside})"
+
+    @property
+    def mode(self) -> str:
+        """Which of the two sizes is set: "accum_steps" or "microbatch_size"."""
+        return "microbatch_size" if self.accum_steps is None else "accum_steps"
+
+    @property
+    def size(self) -> int:
+        """It."""
+        return getattr(self, self.mode)
 
     @property
     def is_plain(self) -> bool:
@@ -55,6 +82,7 @@ class Accumulation:
             "accum_steps": self.accum_steps,
             "microbatch_size": self.microbatch_size,
             "accum_dtype": self.accum_dtype,
+            "warn": self.warn,
         }
         if self.clipping is not None:
             config["clipping"] = self.clipping.get_config(variables)
@@ -160,11 +188,18 @@ class Pieces:
         count: The number of pieces, if the data does not end before.
         examples: The number of examples of all pieces together, where that is known,
             and they have one shape but for their own number.
+        devices: The number of devices that each have an equal part of every piece.
     """
 
     iterator: Iterator
     count: int
     examples: int | None = None
+    devices: int = 1
+
+    @property
+    def on_device(self) -> int:
+        """The number of examples of a full batch that one device has."""
+        return (self.examples or 0) // self.devices
 
 
 def cut(
@@ -203,7 +238,7 @@ def pieces_of(
     size = examples // devices
     starts = range(0, size, microbatch_size)
     pieces = (piece(start, min(start + microbatch_size, size)) for start in starts)
-    return Pieces(pieces, len(starts), examples)
+    return Pieces(pieces, len(starts), examples, devices)
 
 
 class Epoch:
@@ -248,6 +283,10 @@ class Epoch:
         self.sizes: list[int] = []
         self.fitting = fitting
         self.updates = 0
+        # Of the batches that were cut: the most micro-batches of one, and examples on
+        # a device.
+        self.most_microbatches = 0
+        self.most_examples = 0
         self.begin()
 
     def begin(self, length: int | None = None, number: int = 0) -> None:
@@ -260,6 +299,16 @@ class Epoch:
         self.number = number
         self.length = self.steps if length is None else length
         self.seen = 0
+
+    def cut(self, microbatches: int, examples: int) -> None:
+        """Take note of a batch that was cut.
+
+        Args:
+            microbatches: In how many.
+            examples: How many examples it has, on one device.
+        """
+        self.most_microbatches = max(self.most_microbatches, microbatches)
+        self.most_examples = max(self.most_examples, examples)
 
     def left(self, count: int) -> int:
         """`count`, or what is left of the epoch if that is less."""

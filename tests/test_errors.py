@@ -504,7 +504,7 @@ def test_a_frozen_layer_is_not_copied(way, monkeypatch):
     h = layers.BatchNormalization()(layers.Dropout(0.5)(frozen(x)))
     model = keras.Model(x, layers.Dense(3)(h))
     model.compile("sgd", "mse")
-    accumulate(model, **settings)
+    accumulate(model, **settings, warn=False)
     copied = []
     clone = torch.Tensor.clone
 

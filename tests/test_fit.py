@@ -399,7 +399,7 @@ def test_a_piece_larger_than_the_batch_is_one_piece():
     for microbatch_size in (None, 100):
         model = compiled()
         if microbatch_size:
-            accumulate(model, microbatch_size=microbatch_size)
+            accumulate(model, microbatch_size=microbatch_size, warn=False)
         fit(model, **of_arrays(FULL), epochs=2)
         results.append(arrays(model.weights))
     assert_close(*results)
@@ -410,7 +410,7 @@ def test_more_accum_steps_than_pieces_is_one_update_an_epoch():
     x, y = data()
     reference = compiled()
     fit(reference, x, y, batch_size=COUNT, epochs=2)
-    model = accumulate(compiled(), accum_steps=100)
+    model = accumulate(compiled(), accum_steps=100, warn=False)
     fit(model, x, y, batch_size=PIECE, epochs=2)
     assert int(model.optimizer.iterations) == 2
     assert_close(arrays(model.weights), arrays(reference.weights))

@@ -6,6 +6,7 @@ reduce the gradients of every piece.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -113,6 +114,17 @@ def waited_for(function: Callable) -> Callable:
             raise lost(who, error, NOT_APPLIED) from error
 
     return run
+
+
+def several(model: keras.Model) -> bool:
+    """Whether several devices each have a share of the batch."""
+    distribution = keras.distribution.distribution()
+    return distribution is not None and math.prod(distribution.device_mesh.shape) > 1
+
+
+def is_first(model: keras.Model) -> bool:
+    """Whether this process is the first of those that train together."""
+    return jax.process_index() == 0
 
 
 def several_processes(model: keras.Model) -> bool:

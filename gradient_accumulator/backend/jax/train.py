@@ -58,6 +58,7 @@ def make_train_function(
                 if cuts:
                     (batch,) = pieces.iterator
                     pieces = _cut(batch, accumulation.microbatch_size)
+                    epoch.cut(pieces.count, pieces.on_device)
                 logs, state = update(state, pieces)
         return logs, state
 
@@ -148,3 +149,9 @@ def _taken(sliceable, numbers):
 def epoch_ended(epoch: Epoch) -> None:
     """Called after the last update of an epoch, before Keras goes on."""
     check_in_step(epoch.number, epoch.updates, 0)
+
+
+def call_once(function: Callable, *data: Any) -> Any:
+    """A function's results for nested arrays, without gradients."""
+    # Else JAX would compile each of its operations for itself.
+    return jax.jit(function)(*data)

@@ -32,6 +32,8 @@ FUNCTIONAL_NAME = "GradientAccumulateModel"
 default: Any = importlib.import_module(f"{_ROOT}.utils.generic_utils").default
 Functional: Any = importlib.import_module(f"{_ENGINE}.functional").Functional
 StatelessScope = keras.StatelessScope
+# Where Keras shows how it goes on.
+print_message: Any = importlib.import_module(f"{_ROOT}.utils.io_utils").print_msg
 
 
 def in_stateless_scope() -> bool:

@@ -16,6 +16,7 @@ from keras.src import backend
 from keras.src.losses import loss as losses
 from keras.src.models.functional import Functional as Functional
 from keras.src.trainers.trainer import Trainer
+from keras.src.utils.io_utils import print_msg
 from keras.src.utils.python_utils import default as default
 
 from gradient_accumulator.backend.attributes import with_attribute
@@ -33,6 +34,7 @@ in_stateless_scope = backend.in_stateless_scope
 compute_output_spec: Any = backend.compute_output_spec
 get_mask = backend.get_keras_mask
 set_mask = backend.set_keras_mask
+print_message: Callable[[str], None] = print_msg  # where Keras shows how it goes on
 
 
 def is_keras_own(function: Callable) -> bool:

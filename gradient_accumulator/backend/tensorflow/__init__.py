@@ -8,6 +8,7 @@ from gradient_accumulator.backend.tensorflow.gradients import (
 from gradient_accumulator.backend.tensorflow.train import (
     KERAS_DRAWS_TO_BUILD as KERAS_DRAWS_TO_BUILD,
 )
+from gradient_accumulator.backend.tensorflow.train import call_once as call_once
 from gradient_accumulator.backend.tensorflow.train import draw_arrays as draw_arrays
 from gradient_accumulator.backend.tensorflow.train import epoch_ended as epoch_ended
 from gradient_accumulator.backend.tensorflow.train import fitting as fitting

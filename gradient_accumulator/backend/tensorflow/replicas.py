@@ -37,6 +37,17 @@ def in_replica() -> bool:
     return replica is not None and replica.num_replicas_in_sync > 1
 
 
+def several(model: Any) -> bool:
+    """Whether several replicas each have a share of the batch."""
+    return model.distribute_strategy.num_replicas_in_sync > 1
+
+
+def is_first(model: Any) -> bool:
+    """Whether this process is the first of those that train together."""
+    strategy = model.distribute_strategy
+    return not several_workers(strategy) or not strategy.cluster_resolver.task_id
+
+
 def several_processes(model: Any) -> bool:
     """Whether other processes have some of a model's replicas."""
     return several_workers(model.distribute_strategy)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from gradient_accumulator import normalizers
+from gradient_accumulator import normalizers, notices
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras
 from gradient_accumulator.backend.attributes import with_attribute
@@ -154,6 +154,7 @@ class _Updates:
         self.drawn[iterator] = number + 1
         size = self.epoch.sizes[number]
         count = math.ceil(size / microbatch_size)
+        self.epoch.cut(count, size)
         if self._streams(first):
             return lambda: self._stream(first, iterator, count)[0]
         pieces = itertools.chain([first], _optionals(iterator))
@@ -171,13 +172,16 @@ class _Updates:
                 "pieces, and say how many make an update with `accum_steps`. "
                 f"Received: microbatch_size={microbatch_size} and a tf.SparseTensor"
             )
+        counts = []
         for local in self._locals(batch):
             # A replica may have nothing of an epoch's last batch.
             if self.replicas == 1 or size_of(local):
                 example_count(local)
+            size = int(size_of(local))
+            counts.append(math.ceil(size / microbatch_size))
+            self.epoch.cut(counts[-1], size)
         if self.unrolled:
-            sizes = [int(size_of(local)) for local in self._locals(batch)]
-            _check_even({math.ceil(size / microbatch_size) for size in sizes})
+            _check_even(set(counts))
         self._build(batch)
 
         def pieces_of(batch):
@@ -274,14 +278,14 @@ class _Updates:
     def _losses(self, example, trace=trainer.compute_output_spec):
         structure = str(map_leaves(lambda array: (array.shape, array.dtype), example))
         if structure not in self.inspected:
-            with apart(self.model):
-                self.inspected[structure] = normalizers.inspect(
-                    self.model,
-                    example,
-                    trace=trace,
-                    # Run eagerly, a model may do things that it is not to do twice.
-                    training=not self.model.run_eagerly,
+            # Run eagerly, a model may do things that it is not to do twice.
+            training = not self.model.run_eagerly
+            with apart(self.model), notices.watching(self.model, training) as seen:
+                losses = normalizers.inspect(
+                    self.model, example, trace=trace, training=training
                 )
+            notices.tell(self.model, losses.denominators, seen)
+            self.inspected[structure] = losses
         return self.inspected[structure]
 
     def _run(self, pieces_of: Callable, signature: tuple, *data):
@@ -403,3 +407,9 @@ def draw_arrays(
 
 def epoch_ended(epoch: Epoch) -> None:
     """Called after the last update of an epoch, before Keras goes on."""
+
+
+def call_once(function: Callable, *data: Any) -> Any:
+    """A function's results for nested arrays, without gradients."""
+    with tf.init_scope():  # outside of a graph that is being traced
+        return function(*data)

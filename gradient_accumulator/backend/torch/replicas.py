@@ -24,6 +24,16 @@ def count(group: Any = None) -> int:
     return dist.get_world_size(group)
 
 
+def several(model: Any) -> bool:
+    """Whether several processes each have a share of the batch."""
+    return count() > 1
+
+
+def is_first(model: Any) -> bool:
+    """Whether this process is the first of those that train together."""
+    return count() == 1 or dist.get_rank() == 0
+
+
 def several_processes(model: Any) -> bool:
     """Whether other processes have some of a model's replicas."""
     return count() > 1

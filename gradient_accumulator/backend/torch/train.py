@@ -61,6 +61,7 @@ def make_train_function(
         first, *others = data
         if accumulation.microbatch_size is not None:
             pieces = _cut(first, accumulation.microbatch_size)
+            epoch.cut(pieces.count, pieces.on_device)
         elif not others:
             pieces = Pieces(iter(data), 1)
         else:
@@ -229,3 +230,9 @@ def draw_arrays(
 
 def epoch_ended(epoch: Epoch) -> None:
     """Called after the last update of an epoch, before Keras goes on."""
+
+
+@torch.no_grad()
+def call_once(function: Callable, *data: Any) -> Any:
+    """A function's results for nested arrays, without gradients."""
+    return function(*data)

@@ -1,0 +1,324 @@
+"""What users are told of how a model accumulates: each once, until settings change."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any
+
+from gradient_accumulator import backend
+from gradient_accumulator.backend import trainer
+from gradient_accumulator.backend.api import keras
+from gradient_accumulator.backend.attributes import with_attribute
+from gradient_accumulator.backend.statistics import normalizations
+from gradient_accumulator.coupling import couples, is_known, keras_own, name_of
+from gradient_accumulator.fit_arguments import FitArguments
+from gradient_accumulator.layers import AccumBatchNormalization
+from gradient_accumulator.pieces import Accumulation, Epoch, leaves
+
+
+class AccumulationWarning(UserWarning):
+    """A model's updates differ from those on the batch, or nothing is accumulated.
+
+    Said once a model, and again when it accumulates otherwise or is compiled with
+    another loss. `accumulate(model, ..., warn=False)` does without these warnings, and
+
+    ```python
+    warnings.filterwarnings("ignore", category=AccumulationWarning)
+    ```
+
+    for all models.
+    """
+
+
+class Notices:
+    """What there is to tell, and what was told.
+
+    Args:
+        accumulation: How the model accumulates.
+    """
+
+    def __init__(self, accumulation: Accumulation):
+        self.accumulation = accumulation
+        self.told: set[str] = set()
+        self.announced = False
+        self.epoch_ended = False
+        self.handed: int | None = None  # examples of what `fit` draws, if that is known
+
+    def warn(self, model: keras.Model, message: str) -> None:
+        """One warning, of the first of all processes."""
+        if not self.accumulation.warn or message in self.told or not _is_first(model):
+            return
+        self.told.add(message)
+        warnings.warn(
+            f"Model {model.name!r} {message} (`warn=False` silences this.)",
+            AccumulationWarning,
+            stacklevel=_level_of_user(),
+        )
+
+    def before_fit(self, model: keras.Model, arguments: FitArguments) -> None:
+        """Print how updates are made, where `fit` shows how it goes on."""
+        self.handed, examples = _sizes(arguments.get("x"), arguments.get("batch_size"))
+        verbose = arguments.get("verbose")
+        shows = sys.stdout.isatty() if verbose in (None, "auto") else verbose == 1
+        if self.announced or not shows or not _is_first(model):
+            return
+        self.announced = True
+        steps = arguments.get("steps_per_epoch")
+        if _several(model):
+            sentence = self._on_each_device()
+        elif self.handed is None:
+            sentence = self._of_unknown(steps)
+        else:
+            sentence = self._of_known(self.handed, examples, steps)
+        trainer.print_message(f"updates from {sentence}")
+
+    def _on_each_device(self):
+        size = self.accumulation.size
+        if self.accumulation.mode == "accum_steps":
+            return f"{size} micro-batches"
+        return f"one batch each: micro-batches of {size} on each device"
+
+    def _of_unknown(self, steps):
+        size = self.accumulation.size
+        if self.accumulation.mode == "accum_steps":
+            return _number(min(size, steps or size), "micro-batch")
+        return f"one batch each: micro-batches of {size}"
+
+    def _of_known(self, handed, examples, steps):
+        """Of updates for which `fit` draws so many examples at a time.
+
+        Args:
+            handed: The number.
+            examples: How many there are, or None.
+            steps: `steps_per_epoch`.
+        """
+        size = self.accumulation.size
+        if self.accumulation.mode == "accum_steps":
+            size, handed = handed, handed * min(size, steps or size)
+        handed = min(handed, examples or handed)
+        size = min(size, handed)
+        count = _number(math.ceil(handed / size), "micro-batch")
+        of = "of at most" if handed % size else "of"
+        return f"{_number(handed, 'example')}: {count} {of} {size}"
+
+    def tell_of_loss(self, model: keras.Model, denominator: Any, scope: Any) -> None:
+        """Warn if a compiled loss is not the same in micro-batches."""
+        loss = denominator.loss
+        if not self.accumulation.warn or is_known(loss):
+            return
+        y_true, y_pred = denominator.arguments
+        found = couples(loss, y_true, y_pred, scope)
+        if found:
+            self.warn(
+                model,
+                f"has the loss `{name_of(loss)}`, which couples the examples of a "
+                "batch: each micro-batch is trained on its own value of it, and "
+                "updates differ from those on the batch. "
+                f"{_instead_of(loss, y_pred)}",
+            )
+        elif found is None and denominator.rank == 0:
+            self.warn(
+                model,
+                f"has the loss `{name_of(loss)}`, which gives one number for a batch: "
+                "unless that is a mean over the examples, updates differ from those on "
+                "the batch. A loss that gives a value for each example is exact.",
+            )
+
+    def tell_of_normalization(self, model: keras.Model, seen: list) -> None:
+        """Warn of layers that normalize by the statistics of a micro-batch."""
+        # A micro-batch's number of examples, where the shape does not tell.
+        examples = self.accumulation.microbatch_size or self.handed
+        constant, own = [], []
+        for layer, shape in seen:
+            if _normalizes_to_constant(model, layer, shape, examples):
+                constant.append(layer.name)
+            elif not isinstance(layer, AccumBatchNormalization):
+                own.append(layer.name)
+        if constant:
+            self.warn(
+                model,
+                "has batch normalization that sees one value a channel in a "
+                f"micro-batch of one example, and returns a constant: {_few(constant)} "
+                "learns nothing from its input. Take larger micro-batches, or "
+                "`AccumBatchNormalization(renorm=True)`.",
+            )
+        if own:
+            self.warn(
+                model,
+                "normalizes each micro-batch by its own statistics, where the batch is "
+                f"normalized by its own: batch normalization in {_few(own)}. "
+                "`replace_batchnorm_layers(model)` makes the moving statistics, at "
+                "least, those of the batch.",
+            )
+
+    def after_epoch(self, model: keras.Model, epoch: Epoch) -> None:
+        """Say, after the first epoch, if nothing was accumulated."""
+        if self.epoch_ended:
+            return
+        self.epoch_ended = True
+        size = self.accumulation.size
+        if self.accumulation.mode == "accum_steps":
+            if epoch.seen < size:
+                self.warn(
+                    model,
+                    f"has too few micro-batches for `accum_steps={size}`: the first "
+                    f"epoch had {epoch.seen}, and was one update. Take a smaller "
+                    "`accum_steps`, or smaller micro-batches.",
+                )
+        elif epoch.most_microbatches == 1:
+            examples = _number(epoch.most_examples, "example")
+            where = " on a device" if _several(model) else ""
+            self.warn(
+                model,
+                f"accumulates nothing with `microbatch_size={size}`: the largest batch "
+                f"of the first epoch had {examples}{where}, and was not cut. Give "
+                "`fit` larger batches, or take a smaller `microbatch_size`.",
+            )
+
+
+def of(model: keras.Model) -> Notices | None:
+    """A model's, if it accumulates."""
+    return getattr(model.__dict__.get("make_train_function"), "notices", None)
+
+
+@contextmanager
+def watching(model: keras.Model, training: bool = True) -> Iterator[list]:
+    """Around a forward pass, of which shapes are wanted.
+
+    Args:
+        model: The model.
+        training: Whether it is one in training. If not, any layer that is trained is
+            taken to normalize by what it sees then.
+
+    Yields:
+        A list of layers that normalize by a micro-batch's statistics, each with the
+        shape of what it normalizes.
+    """
+    seen: list = []
+
+    def recording(layer, call):
+        def recorded(*args, **kwargs):
+            in_training = kwargs.get("training", args[1] if len(args) > 1 else None)
+            if layer.trainable and (in_training or not training):
+                seen.append((layer, tuple(args[0].shape)))
+            return call(*args, **kwargs)
+
+        return recorded
+
+    with ExitStack() as stack:
+        for layer in normalizations(model):
+            call = recording(layer, layer.call)
+            stack.enter_context(with_attribute(layer, "call", call))
+        yield seen
+
+
+def tell(
+    model: keras.Model,
+    denominators: list,
+    seen: list,
+    scope: Callable[[], Any] = trainer.StatelessScope,
+) -> None:
+    """Warn of what makes updates differ from those on the batch.
+
+    Args:
+        model: The model.
+        denominators: Of its compiled losses, as `normalizers.inspect` finds them.
+        seen: As from `watching`.
+        scope: Makes a scope in which the model's variables have values.
+    """
+    notices = of(model)
+    if notices is None:
+        return
+    for denominator in denominators:
+        notices.tell_of_loss(model, denominator, scope)
+    notices.tell_of_normalization(model, seen)
+
+
+def _is_first(model):
+    """Whether this is the process that speaks for all."""
+    return backend.active().replicas.is_first(model)
+
+
+def _several(model):
+    """Whether several devices, or processes, each have a share of the batch."""
+    return backend.active().replicas.several(model)
+
+
+def _level_of_user():
+    """The `stacklevel` of a warning that shows the user's line, not one in between."""
+    frame: FrameType | None = sys._getframe(1)
+    for level in itertools.count(1):
+        if frame is None:
+            break
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in _IN_BETWEEN:
+            return level
+        frame = frame.f_back
+    return 2
+
+
+_IN_BETWEEN = (
+    "gradient_accumulator",
+    "keras",
+    "tf_keras",
+    "tensorflow",
+    "jax",
+    "torch",
+    "contextlib",
+    "threading",
+)
+
+
+def _sizes(data, batch_size):
+    """How many examples `fit` draws at a time, and has in all, None if not known."""
+    if hasattr(data, "batch_sampler"):  # a PyTorch `DataLoader`
+        return data.batch_size, None
+    if hasattr(data, "element_spec"):  # a `tf.data.Dataset`
+        shape = leaves(data.element_spec)[0].shape
+        return (shape[0] if shape.rank else None), None
+    arrays = leaves(data)
+    if not arrays or not all(len(getattr(array, "shape", ())) for array in arrays):
+        return None, None
+    return batch_size or 32, arrays[0].shape[0]
+
+
+def _number(count, what):
+    return f"{count} {what}" + ("" if count == 1 else "es" if what[-1] == "h" else "s")
+
+
+def _few(names):
+    """Names, or the first of many."""
+    names = [f"`{name}`" for name in dict.fromkeys(names)]
+    others = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {others} more" if others > 0 else "")
+
+
+def _instead_of(loss, y_pred):
+    """What mends a loss that couples."""
+    name = keras_own(loss)
+    if name is None:
+        return "If it has a value for each example, let it return these."
+    if name == "circle":
+        return "Larger micro-batches come nearer."
+    axis = getattr(loss, "axis", None)
+    if axis is None:
+        axis = range(len(y_pred.shape))
+    axis = tuple(each for each in axis if each != 0)
+    return f"With `axis={axis}` it has a value for each example, and is exact."
+
+
+def _normalizes_to_constant(model, layer, shape, examples):
+    if getattr(layer, "renorm", False):
+        return False
+    if getattr(layer, "synchronized", False) and _several(model):
+        return False
+    axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
+    features = {axis % len(shape) for axis in axes}
+    shape = (examples if shape[0] is None else shape[0], *shape[1:])
+    return all(n == 1 for i, n in enumerate(shape) if i not in features)
