@@ -13,6 +13,7 @@ import pytest
 from fitting import COUNT, FULL, PIECE, SOURCES, WAYS, compiled, data, fit, size, ways
 from helpers import arrays, assert_close
 from keras import layers, ops
+from marks import core_on
 
 from gradient_accumulator import (
     AccumBatchNormalization,
@@ -23,6 +24,8 @@ from gradient_accumulator import (
     restore_batchnorm_layers,
 )
 from gradient_accumulator.coupling import Shape, couples
+
+pytestmark = core_on("torch")
 
 IMAGE = (6, 6, 1)
 
@@ -235,7 +238,7 @@ def test_a_filter_and_an_argument_silence_it():
         fit(model, *images(), batch_size=8)
     plain = segmentation(keras.losses.Dice())
     model = GradientAccumulateModel(
-        2, warn=False, inputs=plain.inputs, outputs=plain.outputs
+        2, warn=False, inputs=plain.input, outputs=plain.output
     )
     model.compile("sgd", keras.losses.Dice())
     assert not told(lambda: fit(model, *images(), batch_size=2))
