@@ -18,6 +18,7 @@ from problems import cut
 
 from gradient_accumulator import (
     AccumBatchNormalization,
+    AccumulationWarning,
     FlushGradients,
     GradientAccumulateModel,
     GradientAccumulateOptimizer,
@@ -325,7 +326,7 @@ def test_replace_batchnorm_layers():
     kinds = [type(layer) for layer in replaced.layers]
     assert kinds.count(AccumBatchNormalization) == 52
     assert layers.BatchNormalization not in kinds
-    assert_trains(wrapped(replaced), x)
+    assert_trains(wrapped(replaced, warn=False), x)
 
 
 def test_replace_batchnorm_layers_that_nested_models_share():
@@ -345,7 +346,7 @@ def test_replace_batchnorm_layers_that_nested_models_share():
     kinds = [type(layer) for layer in replaced._flatten_layers()]
     assert kinds.count(AccumBatchNormalization) == 1
     assert layers.BatchNormalization not in kinds
-    assert_trains(wrapped(replaced), x)
+    assert_trains(wrapped(replaced, warn=False), x)
 
 
 def assert_trains(model, x):
@@ -406,7 +407,7 @@ def test_the_last_pieces_of_an_epoch():
     x, y = data(10)  # 4, 4 and 2
     reference = compiled(network(), optimizers.Adam(0.1))
     reference.fit(x, y, batch_size=10, epochs=2, verbose=0)
-    model = compiled(wrapped(accum_steps=5), optimizers.Adam(0.1))
+    model = compiled(wrapped(accum_steps=5, warn=False), optimizers.Adam(0.1))
     model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
     assert_same(model, reference)
     optimizer = GradientAccumulateOptimizer(optimizers.Adam(0.1), 5)
@@ -823,3 +824,16 @@ def test_pieces_that_are_not_what_they_should_be(sizes, steps, what):
     for got, expected in zip(values(model), before, strict=True):
         np.testing.assert_array_equal(got, expected)
     assert int(model.optimizer.iterations) == 1
+
+
+@pytest.mark.parametrize("loss, couples", [
+    (lambda y, p: tf.reduce_mean((y - p) ** 2), False),
+    (lambda y, p: tf.reduce_sum((y - p) ** 2), True),
+])  # fmt: skip
+def test_a_loss_that_couples_examples_is_told_of_once(loss, couples, recwarn):
+    model = compiled(wrapped(), optimizers.SGD(0.01), loss)
+    for _ in range(2):
+        fit(model, EXAMPLES // K)
+    messages = [str(w.message) for w in recwarn if w.category is AccumulationWarning]
+    assert len(messages) == couples
+    assert all("couples the examples" in message for message in messages)

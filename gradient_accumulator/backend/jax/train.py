@@ -151,7 +151,7 @@ def epoch_ended(epoch: Epoch) -> None:
     check_in_step(epoch.number, epoch.updates, 0)
 
 
-def call_once(function: Callable, *data: Any) -> Any:
-    """A function's results for nested arrays, without gradients."""
+def call_once(function: Callable, *data: Any) -> list:
+    """A function's list of results for nested arrays, without gradients, in NumPy."""
     # Else JAX would compile each of its operations for itself.
-    return jax.jit(function)(*data)
+    return [np.asarray(value) for value in jax.jit(function)(*data)]

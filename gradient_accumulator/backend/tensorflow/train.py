@@ -409,7 +409,7 @@ def epoch_ended(epoch: Epoch) -> None:
     """Called after the last update of an epoch, before Keras goes on."""
 
 
-def call_once(function: Callable, *data: Any) -> Any:
-    """A function's results for nested arrays, without gradients."""
+def call_once(function: Callable, *data: Any) -> list:
+    """A function's list of results for nested arrays, without gradients, in NumPy."""
     with tf.init_scope():  # outside of a graph that is being traced
-        return function(*data)
+        return [value.numpy() for value in function(*data)]

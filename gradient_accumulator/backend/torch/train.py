@@ -233,6 +233,6 @@ def epoch_ended(epoch: Epoch) -> None:
 
 
 @torch.no_grad()
-def call_once(function: Callable, *data: Any) -> Any:
-    """A function's results for nested arrays, without gradients."""
-    return function(*data)
+def call_once(function: Callable, *data: Any) -> list:
+    """A function's list of results for nested arrays, without gradients, in NumPy."""
+    return [keras.ops.convert_to_numpy(value) for value in function(*data)]
