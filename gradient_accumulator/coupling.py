@@ -47,10 +47,9 @@ def shape_of(tensor: Any) -> Shape | None:
 
 def keras_own(loss: Any) -> str | None:
     """The name of Keras's function that a compiled loss is; None if it is another."""
-    if not trainer.is_keras_own(type(loss).__call__):
+    if not trainer.is_loss_of_keras(loss):
         return None
-    function = getattr(loss, "fn", None) or type(loss).call
-    return function.__name__ if trainer.is_keras_own(function) else None
+    return getattr(loss, "fn", type(loss)).__name__
 
 
 def name_of(loss: Any) -> str:

@@ -144,8 +144,9 @@ class Notices:
             self.warn(
                 model,
                 "has batch normalization that sees one value a channel in a "
-                f"micro-batch of one example, and returns a constant: {_few(constant)}. "
-                "Take larger micro-batches, or `AccumBatchNormalization(renorm=True)`.",
+                "micro-batch of one example, and returns a constant: "
+                f"{_few(constant)}. Take larger micro-batches, or "
+                "`AccumBatchNormalization(renorm=True)`.",
             )
         if own:
             self.warn(
