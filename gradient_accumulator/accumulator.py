@@ -47,6 +47,20 @@ ELSEWHERE = {
 }
 
 
+class _Calls:
+    """What calls of an optimizer have told about its gradients.
+
+    Apart from the optimizer, of whose attributes TensorFlow saves what holds others.
+    """
+
+    def __init__(self) -> None:
+        # Of the accumulation at hand:
+        self.given: list[int] = []  # which variables gradients were given for
+        self.weighed = False  # whether some piece was given a weight
+        # Which of the variables that a compiled call was for had a gradient in one.
+        self.compiled: dict[tuple, set[int]] = {}
+
+
 class Accumulator:
     """The part of an accumulating optimizer that does not depend on Keras's version.
 
@@ -75,11 +89,7 @@ class Accumulator:
         self._accumulators: list = []
         self._scaler: Callable[[], Any] = lambda: None  # a LossScaleOptimizer around
         self._finishing = 0  # how many calls are giving it the finished sum
-        # Of the accumulation at hand:
-        self._given: list[int] = []  # which variables gradients were given for
-        self._weighed = False  # whether some piece was given a weight
-        # Which of the variables that a compiled call was for had a gradient in one.
-        self._compiled: dict[tuple, set[int]] = {}
+        self._calls = _Calls()
 
     def __repr__(self) -> str:
         kind = type(self).__name__
@@ -143,7 +153,7 @@ class Accumulator:
             for layer in in_reach(self._trainable_variables):
                 self._engine.everywhere(layer.finish_update, self._count)
             everything = tuple(range(len(self._accumulators)))
-            self._update_if(1, everything, self._compiled, self._engine.flush)
+            self._update_if(1, everything, self._calls.compiled, self._engine.flush)
 
     def reset(self) -> None:
         """Forget what has been accumulated.
@@ -151,7 +161,7 @@ class Accumulator:
         The `AccumBatchNormalization` layers that `flush` finishes forget too.
         """
         if self._accumulators:
-            self._given = []
+            self._calls.given = []
             self._clear()
             for layer in in_reach(self._trainable_variables):
                 layer.reset()
@@ -160,8 +170,8 @@ class Accumulator:
         """What is not saved, after the variables were loaded."""
         if self._accumulators:
             # Which variables were given, whether a weight was, what layers have pooled.
-            self._given = []
-            self._weighed = True
+            self._calls.given = []
+            self._calls.weighed = True
             for layer in in_reach(self._trainable_variables):
                 layer.resume(self.pending / self.accum_steps)
 
@@ -199,10 +209,10 @@ class Accumulator:
             self._finish(self._alone(grads, weight), variables)
             return
         factor = self._factor(weight)
-        with self._engine.same(self._guard, self._given, self._count):
+        with self._engine.same(self._guard, self._calls.given, self._count):
             pairs, received = self._count_piece(grads, variables, weight, factor)
-        given = tuple(self._given)
-        seen = {given: self._compiled.get(given, set())}
+        given = tuple(self._calls.given)
+        seen = {given: self._calls.compiled.get(given, set())}
         try:
             self._engine.add_and_update(
                 pairs,
@@ -234,9 +244,11 @@ class Accumulator:
             else:
                 pairs.append((accumulator, gradient))
         if self._engine.is_traced(self._count):
-            self._compiled.setdefault(tuple(self._given), set()).update(connected)
+            self._calls.compiled.setdefault(tuple(self._calls.given), set()).update(
+                connected
+            )
         received = ops.cast(self._among(connected), self._received.dtype)
-        self._weighed |= weight is not None
+        self._calls.weighed |= weight is not None
         self._count.assign_add(1)
         self._received.assign_add(received)
         self._total.assign_add(ops.cast(factor, self._total.dtype))
@@ -280,8 +292,8 @@ class Accumulator:
     def _known_way(self, everything):
         """The variables that what waits was given for, and which had a gradient."""
         connected = set(np.flatnonzero(self._engine.read(self._received)).tolist())
-        if self._given and connected <= set(self._given):
-            return tuple(self._given), connected
+        if self._calls.given and connected <= set(self._calls.given):
+            return tuple(self._calls.given), connected
         # The last call, or the last that was compiled, was for others.
         return tuple(sorted(connected)) or everything, connected
 
@@ -311,7 +323,7 @@ class Accumulator:
             for index, variable in zip(given, variables)
             if self.reduction == "MEAN" and not trainer.overwrites(variable)
         ]
-        total = self._engine.total(self._total, self._weighed)
+        total = self._engine.total(self._total, self._calls.weighed)
         with self._engine.divided(means, total) as finished:
             held = [self._accumulators[index] for index in given]
             sums = [finished.get(id(each), each) for each in held]
@@ -384,16 +396,16 @@ class Accumulator:
         if not self._accumulators:
             return
         given = [self._get_variable_index(v) for v in variables]
-        changed = self._given not in ([], given)
+        changed = self._calls.given not in ([], given)
         if changed and self._engine.read(self._count) != 0:
-            before = [self._trainable_variables[index] for index in self._given]
+            before = [self._trainable_variables[index] for index in self._calls.given]
             raise ValueError(
                 "The variables changed while pieces wait for their update. Call "
                 "`flush()` or `reset()` before, and make one optimizer for each "
                 "set of variables that is trained in turns. Received: "
                 f"{_names(variables)} after {_names(before)}"
             )
-        self._given = given
+        self._calls.given = given
 
 
 def chain(optimizer: Any) -> Iterable:

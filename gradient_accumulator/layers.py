@@ -16,7 +16,7 @@ from gradient_accumulator.received import described
 
 
 @keras.saving.register_keras_serializable("gradient_accumulator")
-class AccumBatchNormalization(keras.layers.BatchNormalization):
+class AccumBatchNormalization(trainer.Normalization):
     """Batch normalization whose moving statistics move once an update.
 
     In training, each piece is normalized by its own mean and variance ("ghost" batch
@@ -46,8 +46,8 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
     another optimizer, where the layer does not learn what became of the gradients:
     there only statistics that are not finite are left out. `flush` and `reset` of that
     optimizer end and forget the layer's update too. A model that is saved in the middle
-    of an update loses what the layer has pooled of it; loaded with that optimizer, the
-    layer ends the update where the optimizer does.
+    of an update loses what the layer has pooled of it (not so in a checkpoint of Keras
+    2); loaded with that optimizer, the layer ends the update where the optimizer does.
 
     A layer that is called several times in a forward pass (shared, or in a
     `TimeDistributed`) pools all of these calls, where Keras's moves at each of them;
@@ -172,6 +172,7 @@ class AccumBatchNormalization(keras.layers.BatchNormalization):
 
     def hand_over(self) -> None:
         """Make a Keras layer of this one, in place."""
+        trainer.forget(self)
         for name in ("accum_steps", "rmax", "dmax", "_pool", "_within"):
             delattr(self, name)
         self.renorm = False
@@ -349,7 +350,7 @@ def _state(name: str, shape: tuple, dtype: str) -> keras.Variable:
     )
 
 
-class Pool:
+class Pool(trainer.State):
     """The statistics of an update's pieces so far, as variables of no layer.
 
     Args:

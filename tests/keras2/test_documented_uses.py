@@ -290,6 +290,42 @@ def test_batch_normalization_in_a_sequential_model(wrapper):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+@pytest.mark.parametrize("first", ["images", "vectors"])
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_batch_normalization_of_images_and_of_vectors(first, policy, tmp_path):
+    """The re-created system normalizes whatever the rank; Keras's own cannot."""
+    tf.keras.utils.set_random_seed(0)
+    layer = AccumBatchNormalization(accum_steps=4, dtype=policy)
+    a, b = layers.Input((6, 6, 2)), layers.Input((2,))
+    if first == "images":
+        outputs = [layer(a), layer(b)]
+    else:
+        outputs = [layer(b), layer(a)][::-1]
+    model = tf.keras.Model([a, b], outputs)
+    x, _ = images()
+    inputs = [x, x[:, 0, 0]]
+    model.compile(GradientAccumulateOptimizer("SGD", 2), ["mse", "mse"])
+    model.fit(inputs, inputs, batch_size=6, verbose=0)
+    assert layer.pending == 0
+    gamma, beta, mean, variance = (w.numpy() for w in layer.weights)
+    both = np.concatenate([x.reshape(-1, 2), inputs[1]])
+    np.testing.assert_allclose(mean, 0.01 * both.mean(0), rtol=1e-5)
+
+    def assert_normalizes(model):
+        for value, output in zip(inputs, model.predict(inputs, verbose=0)):
+            expected = (value - mean) / np.sqrt(variance + 1e-3) * gamma + beta
+            np.testing.assert_allclose(
+                output, expected, atol=1e-4 if policy == "float32" else 2e-2
+            )
+
+    assert_normalizes(model)
+    for name in "model", "model.keras":
+        model.save(tmp_path / name)
+        loaded = tf.keras.models.load_model(tmp_path / name)
+        assert_normalizes(loaded)
+        loaded.fit(inputs, inputs, batch_size=6, verbose=0)
+
+
 HDF5_IS_OLD = pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5")
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator.backend.attributes import with_attribute
+from gradient_accumulator.backend.keras2 import normalization
 from gradient_accumulator.backend.keras2.names import keras
 
 _ENGINE = keras.Model.__module__.rpartition(".")[0]
@@ -34,6 +35,11 @@ Functional: Any = importlib.import_module(f"{_ENGINE}.functional").Functional
 StatelessScope = keras.StatelessScope
 # Where Keras shows how it goes on.
 print_message: Any = importlib.import_module(f"{_ROOT}.utils.io_utils").print_msg
+
+Normalization: Any = normalization.Normalization
+State = normalization.State
+feature_axis = normalization.feature_axis
+forget = normalization.forget
 
 
 def in_stateless_scope() -> bool:
@@ -414,17 +420,6 @@ def compute_output_spec(function: Callable, data: Any) -> Any:
     with tf.__internal__.FuncGraph("output_spec").as_default():
         outputs = function(tf.nest.map_structure(placeholder, data))
     return tf.nest.map_structure(tf.TensorSpec.from_tensor, outputs)
-
-
-def feature_axis(layer: Any) -> int:
-    """The axis of features of a batch normalization layer."""
-    axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
-    if len(axes) > 1:
-        raise ValueError(
-            "Argument `axis` must be one axis where batch normalization accumulates. "
-            f"Received: axis={list(axes)} of layer {layer.name!r}"
-        )
-    return axes[0]
 
 
 def variance_to_move_by(layer: Any, variance: Any, count: Any) -> Any:

@@ -316,9 +316,17 @@ def forward(model: keras.Model, x: Any, training: bool) -> Any:
         return model(x, training=training) if model._call_has_training_arg else model(x)
 
 
+Normalization = keras.layers.BatchNormalization  # that ours is made of
+State = object  # what holds variables of it
+
+
 def feature_axis(layer: Any) -> int:
     """The axis of features of a batch normalization layer."""
     return layer.axis
+
+
+def forget(layer: Any) -> None:
+    """Leave of a layer what Keras's own has, before it is one."""
 
 
 def variance_to_move_by(layer: Any, variance: Any, count: Any) -> Any:
