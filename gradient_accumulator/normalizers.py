@@ -218,7 +218,7 @@ def correction(expected: Any, found: Any) -> Any:
 
 def measure(model, data, y_pred, stand_in=Denominator) -> list[Denominator]:
     """The denominators of a piece's compiled losses."""
-    _, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    _, y, sample_weight = trainer.unpack(model, data)
     return trainer.standing_in(model, stand_in, y, y_pred, sample_weight)
 
 
@@ -286,7 +286,7 @@ def inspect(
     found = Losses([], need_shares=trainer.rounds_or_overwrites(model))
 
     def run(data):
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        x, y, sample_weight = trainer.unpack(model, data)
         with scope(collect_losses=True) as inside:
             y_pred = trainer.forward(model, x, training)
             additional = list(model.losses)

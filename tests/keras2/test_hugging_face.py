@@ -41,8 +41,9 @@ def tokens():
     return {"input_ids": ids, "attention_mask": (ids > 0).astype("int32")}, labels
 
 
-def bert():
+def bert(kind=None, **settings):
     tf.keras.utils.set_random_seed(0)
+    settings = {"num_labels": 3, **settings}
     config = transformers.BertConfig(
         vocab_size=400,
         hidden_size=16,
@@ -50,12 +51,12 @@ def bert():
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=STEPS,
-        num_labels=3,
         # Pieces draw other random numbers than the full batch.
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        **settings,
     )
-    model = transformers.TFBertForSequenceClassification(config)
+    model = (kind or transformers.TFBertForSequenceClassification)(config)
     model({k: v[:1] for k, v in tokens()[0].items()})
     return model
 
@@ -68,24 +69,39 @@ def functional(model):
     return tf.keras.Model(inputs, model(inputs).logits)
 
 
-def trained(model, batch=EXAMPLES):
+def crossentropy(**arguments):
+    return tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, **arguments)
+
+
+def trained(model, batch=EXAMPLES, data=tokens, loss=crossentropy, **arguments):
     before = [w.numpy() for w in model.weights]
-    loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(tf.keras.optimizers.Adam(3e-2, epsilon=1e-3), loss)
-    x, y = tokens()
-    history = model.fit(x, y, batch_size=batch, epochs=3, shuffle=False, verbose=0)
-    return before, [w.numpy() for w in model.weights], history.history["loss"]
+    if loss is not None:
+        arguments["loss"] = loss()
+    model.compile(tf.keras.optimizers.Adam(3e-2, epsilon=1e-3), **arguments)
+    x, y, weights = tf.keras.utils.unpack_x_y_sample_weight(data())
+    history = model.fit(
+        x,
+        y,
+        sample_weight=weights,
+        batch_size=batch,
+        epochs=3,
+        shuffle=False,
+        verbose=0,
+    )
+    return before, [w.numpy() for w in model.weights], history.history
 
 
 def assert_same(trained, reference):
-    _, weights, losses = trained
-    before, expected, expected_losses = reference
+    _, weights, history = trained
+    before, expected, expected_history = reference
     moved = [np.abs(b - c).max() for b, c in zip(expected, before)]
     assert max(moved) > 1e-2
     for a, b, m in zip(weights, expected, moved):
         # Softmax does not depend on the key's bias: its gradient is rounding only.
         assert np.abs(a - b).max() <= 1e-5 * m + 1e-6
-    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    assert history.keys() == expected_history.keys()
+    for name, curve in expected_history.items():
+        np.testing.assert_allclose(history[name], curve, rtol=1e-5)
 
 
 def test_padding_is_masked():
@@ -101,13 +117,144 @@ def test_in_place(microbatch_size):
     assert_same(trained(model), trained(bert()))
 
 
-def test_its_own_loss_cannot_be_taken_apart():
-    model = bert()
-    model.compile(tf.keras.optimizers.Adam(1e-2))
-    accumulate(model, microbatch_size=PIECE)
+def labelled(kind):
+    """Inputs with a label, or none, for each token; a piece has none at all."""
     x, y = tokens()
-    with pytest.raises(ValueError, match=r"own loss.* Received: model="):
-        model.fit({**x, "labels": y}, batch_size=EXAMPLES, verbose=0)
+    if kind == "classes":
+        labels = (x["input_ids"] + y[:, None]) % 3
+    else:
+        labels = x["input_ids"].copy()
+    labels[x["attention_mask"] == 0] = -100
+    labels[:5] = -100
+    labels[6, 2:] = -100
+    return x, labels
+
+
+def gpt():
+    tf.keras.utils.set_random_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=400,
+        n_positions=STEPS,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    model = transformers.TFGPT2LMHeadModel(config)
+    model({k: v[:1] for k, v in tokens()[0].items()})
+    return model
+
+
+def among_the_inputs(x, labels):
+    return ({**x, "labels": labels},)
+
+
+OWN = {
+    "sequences": (bert, tokens, {"metrics": ["accuracy"]}),
+    "sequences_among_the_inputs": (bert, lambda: among_the_inputs(*tokens()), {}),
+    "regression": (
+        lambda: bert(num_labels=1),
+        lambda: (tokens()[0], tokens()[1].astype("float32")),
+        {},
+    ),
+    "tokens": (
+        lambda: bert(transformers.TFBertForTokenClassification),
+        lambda: labelled("classes"),
+        {},
+    ),
+    "masked_words": (
+        lambda: bert(transformers.TFBertForMaskedLM),
+        lambda: labelled("words"),
+        {},
+    ),
+    "next_words": (gpt, lambda: among_the_inputs(*labelled("words")), {}),
+    "answers": (
+        lambda: bert(transformers.TFBertForQuestionAnswering, num_labels=2),
+        lambda: (
+            tokens()[0],
+            {"start_positions": tokens()[1], "end_positions": tokens()[1] + 2},
+        ),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_compiled_without_a_loss(name):
+    make, data, arguments = OWN[name]
+    reference = trained(make(), data=data, loss=None, **arguments)
+    for batch, settings in (
+        (EXAMPLES, {"microbatch_size": 5}),
+        (PIECE, {"accum_steps": 3}),
+    ):
+        model = accumulate(make(), **settings)
+        pieces = trained(model, batch, data=data, loss=None, **arguments)
+        assert_same(pieces, reference)
+
+
+def test_a_loss_of_kerass_for_labels_that_do_not_count():
+    """What the error says to write."""
+
+    def run(model):
+        return trained(
+            model,
+            data=lambda: labelled("words"),
+            loss=lambda: crossentropy(ignore_class=-100),
+        )
+
+    kind = transformers.TFBertForMaskedLM
+    assert_same(run(accumulate(bert(kind), microbatch_size=5)), run(bert(kind)))
+
+
+def of_two_sentences():
+    x, y = tokens()
+    return x, {"labels": labelled("words")[1], "next_sentence_label": y // 2}
+
+
+NOT_TOLD = {
+    "two_means": (
+        lambda: bert(transformers.TFBertForPreTraining),
+        of_two_sentences,
+        r"own loss.* `ignore_class=-100`.* Received: model=",
+    ),
+    "legacy": (
+        lambda: bert(transformers.TFBertForTokenClassification, tf_legacy_loss=True),
+        lambda: labelled("classes"),
+        r"own loss.* Received: model=",
+    ),
+    "weights": (
+        lambda: bert(transformers.TFBertForTokenClassification),
+        lambda: (*labelled("classes"), np.ones(EXAMPLES)),
+        r"`sample_weight`.* Received: sample weights of shape",
+    ),
+    "no_labels": (
+        bert,
+        lambda: tokens()[:1],
+        r"needs labels.* one of \['labels'\].* Received: inputs \['attention_mask'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TOLD)
+def test_what_its_own_loss_is_divided_by_is_not_told(name):
+    make, data, message = NOT_TOLD[name]
+    model = accumulate(make(), microbatch_size=PIECE)
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=message):
+        trained(model, data=data, loss=None)
+    for a, b in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_loss_of_ones_own_is_not_told():
+    class Own(transformers.TFBertForSequenceClassification):
+        def hf_compute_loss(self, labels, logits):
+            return tf.reduce_mean(super().hf_compute_loss(labels, logits))
+
+    with pytest.raises(ValueError, match=r"own loss.* Received: model=.*Own"):
+        trained(accumulate(bert(Own), microbatch_size=PIECE), loss=None)
 
 
 def test_wrapped_as_a_functional_model():

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator.backend.attributes import with_attribute
-from gradient_accumulator.backend.keras2 import normalization
+from gradient_accumulator.backend.keras2 import hugging_face, normalization
 from gradient_accumulator.backend.keras2.names import keras
 
 _ENGINE = keras.Model.__module__.rpartition(".")[0]
@@ -348,7 +348,7 @@ def build(model: Any, data: Any) -> None:
     # Traced and never run: the variables that are made in it outlive it.
     specs = tf.nest.map_structure(
         lambda leaf: None if leaf is None else tf.TensorSpec(leaf.shape, leaf.dtype),
-        keras.utils.unpack_x_y_sample_weight(data),
+        data,
     )
     tf.function(run, autograph=False).get_concrete_function(specs)
 
@@ -356,7 +356,7 @@ def build(model: Any, data: Any) -> None:
 def build_from_values(model: Any, data: Any) -> None:
     """The same where the model runs eagerly, and may branch on its data's values."""
     if not _is_built(model):
-        _evaluate(model, keras.utils.unpack_x_y_sample_weight(data))
+        _evaluate(model, data)
         model.reset_metrics()
 
 
@@ -366,10 +366,10 @@ def _is_built(model):
 
 
 def _evaluate(model, data):
-    x, y, sample_weight = data
+    x, y, sample_weight = unpack(model, data)
     y_pred = forward(model, x, training=False)
-    model.compute_loss(x, y, y_pred, sample_weight)
-    model.compute_metrics(x, y, y_pred, sample_weight)
+    model.compute_loss(x, *_of_loss(model, y, y_pred, sample_weight))
+    model.compute_metrics(x, *_of_metrics(model, y, y_pred), sample_weight)
 
 
 def has_known_train_step(model: Any) -> bool:
@@ -377,33 +377,41 @@ def has_known_train_step(model: Any) -> bool:
 
     That of a Hugging Face model finds, among several outputs, what a loss is of.
     """
-    return is_keras_own(type(model).train_step) or _is_hugging_face(model)
-
-
-def _is_hugging_face(model):
-    return (type(model).train_step.__module__ or "").startswith("transformers.")
+    return is_keras_own(type(model).train_step) or hugging_face.is_one(model)
 
 
 def check_compiled(model: Any) -> None:
     """Raise if the model is not compiled, or with what cannot be taken apart."""
     model._assert_compile_was_called()
-    if getattr(model, "_using_dummy_loss", False):
-        raise ValueError(
-            "What a Hugging Face model's own loss is divided by is not known here: "
-            "compile the model with a loss of Keras's for its first output, such as "
-            "`tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)`, and "
-            f"give `fit` the targets beside the inputs. Received: model={model} "
-            "compiled without a loss"
-        )
+    if hugging_face.has_own_loss(model):
+        hugging_face.check_own_loss(model)
+
+
+def unpack(model: Any, data: Any) -> tuple:
+    """Inputs, targets and sample weights, as the model takes them."""
+    if hugging_face.is_one(model):
+        return hugging_face.unpack(model, data)
+    return keras.utils.unpack_x_y_sample_weight(data)
 
 
 def forward(model: Any, x: Any, training: bool) -> Any:
-    outputs = model(x, training=training)
-    if not _is_hugging_face(model):
-        return outputs
-    if isinstance(model.loss, dict):
-        return {name: outputs[name] for name in model.loss}
-    return next(value for name, value in outputs.items() if name != "loss")
+    if hugging_face.has_own_loss(model):
+        return hugging_face.with_own_loss(model, x, training)
+    return model(x, training=training)
+
+
+def _of_metrics(model, y, y_pred):
+    """Targets, and what of the model's outputs they are compared with."""
+    if hugging_face.is_one(model):
+        return hugging_face.matched(y, y_pred)
+    return y, y_pred
+
+
+def _of_loss(model, y, y_pred, sample_weight):
+    """The same for the compiled losses, with the sample weights."""
+    if hugging_face.has_own_loss(model):
+        return *hugging_face.own_loss(model, y_pred, sample_weight), sample_weight
+    return *_of_metrics(model, y, y_pred), sample_weight
 
 
 def compute_output_spec(function: Callable, data: Any) -> Any:
@@ -547,6 +555,7 @@ def update_metrics(
     with weighing_numbers(model, share):
         if has_own_metrics(model):
             return model.compute_metrics(x, y, y_pred, sample_weight)
+        y, y_pred = _of_metrics(model, y, y_pred)
         model.compiled_metrics.update_state(y, y_pred, sample_weight)
     return {}
 
@@ -609,9 +618,11 @@ def has_compiled_losses(model: Any) -> bool:
 def records_shares(model: Any, y: Any) -> bool:
     """Whether compiled losses are recorded by what a piece's share is.
 
-    So they are without targets, of which Keras 2 takes the number of examples.
+    So they are without targets, of which Keras 2 takes the number of examples, and
+    where a model's own loss takes their place.
     """
-    return y is None
+    own = hugging_face.has_own_loss(model)
+    return y is None or (own and hugging_face.is_mean_of_labels(model))
 
 
 def compute_loss(
@@ -619,9 +630,11 @@ def compute_loss(
 ) -> Any:
     """A piece's loss, of which `share` is its part of the full batch's loss."""
     x, y, y_pred, sample_weight = piece
+    once = records_shares(model, y)
+    y, y_pred, sample_weight = _of_loss(model, y, y_pred, sample_weight)
     with ExitStack() as stack:
         for metric in model.compiled_loss.metrics if model.compiled_loss else ():
-            update = _weighing_once(metric.update_state, share)
+            update = _weighing_once(metric.update_state, share, once)
             stack.enter_context(with_attribute(metric, "update_state", update))
         if weigh is not None:
             stack.enter_context(replaced_losses(model, weigh))
@@ -631,13 +644,15 @@ def compute_loss(
     return loss
 
 
-def _weighing_once(update_state, share):
-    """Records a piece's loss with its part of the full batch's weight."""
+def _weighing_once(update_state, share, once):
+    """Records a piece's loss with its part of the full batch's weight.
+
+    That is 1 if a batch counts `once`.
+    """
 
     def update(value, sample_weight=None):
         if not len(value.shape):
-            # Without targets each batch counts once.
-            sample_weight = share if sample_weight is None else sample_weight
+            sample_weight = share if once or sample_weight is None else sample_weight
         elif sample_weight is not None:
             # Each value counts as often as there are examples.
             sample_weight = tf.cast(sample_weight, value.dtype) / share
@@ -701,5 +716,5 @@ def standing_in(model: Any, stand_in: Callable, y, y_pred, sample_weight):
                 with_attribute(metric, "update_state", lambda *_, **__: None)
             )
         stack.enter_context(replaced_losses(model, replace))
-        model.compiled_loss(y, y_pred, sample_weight)
+        model.compiled_loss(*_of_loss(model, y, y_pred, sample_weight))
     return made

@@ -311,6 +311,11 @@ def check_compiled(model: keras.Model) -> None:
     """Raise if what the model is compiled with cannot be taken apart."""
 
 
+def unpack(model: keras.Model, data: Any) -> tuple:
+    """Inputs, targets and sample weights, as the model takes them."""
+    return keras.utils.unpack_x_y_sample_weight(data)
+
+
 def forward(model: keras.Model, x: Any, training: bool) -> Any:
     with summed_activity_losses(model):
         return model(x, training=training) if model._call_has_training_arg else model(x)

@@ -284,7 +284,7 @@ def _denominators(model, statistics, pieces, losses):
 
     def body(k, rows, values):
         data = pieces.read(k, ())
-        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        x, _, _ = trainer.unpack(model, data)
         mapping = list(zip(carried, values))
         with (
             trainer.StatelessScope(state_mapping=mapping) as scope,
@@ -335,7 +335,7 @@ def _add_piece(model, variables, statistics, sums, kinds, dense, data, share, fa
     Returns its part of the full batch's loss, what that is divided by last, the
     accumulators, the slices, and the logs if they are the model's own.
     """
-    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    x, y, sample_weight = trainer.unpack(model, data)
     weigh = None
     if factors is not None:
         weigh = normalizers.Weighing(kinds, tf.unstack(factors))
@@ -352,7 +352,7 @@ def _add_piece(model, variables, statistics, sums, kinds, dense, data, share, fa
 
 def _gradients(model, variables, data, share, weigh=None):
     """A piece's loss, predictions, and part of the full batch's gradients."""
-    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    x, y, sample_weight = trainer.unpack(model, data)
     with tf.GradientTape() as tape:
         y_pred = trainer.forward(model, x, training=True)
         loss = trainer.compute_loss(
@@ -391,7 +391,7 @@ def _zero_logs(model, pieces):
         return {}
 
     def logs(data):
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        x, y, sample_weight = trainer.unpack(model, data)
         y_pred = trainer.forward(model, x, training=False)
         return model.compute_metrics(x, y, y_pred, sample_weight)
 
