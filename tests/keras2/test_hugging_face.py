@@ -181,7 +181,23 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("name", OWN)
+# A value for each example, as of sequences.
+ALIKE = [
+    pytest.param(name, marks=pytest.mark.full) for name in ("regression", "answers")
+]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sequences",
+        "sequences_among_the_inputs",
+        "tokens",
+        "masked_words",
+        "next_words",
+        *ALIKE,
+    ],
+)
 def test_compiled_without_a_loss(name):
     make, data, arguments = OWN[name]
     reference = trained(make(), data=data, loss=None, **arguments)
