@@ -48,7 +48,8 @@ class Accumulation:
         if not isinstance(self.warn, bool):
             raise TypeError(
                 "Argument `warn` must be a bool. "
-                f"Received: warn={self.warn!r} (of type {type(self.warn).__name__})"
+                f"Received: warn={described(self.warn)} "
+                f"(of type {type(self.warn).__name__})"
             )
 
     def __repr__(self) -> str:

@@ -107,10 +107,12 @@ def test_a_micro_batch_of_the_whole_batch_has_its_masks(way, mask, model):
         # Of 2, for 1 is plain training; there is one micro-batch in an epoch.
         problem = dataclasses.replace(problem, batches=lambda: batches[:1])
         trained = train(
-            problem, batches[:1], lambda model: accumulate(model, accum_steps=2)
+            problem,
+            batches[:1],
+            lambda model: accumulate(model, accum_steps=2, warn=False),
         )
     else:
-        trained = in_pieces(problem, way, whole)
+        trained = in_pieces(problem, way, whole, warn=False)
     assert_same(trained, train(problem, problem.batches()))
 
 
@@ -166,9 +168,8 @@ def test_measuring_masks_leaves_what_keras_does_not_know_of(way):
         model = build()
         model.compile(sgd(), "mse")
         if each:
-            accumulate(
-                model, **({each: 12} if each == "microbatch_size" else {each: 2})
-            )
+            sizes = {"microbatch_size": 12, "accum_steps": 2}
+            accumulate(model, **{each: sizes[each]}, warn=False)
         fit(model, x, (y, y), batch_size=12, epochs=2)
         buffers = {name: b.double().numpy() for name, b in model.named_buffers()}
         results.append((arrays(model.weights), buffers))
