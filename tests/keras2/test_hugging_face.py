@@ -118,7 +118,7 @@ def test_in_place(microbatch_size):
 
 
 def labelled(kind):
-    """Inputs with a label, or none, for each token; a piece has none at all."""
+    """Inputs with a label, or none, for each token; a micro-batch has none at all."""
     x, y = tokens()
     if kind == "classes":
         labels = (x["input_ids"] + y[:, None]) % 3
@@ -206,8 +206,8 @@ def test_compiled_without_a_loss(name):
         (PIECE, {"accum_steps": 3}),
     ):
         model = accumulate(make(), **settings)
-        pieces = trained(model, batch, data=data, loss=None, **arguments)
-        assert_same(pieces, reference)
+        own = trained(model, batch, data=data, loss=None, **arguments)
+        assert_same(own, reference)
 
 
 def test_a_loss_of_kerass_for_labels_that_do_not_count():

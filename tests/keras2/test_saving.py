@@ -1,4 +1,4 @@
-"""On Keras 2: what trains in pieces is saved in every format, loaded, and trains on."""
+"""On Keras 2: what accumulates is saved in every format, loaded, and trains on."""
 
 import copy
 import functools
