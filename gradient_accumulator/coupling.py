@@ -142,6 +142,8 @@ def _joined(loss, whole, parts):
     """What a batch's value is taken for, from those of its halves."""
     if whole.ndim and len(whole) == EXAMPLES and len(parts[0]) == EXAMPLES // 2:
         return np.concatenate(parts)
+    if whole.shape[1:] != parts[0].shape[1:] or parts[0].shape != parts[1].shape:
+        return np.array(np.nan)  # as many values as there happen to be
     added = sum(parts)
     adds_up = not _is_opaque(loss) and loss.reduction == "sum"
     return added if adds_up else added / 2

@@ -90,6 +90,8 @@ class Denominator:
     def _measure(self, y_true, y_pred, sample_weight):
         values = trainer.loss_values(self.loss, y_true, y_pred)
         self.rank = len(values.shape)
+        if self.rank == 1 and not _is_of_each(values, y_pred):
+            self.rank = 2  # as many as there are steps, or whatever
         if self.rank == 0:
             self.kind = BY_EXAMPLES  # one value for the piece couples its examples
             return
@@ -115,10 +117,12 @@ class Denominator:
 class _Inspected(Denominator):
     """One that also calls a loss that is not taken apart, for its `rank`.
 
-    `arguments` are the shapes of its targets and predictions.
+    `arguments` are the shapes of its targets and predictions; `hides_weights` says
+    whether a mask or weights may change what it divides by, unknown to us.
     """
 
     arguments: tuple = (None, None)
+    hides_weights = False
 
     def __call__(self, y_true, y_pred, sample_weight=None):
         self.arguments = tuple(
@@ -126,7 +130,21 @@ class _Inspected(Denominator):
         )
         if self.kind == BY_EXAMPLES:
             self.rank = len(self.loss(y_true, y_pred, sample_weight).shape)
+            self.hides_weights = self.loss.reduction not in (None, "none", "sum") and (
+                trainer.get_mask(y_pred) is not None
+                or (
+                    self.loss.reduction == "mean_with_sample_weight"
+                    and sample_weight is not None
+                )
+            )
         return super().__call__(y_true, y_pred, sample_weight)
+
+
+def _is_of_each(values, y_pred):
+    """Whether there is one value for each example, as far as shapes tell."""
+    predictions = keras.tree.flatten(y_pred)[0]
+    count = predictions.shape[0] if len(predictions.shape) else None
+    return None in (count, values.shape[0]) or count == values.shape[0]
 
 
 def _size(values, y_true):
@@ -177,12 +195,13 @@ def factors(denominators, shares, kinds: Sequence[str], totals=None):
 class Weighing:
     """What is called for the compiled losses of a micro-batch, in their place.
 
-    It takes them one after the other, and returns a function for each. Afterwards
-    `denominator` is that of a loss that is `DIVIDED_LAST`, else 0.
+    It takes a loss, and returns a function. Afterwards `denominator` is that of a loss
+    that is `DIVIDED_LAST`, else 0.
 
     Args:
-        kinds: The `kind` of each loss.
-        factors: The micro-batch's factor of each loss.
+        kinds: The `kind` of each call of a loss: a model's own `compute_loss` may make
+            several of one, or none.
+        factors: The micro-batch's factor of each.
     """
 
     def __init__(self, kinds: Sequence[str], factors: Sequence):
@@ -190,9 +209,8 @@ class Weighing:
         self.denominator: Any = 0.0
 
     def __call__(self, loss: keras.losses.Loss) -> Callable:
-        kind, factor = next(self._waiting)
-
         def value(y_true, y_pred, sample_weight=None):
+            kind, factor = self._next()
             given = y_true, y_pred, sample_weight
             if kind == BY_EXAMPLES:
                 value = loss(*given)
@@ -204,6 +222,15 @@ class Weighing:
             return value * ops.cast(factor, value.dtype)
 
         return value
+
+    def _next(self):
+        try:
+            return next(self._waiting)
+        except StopIteration:
+            raise ValueError(
+                "A model's own `compute_loss` must call its compiled losses as often "
+                "in every micro-batch, with or without values. Received: one call more"
+            ) from None
 
 
 def correction(expected: Any, found: Any) -> Any:
@@ -217,9 +244,9 @@ def correction(expected: Any, found: Any) -> Any:
 
 
 def measure(model, data, y_pred, stand_in=Denominator) -> list[Denominator]:
-    """The denominators of a piece's compiled losses."""
-    _, y, sample_weight = trainer.unpack(model, data)
-    return trainer.standing_in(model, stand_in, y, y_pred, sample_weight)
+    """The denominators of the compiled losses, one for each call in a piece."""
+    x, y, sample_weight = trainer.unpack(model, data)
+    return trainer.standing_in(model, stand_in, (x, y, y_pred, sample_weight))
 
 
 @dataclass
@@ -287,7 +314,7 @@ def inspect(
 
     def run(data):
         x, y, sample_weight = trainer.unpack(model, data)
-        with scope(collect_losses=True) as inside:
+        with scope(collect_losses=True):
             y_pred = trainer.forward(model, x, training)
             additional = list(model.losses)
             # Losses with axes are summed, by Keras or by TensorFlow.
@@ -300,9 +327,9 @@ def inspect(
             found.alone = (
                 training and not additional and trainer.compiled_loss_is_all(model)
             )
-            if trainer.may_average_numbers(model):
+            if trainer.may_average_numbers(model, y_pred):
                 found.need_shares |= not training or trainer.averages_numbers(
-                    model, (x, y, y_pred, sample_weight), additional, inside
+                    model, (x, y, y_pred, sample_weight), additional
                 )
         return ops.zeros(())
 

@@ -112,6 +112,15 @@ class Notices:
         loss = denominator.loss
         if not self.accumulation.warn or is_known(loss):
             return
+        if denominator.hides_weights:
+            self.warn(
+                model,
+                f"has the loss `{name_of(loss)}`, whose class overrides `__call__`: "
+                "what it divides by where there are masks or sample weights is not "
+                "known, and micro-batches weigh by their examples. Override `call` "
+                "instead.",
+            )
+            return
         y_true, y_pred = denominator.arguments
         found = couples(loss, y_true, y_pred, scope)
         if found:

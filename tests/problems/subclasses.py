@@ -7,9 +7,11 @@ from .data import (
     CLASSES,
     FEATURES,
     STEPS,
+    TOKENS,
     each_size,
     normal,
     one_hot,
+    token_sequences,
     tokens,
     vectors,
     weighted,
@@ -208,3 +210,52 @@ add(
     },
 )
 add("metrics_counted_in_the_loss", written(CountedInTheLoss), vectors)
+
+
+class Shifted(keras.Model):
+    """Predicts the next token; its own `compute_loss` drops steps, and the mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = keras.layers.Embedding(TOKENS, 5, mask_zero=True)
+        self.head = keras.layers.Dense(2)
+
+    def call(self, x):
+        return self.head(self.embed(x))
+
+    def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
+        return super().compute_loss(
+            x, y[:, 1:], y_pred[:, :-1], sample_weight, training
+        )
+
+
+class WeighedInTheLoss(Shifted):
+    """Makes the weights of its loss itself."""
+
+    def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
+        weights = ops.cast(x % 3, "float32")
+        return keras.Model.compute_loss(self, x, y, y_pred, weights, training)
+
+
+class TwiceInTheLoss(Shifted):
+    """Calls the compiled loss for two parts, of different worth."""
+
+    def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
+        first = super().compute_loss(x, y, y_pred, None, training)
+        weights = ops.cast(x % 3, "float32")
+        whole = keras.Model.compute_loss(self, x, y, y_pred, weights, training)
+        return first + 0.5 * whole
+
+
+for _model in (Shifted, WeighedInTheLoss, TwiceInTheLoss):
+    for _reduction in ("sum_over_batch_size", "mean_with_sample_weight"):
+        add(
+            f"subclass_{_model.__name__}_{_reduction}",
+            written(_model, (1, STEPS)),
+            token_sequences,
+            arguments=lambda reduction=_reduction: {
+                "loss": keras.losses.MeanSquaredError(reduction=reduction)
+            },
+            keras2=None,  # whose `compute_loss` is called otherwise
+            optimizer_reduction=None,
+        )

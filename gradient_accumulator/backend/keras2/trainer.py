@@ -514,20 +514,23 @@ def _weighing_number(update_state):
     return update
 
 
-def may_average_numbers(model: Any) -> bool:
+def may_average_numbers(model: Any, y_pred: Any) -> bool:
     """Whether a metric may average numbers that are each of a whole micro-batch.
 
-    Those that Keras has classes for average a value of each example.
+    Those that Keras has classes for average a value of each example, if predictions
+    have an axis besides.
     """
+    flat = any(len(each.shape) < 2 for each in tf.nest.flatten(y_pred))
     return any(
-        type(metric) is _Wrapper
+        flat
+        or type(metric) is _Wrapper
         or not isinstance(metric, _Wrapper)
         or not is_keras_own(type(metric))
         for metric in _means(model)
     )
 
 
-def averages_numbers(model: Any, piece: tuple, additional: list, scope: Any) -> bool:
+def averages_numbers(model: Any, piece: tuple, additional: list) -> bool:
     """Whether some do, learnt from a trace that never runs."""
     seen: list = []
     token = _numbers_seen.set(seen)
@@ -699,22 +702,44 @@ def replaced_losses(model: Any, replace: Callable) -> Iterator[None]:
         yield
 
 
-def standing_in(model: Any, stand_in: Callable, y, y_pred, sample_weight):
-    """Call the compiled losses with stand-ins for them; returns the stand-ins.
+def standing_in(model: Any, stand_in: Callable, piece: tuple) -> list:
+    """Call the compiled losses with stand-ins; returns them, one for each call.
 
-    Keras takes outputs, targets and weights apart for each loss; nothing is recorded.
+    Keras takes outputs, targets and weights apart for each loss, and a model's own
+    `compute_loss` may give it others than it got. Nothing is recorded.
     """
     made: list = []
 
     def replace(loss):
-        made.append(stand_in(loss))
-        return made[-1]
+        def call(*args, **kwargs):
+            made.append(stand_in(loss))
+            return made[-1](*args, **kwargs)
 
+        return call
+
+    x, y, y_pred, sample_weight = piece
     with ExitStack() as stack:
         for metric in model.compiled_loss.metrics:
             stack.enter_context(
                 with_attribute(metric, "update_state", lambda *_, **__: None)
             )
         stack.enter_context(replaced_losses(model, replace))
-        model.compiled_loss(*_of_loss(model, y, y_pred, sample_weight))
+        if is_keras_own(model.compute_loss) or hugging_face.is_one(model):
+            model.compiled_loss(*_of_loss(model, y, y_pred, sample_weight))
+        else:
+            with _metrics_kept(model), weighing_numbers(model, 1.0):
+                model.compute_loss(x, y, y_pred, sample_weight)
     return made
+
+
+@contextmanager
+def _metrics_kept(model):
+    """Around what updates metrics where it is run, not traced: they stay as is."""
+    if not tf.executing_eagerly():
+        yield
+        return
+    variables = metrics_variables(model)
+    before = [variable.read_value() for variable in variables]
+    yield
+    for variable, value in zip(variables, before):
+        variable.assign(value)

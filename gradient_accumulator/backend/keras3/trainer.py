@@ -31,6 +31,7 @@ FUNCTIONAL_NAME = Functional.__name__
 
 StatelessScope: Any = backend.StatelessScope
 in_stateless_scope = backend.in_stateless_scope
+get_stateless_scope: Any = backend.get_stateless_scope
 compute_output_spec: Any = backend.compute_output_spec
 get_mask = backend.get_keras_mask
 set_mask = backend.set_keras_mask
@@ -381,6 +382,13 @@ def _like(loss: keras.losses.Loss, **attributes: Any) -> keras.losses.Loss:
     """A loss with other attributes. The loss itself may be in use elsewhere."""
     other = object.__new__(type(loss))
     other.__dict__.update(loss.__dict__, **attributes)
+    for name, value in attributes.items():
+        if getattr(other, name) is not value:
+            raise ValueError(
+                f"A loss whose class defines `{name}` otherwise than Keras's cannot be "
+                "taken apart: make it an attribute, which its constructor hands to "
+                f"`super().__init__`. Received: loss={loss}"
+            )
     return other
 
 
@@ -503,34 +511,32 @@ def weighing_numbers(model: keras.Model, weight: Any) -> Iterator[None]:
         _number_weight.reset(token)
 
 
-def may_average_numbers(model: keras.Model) -> bool:
+def may_average_numbers(model: keras.Model, y_pred: Any) -> bool:
     """Whether a metric may average numbers that are each of a whole micro-batch.
 
-    Those that Keras has classes for average a value of each example.
+    Those that Keras has classes for average a value of each example, if predictions
+    have an axis besides.
     """
     wrapper = keras.metrics.MeanMetricWrapper
+    flat = any(len(each.shape) < 2 for each in keras.tree.flatten(y_pred))
     return any(
-        type(metric) is wrapper
+        flat
+        or type(metric) is wrapper
         or not isinstance(metric, wrapper)
         or not is_keras_own(type(metric))
         for metric in _means(model)
     )
 
 
-def averages_numbers(
-    model: keras.Model, piece: tuple, additional: list, scope: Any
-) -> bool:
-    """Whether some do, learnt from a call without effects.
+def averages_numbers(model: keras.Model, piece: tuple, additional: list) -> bool:
+    """Whether some do, learnt from a call in a stateless scope.
 
     Args:
         model: A compiled model.
         piece: Inputs, targets, predictions and sample weights of a micro-batch.
         additional: As for `compute_loss`.
-        scope: The stateless scope that this is called in.
     """
-    for variable in model.metrics_variables:
-        # During `fit` on JAX they have none.
-        scope.add_update((variable, keras.ops.zeros(variable.shape, variable.dtype)))
+    zero_metrics(model)
     seen: list = []
     token = _numbers_seen.set(seen)
     try:
@@ -706,22 +712,45 @@ def replaced_losses(model: keras.Model, replace: Callable) -> Iterator[None]:
         compiled._flat_losses = original
 
 
-def standing_in(model: keras.Model, stand_in: Callable, y, y_pred, sample_weight):
-    """Call the compiled losses with stand-ins for them; returns the stand-ins.
+def standing_in(model: keras.Model, stand_in: Callable, piece: tuple) -> list:
+    """Call the compiled losses with stand-ins; returns them, one for each call.
 
-    Keras takes outputs, targets and weights apart for each loss; nothing is recorded.
+    Keras takes outputs, targets and weights apart for each loss, and a model's own
+    `compute_loss` may give it others than it got. Call it in a stateless scope.
+
+    Args:
+        model: A compiled model.
+        stand_in: Makes what is called in the place of a loss.
+        piece: Inputs, targets, predictions and sample weights of a micro-batch.
     """
     made: list = []
 
     def replace(loss):
-        made.append(stand_in(loss))
-        return made[-1]
+        def call(*args, **kwargs):
+            made.append(stand_in(loss))
+            return made[-1](*args, **kwargs)
 
+        return call
+
+    x, y, y_pred, sample_weight = piece
     with ExitStack() as stack:
         for metric in model._compile_loss.metrics:
             stack.enter_context(
                 with_attribute(metric, "update_state", lambda *_, **__: None)
             )
         stack.enter_context(replaced_losses(model, replace))
-        model._compile_loss(y, y_pred, sample_weight)
+        if is_keras_own(model.compute_loss):
+            model._compile_loss(y, y_pred, sample_weight)
+        else:
+            zero_metrics(model)
+            model._compute_loss(
+                x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
+            )
     return made
+
+
+def zero_metrics(model: keras.Model) -> None:
+    """Give metrics values in a stateless scope: during `fit` on JAX they have none."""
+    scope = get_stateless_scope()
+    for variable in model.metrics_variables:
+        scope.add_update((variable, keras.ops.zeros(variable.shape, variable.dtype)))

@@ -76,7 +76,7 @@ def make_train_function(
         )
         try:
             with replicas.together(False):
-                return update(pieces)
+                return update(pieces, epoch.fitting and epoch.updates == 1)
         except BaseException:
             # The pieces before the failing one moved it.
             assign(before)

@@ -19,7 +19,7 @@ from gradient_accumulator.pieces import map_leaves
 
 
 def make_update(model, accumulation):
-    """A function of one update's pieces."""
+    """A function of one update's pieces, and whether a call of `fit` begins."""
     forward = partial(trainer.forward, model, training=True)
     if model.jit_compile and not model.run_eagerly:
         forward = torch.compile(forward)
@@ -38,7 +38,9 @@ def make_update(model, accumulation):
         totals=totals,
     )
 
-    def update(pieces):
+    def update(pieces, begins):
+        if begins:  # a loss may be another than in the `fit` before
+            weighed.inspected.clear()
         variables = model.trainable_variables
         clear_gradients(variables)
         sums = [
