@@ -40,7 +40,7 @@ KERAS2_OLDEST_READY := $(VENV)-keras2-oldest/.ready
 .PHONY: $(BACKENDS:%=test-%) $(BACKENDS:%=test-all-%) $(BACKENDS:%=test-oldest-%)
 
 help:
-	@echo "make demo            a 3D U-Net on a real brain, whole and in pieces"
+	@echo "make demo            a real brain and sentences: the batch, and micro-batches"
 	@echo "make demo BACKEND=jax    the same on JAX (or torch)"
 	@echo "make test            the core of the tests on TensorFlow, JAX and PyTorch"
 	@echo "make test-jax        the core on JAX (or -tensorflow, -torch)"

@@ -48,12 +48,15 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
-        help="train a 3D U-Net on a real brain: full batch, in pieces, Keras's own",
+        help="train on a real brain and on sentences: the batch and micro-batches",
         description=(
             "Trains a small 3D U-Net to find grey and white matter in the MNI152 T1 "
-            "brain that the nilearn package ships, three times from the same weights: "
-            "on the full batch, on the same batch in pieces, and with Keras's own "
-            "gradient accumulation. Prints a table and writes a picture."
+            "brain that the nilearn package ships, and a small transformer on made-up "
+            "sentences of many lengths with a learning-rate schedule. Each is trained "
+            "from the same weights on the batch, on the batch in micro-batches, with "
+            "Keras's own gradient accumulation, and on the batch in another order, "
+            "which shows how far rounding leads. Prints tables and writes a picture of "
+            "how far the weights are from those of the batch."
         ),
     )
     demo.set_defaults(parser=demo)
@@ -72,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--epochs",
         type=_positive,
-        help="times through the data (6; 2 with --size small or not on TensorFlow)",
+        help="times through the brain (6; 2 with --size small or not on TensorFlow)",
     )
     demo.add_argument(
         "--output",
@@ -90,10 +93,11 @@ def demo(options: argparse.Namespace) -> int:
         return 1
     # Before what takes seconds to import.
     print(
-        f"A 3D U-Net learns tissue from a brain, on {options.backend} ({options.size} "
-        "size), three times from the same weights.",
+        "A 3D U-Net learns tissue from a brain, and a transformer sentences, on "
+        f"{options.backend} ({options.size} size), four times from the same weights.",
         flush=True,
     )
+    from gradient_accumulator.demo import sentences
     from gradient_accumulator.demo.data import SIZES
     from gradient_accumulator.demo.run import run_demo
 
@@ -101,7 +105,13 @@ def demo(options: argparse.Namespace) -> int:
     epochs = size.epochs
     if options.backend != "tensorflow":
         epochs = min(epochs, 2)  # their 3D convolutions take long on a CPU
-    run_demo(options.backend, size, options.epochs or epochs, options.output)
+    run_demo(
+        options.backend,
+        size,
+        sentences.SIZES[options.size],
+        options.epochs or epochs,
+        options.output,
+    )
     return 0
 
 

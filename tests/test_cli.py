@@ -23,7 +23,10 @@ pytestmark = [
     ),
 ]
 SECONDS = 120  # that a process may take
-FIRST_LINE = "A 3D U-Net learns tissue from a brain, on {} (small size), "
+FIRST_LINE = (
+    "A 3D U-Net learns tissue from a brain, and a transformer sentences, on {} (small "
+    "size), "
+)
 # As the installed script does it. The command tells by its name that it may not import
 # Keras. Pretended are packages that are there and that are not.
 COMMAND = """

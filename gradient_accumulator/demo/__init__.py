@@ -1,1 +1,1 @@
-"""The demonstration: a 3D U-Net trained on a real brain, whole and in pieces."""
+"""The demonstration: on a real brain and on sentences, the batch and micro-batches."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,14 @@ class Size:
     batch_size: int  # patches that one update is computed from
     microbatch_size: int  # patches on the device at one time
     epochs: int
+
+
+class Settings(NamedTuple):
+    """How a model is trained."""
+
+    epochs: int
+    batch_size: int
+    microbatch_size: int
 
 
 SIZES = {
@@ -106,7 +114,7 @@ def draw_patches(
     """Draws cubes that lie in `region` and hold some brain.
 
     The weights leave out what is not brain. Each patch has another share of it, so
-    equally large pieces of a batch do not weigh the same.
+    micro-batches of as many patches do not weigh the same.
     """
     patches: list[Region] = []
     while len(patches) < count:

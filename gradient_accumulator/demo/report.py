@@ -1,13 +1,13 @@
-"""What the demonstration shows: a table, a sentence and a picture."""
+"""What the demonstration shows: tables, a few sentences and a picture."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from rich.console import Console
 from rich.table import Table
 
 from gradient_accumulator.demo.data import (
@@ -18,6 +18,8 @@ from gradient_accumulator.demo.data import (
     Arrays,
     Brain,
     Region,
+    Settings,
+    Size,
 )
 
 matplotlib.use("Agg")  # no window: the picture goes to a file
@@ -26,146 +28,300 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 
-# Full batch, in pieces, Keras's own; readable without telling red from green.
-COLOURS = ("#9ecae1", "#08519c", "#e6550d")
+Results = dict[str, Arrays]  # by run: batch, microbatches, keras, reordered
+
+TITLES = {
+    "batch": "Batch",
+    "microbatches": "Micro-batches",
+    "keras": "Keras's own",
+    "reordered": "Batch, reordered",
+}
+# Okabe and Ito's, which do not need telling red from green.
+COLOURS = {
+    "batch": "#000000",
+    "microbatches": "#0072B2",
+    "keras": "#D55E00",
+    "reordered": "#767676",
+}
 TISSUE = ListedColormap(["#000000", "#8c8c8c", "#f5f5f5"])
-TRAINED, VALIDATED = "#00b894", "#e84393"
+TRAINED, VALIDATED = "#009E73", "#CC79A7"
+SIZES_OF_TEXT = {
+    "font.size": 13,
+    "axes.titlesize": 15,
+    "axes.labelsize": 13,
+    "figure.titlesize": 18,
+}
+LEAST = 1e-6  # percent: what is closer is drawn here, for 0 has no logarithm
 
-Results = dict[str, Arrays]  # by title: the full batch, in pieces, Keras's own
+
+def print_to(
+    out: Console, results: dict[str, Results], settings: dict[str, Settings]
+) -> None:
+    """Prints a table for each model, and what it says."""
+    brain, text = results["brain"], results["sentences"]
+    out.print(table("Brain, 3D U-Net", brain, "Dice", with_memory=True))
+    out.print(table("Sentences, transformer", text, "loss", with_memory=False))
+    out.print(summary(results), highlight=False)
+    out.print(memory(brain, settings["brain"]), highlight=False)
 
 
-def table(results: Results) -> Table:
-    """The measurements, a row for each run."""
-    table = Table()
+def table(title: str, results: Results, score: str, with_memory: bool) -> Table:
+    """The measurements of a model, a row for each run."""
+    table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
-    for header in (
-        "largest weight\ndifference",
-        "of the\nmove",
-        "validation\nDice",
-        "peak\nmemory",
-        "time per\nupdate",
-    ):
+    headers = ["distance from\nthe batch's weights", f"validation\n{score}"]
+    if with_memory:
+        headers.append("peak\nmemory")
+    for header in (*headers, "time per\nupdate"):
         table.add_column(header, justify="right")
-    for title, result in results.items():
-        is_reference = result is _full(results)
-        table.add_row(
-            title,
-            "-" if is_reference else f"{difference(results, title):.1e}",
-            "-" if is_reference else f"{share_of_move(results, title):.2g} %",
-            f"{float(result['val_dice']):.4f}",
-            f"{float(result['peak']):.0f} MB",
-            f"{float(result['seconds']):.2f} s",
-        )
+    for run, result in results.items():
+        cells = [
+            "-" if run == "batch" else f"{distance(results, run)[-1]:.2g} %",
+            f"{float(result['val_score']):.4f}",
+        ]
+        if with_memory:
+            cells.append(f"{float(result['peak']):.0f} MB")
+        table.add_row(TITLES[run], *cells, f"{float(result['seconds']):.2f} s")
     return table
 
 
-def summary(results: Results) -> str:
-    """What the table says, in a sentence for each way to accumulate."""
-    _, pieces, keras_own = results
+def summary(results: dict[str, Results]) -> str:
+    """What the tables say, in a sentence for each way to accumulate."""
+    ours, keras_own, rounding = (
+        " and ".join(f"{distance(each, run)[-1]:.2g} %" for each in results.values())
+        for run in ("microbatches", "keras", "reordered")
+    )
     return (
-        f"{pieces}: the full batch's weights, to "
-        f"{share_of_move(results, pieces):.2g} % "
-        "of how far they moved.\n"
-        f"{keras_own}: {share_of_move(results, keras_own):.2g} % away, for each piece "
-        "counts the same, however few brain voxels it holds."
+        "Distance: the norm of the difference, in percent of how far the batch's "
+        "weights moved.\n"
+        f"Micro-batches end {ours} from the batch; its own examples in another order, "
+        f"which is rounding, {rounding}.\n"
+        f"Keras's own ends {keras_own} away: each micro-batch counts the same, however "
+        "few voxels or words it has, and the schedule counts micro-batches."
     )
 
 
-def difference(results: Results, title: str) -> float:
-    """The largest difference of any weight from the full batch's."""
-    return float(np.abs(results[title]["weights"] - _full(results)["weights"]).max())
-
-
-def share_of_move(results: Results, title: str) -> float:
-    """The same, in percent of the largest way that a weight went in training."""
-    return 100 * difference(results, title) / float(_full(results)["moved"])
-
-
-def draw(brain: Brain, results: Results, output: Path) -> None:
-    """Writes the picture: losses, differences and memory, and a slice of the brain."""
-    figure, axes = plt.subplots(2, 3, figsize=(12.5, 8.4), layout="constrained")
-    _draw_losses(axes[0, 0], results)
-    _draw_differences(axes[0, 1], results)
-    _draw_memory(axes[0, 2], results)
-    _draw_slice(axes[1], brain, list(results.values())[1]["prediction"])
-    figure.savefig(output, dpi=130)
-    plt.close(figure)
-
-
-def _draw_losses(axes: Axes, results: Results) -> None:
-    styles: tuple[dict[str, Any], ...] = (
-        {"linewidth": 6, "solid_capstyle": "round"},  # shows under the thin one
-        {"linewidth": 1.8, "zorder": 4},
-        {"linewidth": 1.8},
+def memory(results: Results, settings: Settings) -> str:
+    """What the peak memory of the brain's training consists of."""
+    weights = float(results["batch"]["bytes_of_weights"]) / 1e6
+    shares = {run: consists_of(results, run) for run in ("batch", "microbatches")}
+    outputs, rest = (
+        [share[part] for share in shares.values()] for part in ("outputs", "rest")
     )
-    for (title, result), colour, style in zip(results.items(), COLOURS, styles):
-        epochs = np.arange(1, len(result["loss"]) + 1)
-        axes.plot(epochs, result["loss"], color=colour, label=title, **style)
-        style = {**style, "linestyle": (0, (1, 2)), "dash_capstyle": "round"}
-        axes.plot(epochs, result["val_loss"], color=colour, **style)
-    axes.plot([], [], color="black", linewidth=1.8, label="training")
-    axes.plot([], [], color="black", linewidth=1.8, linestyle=":", label="validation")
-    axes.set(title="Loss", xlabel="epoch", xticks=epochs)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    return (
+        f"Memory is what training adds to libraries, data and weights ({weights:.1f} "
+        f"MB): gradients and optimizer, {shares['batch']['state']:.1f} MB (with their "
+        f"sum {shares['microbatches']['state']:.1f}), the layers' outputs, "
+        f"{outputs[0]:.0f} MB for {settings.batch_size} patches and {outputs[1]:.0f} "
+        f"for {settings.microbatch_size}, and the rest, {rest[0]:.0f} and "
+        f"{rest[1]:.0f} MB: other activations, their gradients, and what the backend "
+        "takes when it first computes, however small the batch."
+    )
 
 
-def _draw_differences(axes: Axes, results: Results) -> None:
-    titles = list(results)[1:]
-    shares = [share_of_move(results, title) for title in titles]
-    bars = axes.bar(titles, np.maximum(shares, 1e-6), color=COLOURS[1:], width=0.6)
-    axes.bar_label(bars, [f"{share:.2g} %" for share in shares], padding=3)
-    axes.set(title="Weight difference from the full batch", yscale="log")
-    axes.set(ylim=(1e-4, 1e3), ylabel="% of the largest move in training")
+def consists_of(results: Results, run: str) -> dict[str, float]:
+    """The peak in MB, in parts; all but the rest are counted from shapes."""
+    result = results[run]
+    # Gradients and Adam's two moments; accumulating adds a sum of gradients.
+    copies = 3 if run == "batch" else 4
+    peak = float(result["peak"])
+    state = min(copies * float(result["bytes_of_weights"]) / 1e6, peak)
+    # A compiler may keep less than all of them.
+    outputs = min(float(result["bytes_of_outputs"]) / 1e6, peak - state)
+    return {"state": state, "outputs": outputs, "rest": peak - state - outputs}
+
+
+def distance(results: Results, run: str) -> np.ndarray:
+    """From the batch's weights after each update, in percent of how far they moved."""
+    batch: np.ndarray = results["batch"]["weights"].astype("float64")
+    apart = np.linalg.norm(results[run]["weights"] - batch, axis=1)
+    return 100 * apart[1:] / np.linalg.norm(batch[1:] - batch[0], axis=1)
+
+
+def draw(
+    backend: str,
+    brain: Brain,
+    size: Size,
+    results: dict[str, Results],
+    settings: dict[str, Settings],
+    output: Path,
+) -> None:
+    """Writes the picture: distances, memory, a slice, learning rates."""
+    with plt.rc_context(SIZES_OF_TEXT):
+        figure = plt.figure(figsize=(15, 10.5), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+        figure.suptitle(
+            "How far the weights are from those of training on the batch"
+            f"  ({_named(backend)})"
+        )
+        top, bottom = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+        panels = top.subplots(1, 2, sharey=True)
+        for axes, name, title in zip(
+            panels,
+            results,
+            (
+                f"3D U-Net, brain patches of {size.edge}³ voxels, Adam",
+                "Transformer, sentences of many lengths, Adam with a schedule",
+            ),
+        ):
+            of = "patches" if name == "brain" else "sentences"
+            _draw_distances(axes, results[name])
+            axes.set_title(f"{title}\n{_described(settings[name], of)}")
+        panels[0].set_ylabel("% of how far the batch's weights moved")
+        memory, truth, prediction, rate = bottom.subplots(
+            1, 4, width_ratios=(1.35, 0.8, 0.8, 1.5)
+        )
+        _draw_memory(memory, results["brain"])
+        slab = results["brain"]["microbatches"]["prediction"]
+        _draw_slices((truth, prediction), brain, slab)
+        _draw_rates(rate, results["sentences"])
+        figure.savefig(output, dpi=110)
+        plt.close(figure)
+
+
+def _named(backend: str) -> str:
+    return {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}[backend]
+
+
+def _described(settings: Settings, of: str) -> str:
+    epochs, batch, microbatch = settings
+    return (
+        f"{batch} {of} an update, micro-batches of {microbatch}, {epochs} "
+        f"epoch{'s' * (epochs > 1)}"
+    )
+
+
+def _draw_distances(axes: Axes, results: Results) -> None:
+    styles: dict[str, dict[str, Any]] = {
+        "keras": {"linewidth": 3},
+        "microbatches": {"linewidth": 3},
+        "reordered": {"linewidth": 2, "linestyle": (0, (3, 2))},
+    }
+    labels = {
+        "keras": "Keras's own\naccumulation",
+        "microbatches": "micro-batches\n(this package)",
+        "reordered": "rounding: batch\nin another order",
+    }
+    ends = {}
+    for run, style in styles.items():
+        distances = np.maximum(distance(results, run), LEAST)
+        updates = np.arange(1, len(distances) + 1)
+        marker = "o" if len(distances) <= 12 else None
+        axes.plot(updates, distances, color=COLOURS[run], marker=marker, **style)
+        ends[run] = distances[-1]
+    axes.set(yscale="log", ylim=(LEAST, 3e3), xlabel="update")
+    count = len(results["batch"]["learning_rate"])
+    axes.set_xlim(1 - 0.02 * count, count)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_tick_params(labelleft=True)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e5e5e5")
+    for run, height in _apart(ends).items():
+        axes.annotate(
+            f"{labels[run]}\n{distance(results, run)[-1]:.2g} %",
+            (1.015, height),
+            xycoords=axes.get_yaxis_transform(),
+            color=COLOURS[run],
+            weight="bold",
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def _apart(heights: dict[str, float], factor: float = 30) -> dict[str, float]:
+    """Heights on a log scale for labels that do not touch: the lowest go down."""
+    placed: dict[str, float] = {}
+    for run, height in sorted(heights.items(), key=lambda item: -item[1]):
+        above = min(placed.values(), default=np.inf)
+        placed[run] = min(height, above / factor)
+    return placed
 
 
 def _draw_memory(axes: Axes, results: Results) -> None:
-    peaks = [float(result["peak"]) for result in results.values()]
-    bars = axes.bar(list(results), peaks, color=COLOURS, width=0.6)
-    axes.bar_label(bars, [f"{peak:.0f}" for peak in peaks], padding=3)
-    axes.set(title="Peak memory of training", ylabel="MB")
-    axes.margins(y=0.12)
+    runs = ("keras", "microbatches", "batch")  # from below
+    parts = {
+        "state": ("gradients and optimizer", "#000000"),
+        "outputs": ("layers' outputs", "#56B4E9"),
+        "rest": ("rest", "#d0d0d0"),
+    }
+    shares = [consists_of(results, run) for run in runs]
+    left = np.zeros(len(runs))
+    for part, (label, colour) in parts.items():
+        widths = np.array([share[part] for share in shares])
+        axes.barh(range(3), widths, left=left, color=colour, height=0.6, label=label)
+        left += widths
+    for y, run in enumerate(runs):
+        axes.text(float(left[y]), y, f" {float(results[run]['peak']):.0f}", va="center")
+    axes.set_yticks(range(3), [TITLES[run].replace(" ", "\n") for run in runs])
+    axes.set(title="Peak memory of the brain's training", xlabel="MB")
+    axes.set_xlim(0, 1.15 * left.max())
+    axes.set_ylim(-0.5, 3.9)  # the legend is above the bars
+    axes.legend(frameon=False, loc="upper right", fontsize=11.5, borderaxespad=0)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_slice(row: Sequence[Axes], brain: Brain, prediction: np.ndarray) -> None:
+def _draw_rates(axes: Axes, results: Results) -> None:
+    for run, width in (("batch", 7), ("microbatches", 2.5), ("keras", 2.5)):
+        rates = results[run]["learning_rate"]
+        colour = "#b5b5b5" if run == "batch" else COLOURS[run]
+        axes.plot(np.arange(1, len(rates) + 1), rates, color=colour, linewidth=width)
+    batch, keras_own = (results[run]["learning_rate"] for run in ("batch", "keras"))
+    highest = int(np.argmax(batch))
+    axes.annotate(
+        "batch (grey),\nmicro-batches",
+        (highest + 1 + 0.25 * len(batch), batch.max()),
+        color=COLOURS["microbatches"],
+        weight="bold",
+        va="top",
+    )
+    axes.annotate(
+        "Keras's own",
+        (len(batch), keras_own[-1]),
+        xytext=(0, -7),
+        textcoords="offset points",
+        color=COLOURS["keras"],
+        weight="bold",
+        ha="right",
+        va="top",
+    )
+    axes.set(title="Learning rate for the sentences", xlabel="update")
+    axes.set_ylim(bottom=-0.12 * batch.max())
+    axes.set_yticks([0, 0.005, 0.01])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_slices(row: tuple[Axes, Axes], brain: Brain, prediction: np.ndarray) -> None:
     middle = prediction.shape[2] // 2
     mask = brain.mask[SLAB][:, :, middle]
-    # Tissue is not judged outside the brain.
-    pictures = {
-        "T1 image": np.where(mask, brain.image[SLAB][:, :, middle], brain.image.min()),
+    pictures = {  # tissue is not judged outside the brain
         "Truth": brain.labels[SLAB][:, :, middle] * mask,
-        "Prediction, trained in pieces": prediction[:, :, middle] * mask,
+        "Prediction": prediction[:, :, middle] * mask,
     }
     for axes, (title, pixels) in zip(row, pictures.items()):
-        colours = "gray" if axes is row[0] else TISSUE
-        axes.imshow(pixels.T, cmap=colours, origin="lower", interpolation="none")
+        axes.imshow(pixels.T, cmap=TISSUE, origin="lower", interpolation="none")
         axes.set_title(title)
         axes.set_axis_off()
         _outline(axes, TRAINING, TRAINED)
         _outline(axes, VALIDATION, VALIDATED)
-    row[0].legend(
-        handles=[
-            Patch(fill=False, edgecolor=TRAINED, label="trains"),
-            Patch(fill=False, edgecolor=VALIDATED, label="validates"),
-        ],
-        loc="lower center",
-        bbox_to_anchor=(0.5, -0.09),
-        ncols=2,
-        frameon=False,
-    )
-    row[2].legend(
-        handles=[
+    edges = {"trains": TRAINED, "validates": VALIDATED}
+    legends = [
+        [Patch(fill=False, edgecolor=edges[of], lw=2, label=of) for of in edges],
+        [
             Patch(facecolor=TISSUE(k), edgecolor="black", label=CLASSES[k])
             for k in (1, 2)
         ],
-        loc="lower center",
-        bbox_to_anchor=(0.5, -0.09),
-        ncols=2,
-        frameon=False,
-    )
+    ]
+    for axes, handles in zip(row, legends):
+        axes.legend(
+            handles=handles,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.01),
+            frameon=False,
+            fontsize=11.5,
+        )
 
 
 def _outline(axes: Axes, region: Region, colour: str) -> None:
@@ -175,7 +331,3 @@ def _outline(axes: Axes, region: Region, colour: str) -> None:
     axes.add_patch(
         Rectangle((x - 0.5, y - 0.5), width, height, fill=False, edgecolor=colour, lw=2)
     )
-
-
-def _full(results: Results) -> Arrays:
-    return next(iter(results.values()))

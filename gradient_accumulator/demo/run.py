@@ -1,4 +1,4 @@
-"""The demonstration from beginning to end: data, three training runs, report."""
+"""The demonstration from beginning to end: data, training four ways, report."""
 
 from __future__ import annotations
 
@@ -10,14 +10,23 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gradient_accumulator.demo import report
-from gradient_accumulator.demo.data import Arrays, Size, load, load_brain, prepare, save
+from gradient_accumulator.demo import report, sentences
+from gradient_accumulator.demo.data import (
+    Arrays,
+    Settings,
+    Size,
+    load,
+    load_brain,
+    prepare,
+    save,
+)
 
 # Each run by the name that train.py knows it by, in the order of the report.
 RUNS = {
-    "full": "Full batch",
-    "pieces": "In pieces",
+    "batch": "Batch",
+    "microbatches": "Micro-batches",
     "keras": "Keras's own",
+    "reordered": "Rounding",
 }
 
 
@@ -27,28 +36,36 @@ def console() -> Console:
     return Console(color_system=None if os.environ.get("NO_COLOR") else "auto")
 
 
-def run_demo(backend: str, size: Size, epochs: int, output: Path) -> None:
-    """Trains the three ways, prints the table and writes the picture."""
+def run_demo(
+    backend: str, size: Size, text: sentences.Size, epochs: int, output: Path
+) -> None:
+    """Trains the four ways, prints the tables and writes the picture."""
     brain = load_brain()
-    results = {}
+    settings = {
+        "brain": Settings(epochs, size.batch_size, size.microbatch_size),
+        "sentences": Settings(text.epochs, text.batch_size, text.microbatch_size),
+    }
+    results: dict[str, dict[str, Arrays]] = {name: {} for name in settings}
     out = console()
     with tempfile.TemporaryDirectory(prefix="gradient-accumulator-") as name:
         folder = Path(name)
-        save(prepare(brain, size), folder / "data.npz")
+        save(prepare(brain, size), folder / "brain.npz")
+        save(sentences.prepare(text), folder / "sentences.npz")
         for run, title in RUNS.items():
             out.rule(f"[bold]{title}")
-            out.print(_how(run, size), style="dim", highlight=False)
-            results[title] = train_in_process(run, folder, backend, size, epochs)
-    out.print(report.table(results))
-    out.print(report.summary(results), highlight=False)
-    report.draw(brain, results, output)
+            out.print(_how(run, settings), style="dim", highlight=False)
+            train_in_process(run, folder, backend, settings)
+            for name in settings:
+                results[name][run] = load(folder / f"{name}-{run}.npz")
+    report.print_to(out, results, settings)
+    report.draw(backend, brain, size, results, settings, output)
     out.print(f"Picture: {output}", soft_wrap=True, highlight=False)
 
 
 def train_in_process(
-    run: str, folder: Path, backend: str, size: Size, epochs: int
-) -> Arrays:
-    """Trains in a process of its own, which ends before this function does.
+    run: str, folder: Path, backend: str, settings: dict[str, Settings]
+) -> None:
+    """Trains each model in one process, which ends before this function does.
 
     Raises:
         RuntimeError: If the process fails; the message ends with what it said.
@@ -58,7 +75,7 @@ def train_in_process(
         process = subprocess.Popen(
             [sys.executable, "-m", "gradient_accumulator.demo.train"]
             + [str(folder), run]
-            + [str(n) for n in (epochs, size.batch_size, size.microbatch_size)],
+            + [str(part) for name in settings for part in (name, *settings[name])],
             env={
                 **os.environ,
                 "KERAS_BACKEND": backend,
@@ -86,15 +103,19 @@ def train_in_process(
                 [f"The training run {run!r} ended with exit status {code}:", *end]
             )
         )
-    return load(folder / f"{run}.npz")
 
 
-def _how(run: str, size: Size) -> str:
-    steps = size.batch_size // size.microbatch_size
-    return {
-        "full": f"{size.batch_size} patches at once",
-        "pieces": f"batches of {size.batch_size} patches, "
-        f"accumulate(model, microbatch_size={size.microbatch_size})",
-        "keras": f"batches of {size.microbatch_size} patches, "
-        f"gradient_accumulation_steps={steps}",
-    }[run]
+def _how(run: str, settings: dict[str, Settings]) -> str:
+    return "; ".join(
+        {
+            "batch": f"{batch} {of} at once",
+            "microbatches": f"batches of {batch} {of}, "
+            f"accumulate(model, microbatch_size={microbatch})",
+            "keras": f"batches of {microbatch} {of}, "
+            f"gradient_accumulation_steps={batch // microbatch}",
+            "reordered": f"{batch} {of} at once, in another order",
+        }[run]
+        for of, (_, batch, microbatch) in zip(
+            ("patches", "sentences"), settings.values()
+        )
+    )

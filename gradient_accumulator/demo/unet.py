@@ -1,4 +1,4 @@
-"""A small 3D U-Net and the metric that it is judged by."""
+"""A small 3D U-Net, how it is trained, and the metric that it is judged by."""
 
 from __future__ import annotations
 
@@ -35,6 +35,27 @@ def _convolve(x: keras.KerasTensor, filters: int) -> keras.KerasTensor:
             kernel_initializer="he_normal",
         )(x)
     return x
+
+
+def compiled_unet(steps: int | None, updates: int) -> keras.Model:
+    """Compiled to be trained with any number of updates.
+
+    Args:
+        steps: Keras's `gradient_accumulation_steps`.
+        updates: Their number.
+    """
+    model = build_unet()
+    model.compile(
+        # With Adam's usual epsilon, weights whose gradient is about 0 take full steps
+        # in a direction that rounding decides.
+        keras.optimizers.Adam(3e-3, epsilon=1e-4, gradient_accumulation_steps=steps),
+        # The mean over the brain's voxels, however many of them a patch holds.
+        loss=keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, reduction="mean_with_sample_weight"
+        ),
+        weighted_metrics=[Dice()],
+    )
+    return model
 
 
 class Dice(keras.metrics.Metric):
