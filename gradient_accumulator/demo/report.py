@@ -32,6 +32,7 @@ from matplotlib.ticker import MaxNLocator
 
 Results = dict[str, Arrays]  # by run: batch, microbatches, keras, reordered
 
+# Each run by the name that train.py knows it by, in the order in which they train.
 TITLES = {
     "batch": "Batch",
     "microbatches": "Micro-batches",
@@ -78,7 +79,7 @@ def table(title: str, results: Results, score: str, with_memory: bool) -> Table:
         table.add_column(header, justify="right")
     for run, result in results.items():
         cells = [
-            "-" if run == "batch" else f"{distance(results, run)[-1]:.2g} %",
+            "-" if run == "batch" else at_the_end(results, run),
             f"{float(result['val_score']):.4f}",
         ]
         if with_memory:
@@ -90,7 +91,7 @@ def table(title: str, results: Results, score: str, with_memory: bool) -> Table:
 def summary(results: dict[str, Results]) -> str:
     """What the tables say, in a sentence for each way to accumulate."""
     ours, keras_own, rounding = (
-        " and ".join(f"{distance(each, run)[-1]:.2g} %" for each in results.values())
+        " and ".join(at_the_end(each, run) for each in results.values())
         for run in ("microbatches", "keras", "reordered")
     )
     return (
@@ -99,7 +100,7 @@ def summary(results: dict[str, Results]) -> str:
         f"Micro-batches end {ours} from the batch; its own examples in another order, "
         f"which is rounding, {rounding}.\n"
         f"Keras's own ends {keras_own} away: each micro-batch counts the same, however "
-        "few voxels or words it has, and the schedule counts micro-batches."
+        "few voxels or words it has, and the sentences' schedule counts micro-batches."
     )
 
 
@@ -138,6 +139,12 @@ def distance(results: Results, run: str) -> np.ndarray:
     batch: np.ndarray = results["batch"]["weights"].astype("float64")
     apart = np.linalg.norm(results[run]["weights"] - batch, axis=1)
     return 100 * apart[1:] / np.linalg.norm(batch[1:] - batch[0], axis=1)
+
+
+def at_the_end(results: Results, run: str) -> str:
+    """The last distance, to two digits, without a power of ten."""
+    digits = float(f"{distance(results, run)[-1]:.2g}")
+    return f"{np.format_float_positional(digits, trim='-')} %"
 
 
 def draw(
@@ -220,7 +227,7 @@ def _draw_distances(axes: Axes, results: Results) -> None:
     axes.grid(axis="y", color="#e5e5e5")
     for run, height in _apart(ends).items():
         axes.annotate(
-            f"{labels[run]}\n{distance(results, run)[-1]:.2g} %",
+            f"{labels[run]}\n{at_the_end(results, run)}",
             (1.015, height),
             xycoords=axes.get_yaxis_transform(),
             color=COLOURS[run],
@@ -230,12 +237,16 @@ def _draw_distances(axes: Axes, results: Results) -> None:
         )
 
 
-def _apart(heights: dict[str, float], factor: float = 30) -> dict[str, float]:
-    """Heights on a log scale for labels that do not touch: the lowest go down."""
+def _apart(heights: dict[str, float], factor: float = 50) -> dict[str, float]:
+    """Heights on a log scale for labels that do not touch: two that would part."""
     placed: dict[str, float] = {}
     for run, height in sorted(heights.items(), key=lambda item: -item[1]):
-        above = min(placed.values(), default=np.inf)
-        placed[run] = min(height, above / factor)
+        above = next(reversed(placed), None)
+        if above is not None and height > placed[above] / factor:
+            middle = np.sqrt(height * placed[above])
+            placed[above] = middle * np.sqrt(factor)
+            height = middle / np.sqrt(factor)
+        placed[run] = height
     return placed
 
 
@@ -244,7 +255,7 @@ def _draw_memory(axes: Axes, results: Results) -> None:
     parts = {
         "state": ("gradients and optimizer", "#000000"),
         "outputs": ("layers' outputs", "#56B4E9"),
-        "rest": ("rest", "#d0d0d0"),
+        "rest": ("rest: temporaries, backend", "#d0d0d0"),
     }
     shares = [consists_of(results, run) for run in runs]
     left = np.zeros(len(runs))

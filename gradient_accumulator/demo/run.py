@@ -21,14 +21,6 @@ from gradient_accumulator.demo.data import (
     save,
 )
 
-# Each run by the name that train.py knows it by, in the order of the report.
-RUNS = {
-    "batch": "Batch",
-    "microbatches": "Micro-batches",
-    "keras": "Keras's own",
-    "reordered": "Rounding",
-}
-
 
 def console() -> Console:
     """Where it prints; without escape codes if the user wants none (no-color.org)."""
@@ -51,7 +43,7 @@ def run_demo(
         folder = Path(name)
         save(prepare(brain, size), folder / "brain.npz")
         save(sentences.prepare(text), folder / "sentences.npz")
-        for run, title in RUNS.items():
+        for run, title in report.TITLES.items():
             out.rule(f"[bold]{title}")
             out.print(_how(run, settings), style="dim", highlight=False)
             train_in_process(run, folder, backend, settings)
