@@ -16,7 +16,7 @@ from gradient_accumulator import backend
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras, ops
 from gradient_accumulator.backend.statistics import in_reach, taken_back
-from gradient_accumulator.pieces import check_float_dtype, check_positive_int
+from gradient_accumulator.pieces import check_float_dtype
 from gradient_accumulator.received import check_of_backend, described
 
 REDUCTIONS = ("MEAN", "SUM")
@@ -496,9 +496,8 @@ def _names(variables) -> list[str]:
     return [getattr(v, "path", None) or v.name for v in variables]
 
 
-def check_settings(accum_steps: Any, reduction: Any, accum_dtype: Any) -> None:
+def check_settings(reduction: Any, accum_dtype: Any) -> None:
     """Raise unless they are arguments of `GradientAccumulateOptimizer`."""
-    check_positive_int("accum_steps", accum_steps)
     check_float_dtype(accum_dtype)
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, overload
 from gradient_accumulator import backend
 from gradient_accumulator.arguments import names_arguments
 from gradient_accumulator.backend.api import keras
-from gradient_accumulator.pieces import check_float_dtype, check_positive_int
+from gradient_accumulator.pieces import check_float_dtype, positive_int
 from gradient_accumulator.received import described
 
 
@@ -314,7 +314,7 @@ def accumulated_value_and_grad(
             "Argument `loss_fn` must be a function. "
             f"Received: loss_fn={described(loss_fn)} (of type {type(loss_fn).__name__})"
         )
-    check_positive_int("microbatch_size", microbatch_size)
+    microbatch_size = positive_int("microbatch_size", microbatch_size)
     check_float_dtype(accum_dtype)
     if module is not None and keras.backend.backend() != "torch":
         raise ValueError(

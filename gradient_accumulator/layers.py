@@ -11,7 +11,7 @@ from typing import Any
 from gradient_accumulator import backend
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import KERAS_2, keras, ops
-from gradient_accumulator.pieces import check_positive_int
+from gradient_accumulator.pieces import positive_int
 from gradient_accumulator.received import described
 
 
@@ -124,7 +124,7 @@ class AccumBatchNormalization(trainer.Normalization):
         dmax: float = 10.0,
         **kwargs,
     ):
-        check_positive_int("accum_steps", accum_steps)
+        accum_steps = positive_int("accum_steps", accum_steps)
         _check_range("momentum", momentum, 0, 1)
         if not isinstance(renorm, bool):
             raise TypeError(

@@ -12,7 +12,7 @@ from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras
 from gradient_accumulator.checks import check_model
 from gradient_accumulator.fitting import Model, accumulate_as, accumulation_of
-from gradient_accumulator.pieces import Accumulation, check_positive_int
+from gradient_accumulator.pieces import Accumulation, positive_int
 from gradient_accumulator.received import described
 
 
@@ -217,7 +217,7 @@ class GradientAccumulateModel(_WithSettings):
         clipping = None
         if use_agc or agc:
             clipping = AdaptiveClipping(clip_factor, eps, agc_exclude)
-        check_positive_int("accum_steps", accum_steps)
+        accum_steps = positive_int("accum_steps", accum_steps)
         accumulation = Accumulation(
             None if microbatch_size is not None and accum_steps == 1 else accum_steps,
             microbatch_size,

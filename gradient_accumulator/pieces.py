@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ class Accumulation:
         for name in ("accum_steps", "microbatch_size"):
             value = getattr(self, name)
             if value is not None:
-                check_positive_int(name, value)
+                object.__setattr__(self, name, positive_int(name, value))
         check_float_dtype(self.accum_dtype)
         if not isinstance(self.warn, bool):
             raise TypeError(
@@ -96,17 +97,29 @@ class Accumulation:
         return cls(**config, clipping=clipping and AdaptiveClipping(**clipping))
 
 
-def check_positive_int(name: str, value: Any) -> None:
-    # A bool is an int to Python, and never a size.
-    if isinstance(value, bool) or not isinstance(value, int):
+def positive_int(name: str, value: Any) -> int:
+    """A size as a plain int, from whatever Python takes for an integer.
+
+    Raises:
+        TypeError: If it is none.
+        ValueError: If it is not positive.
+    """
+    # A bool is an int to Python, a tensor of one to PyTorch, and neither is a size.
+    is_bool = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
+    try:
+        size = None if is_bool else operator.index(value)
+    except TypeError:
+        size = None
+    if size is None:
         raise TypeError(
             f"Argument `{name}` must be a positive int. "
             f"Received: {name}={described(value)} (of type {type(value).__name__})"
         )
-    if value < 1:
+    if size < 1:
         raise ValueError(
-            f"Argument `{name}` must be a positive int. Received: {name}={value}"
+            f"Argument `{name}` must be a positive int. Received: {name}={size}"
         )
+    return size
 
 
 def check_float_dtype(dtype: Any) -> None:

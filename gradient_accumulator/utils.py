@@ -12,7 +12,7 @@ from gradient_accumulator.backend.statistics import normalizations
 from gradient_accumulator.checks import check_is_model
 from gradient_accumulator.fitting import accumulate_as, accumulation_of
 from gradient_accumulator.layers import AccumBatchNormalization
-from gradient_accumulator.pieces import check_positive_int
+from gradient_accumulator.pieces import positive_int
 from gradient_accumulator.received import described
 
 
@@ -51,7 +51,7 @@ def replace_batchnorm_layers(
     model = accumulate(model, microbatch_size=8)
     ```
     """
-    check_positive_int("accum_steps", accum_steps)
+    accum_steps = positive_int("accum_steps", accum_steps)
     if position != "replace":
         raise ValueError(
             "Argument `position` must be 'replace'. "

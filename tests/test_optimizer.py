@@ -557,6 +557,7 @@ def test_flushed_after_loading(tmp_path):
         ({"accum_steps": 0}, ValueError, r"`accum_steps`.*Received: accum_steps=0"),
         ({"accum_steps": -1}, ValueError, r"`accum_steps`.*Received: accum_steps=-1"),
         ({"accum_steps": 2.0}, TypeError, r"`accum_steps`.*Received: accum_steps=2.0"),
+        ({"accum_steps": np.True_}, TypeError, r"Received: accum_steps=.*True"),
         (
             {"accum_steps": True},
             TypeError,

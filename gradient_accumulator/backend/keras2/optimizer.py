@@ -24,6 +24,7 @@ from gradient_accumulator.agc import AdaptiveClipping
 from gradient_accumulator.arguments import names_arguments
 from gradient_accumulator.backend.keras2 import trainer
 from gradient_accumulator.backend.keras2.names import keras
+from gradient_accumulator.pieces import positive_int
 from gradient_accumulator.received import described
 
 _LossScaleOptimizer = keras.mixed_precision.LossScaleOptimizer
@@ -78,7 +79,8 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
         eps: float = 1e-3,
         agc_exclude: Any = None,
     ):
-        check_settings(accum_steps, reduction, accum_dtype)
+        accum_steps = positive_int("accum_steps", accum_steps)
+        check_settings(reduction, accum_dtype)
         clipping = AdaptiveClipping(clip_factor, eps, agc_exclude) if use_agc else None
         inner = _optimizer(optimizer)
         super().__init__(name=name)

@@ -19,6 +19,7 @@ from gradient_accumulator.accumulator import (
 )
 from gradient_accumulator.agc import AdaptiveClipping
 from gradient_accumulator.arguments import names_arguments
+from gradient_accumulator.pieces import positive_int
 from gradient_accumulator.received import check_of_backend, described
 
 
@@ -115,7 +116,8 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
         eps: float = 1e-3,
         agc_exclude: Any = None,
     ):
-        check_settings(accum_steps, reduction, accum_dtype)
+        accum_steps = positive_int("accum_steps", accum_steps)
+        check_settings(reduction, accum_dtype)
         clipping = AdaptiveClipping(clip_factor, eps, agc_exclude) if use_agc else None
         inner = _optimizer(optimizer)
         super().__init__(learning_rate=0.0, name=name)
