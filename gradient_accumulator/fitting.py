@@ -15,15 +15,13 @@ from gradient_accumulator.backend.api import keras
 from gradient_accumulator.backend.statistics import pooling_layers
 from gradient_accumulator.checks import check_backend, check_layers, check_optimizer
 from gradient_accumulator.fit_arguments import FitArguments
-from gradient_accumulator.normalizers import symbolic
 from gradient_accumulator.notices import Notices
 from gradient_accumulator.pieces import (
     Accumulation,
     Epoch,
+    batch_size,
     checked,
-    example_count,
     leaves,
-    map_leaves,
 )
 
 Model = TypeVar("Model", bound=keras.Model)
@@ -60,6 +58,9 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
         draw_arrays = partial(
             engine.draw_arrays, model, epoch, accumulation.microbatch_size
         )
+    check_first = None
+    if engine.KERAS_DRAWS_TO_BUILD:
+        check_first = checked if accum_steps is not None else batch_size
     steps_per_execution: list[Any] = []  # the user's, while `fit` sets up its own
 
     def fit(*args, **kwargs):
@@ -79,8 +80,6 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
             and not engine.replicas.several_processes(model),
         )
         _check_not_empty(arguments)
-        if engine.KERAS_DRAWS_TO_BUILD:
-            _build_from_first(model, accumulation, arguments)
         notices.before_fit(model, arguments)
         callback = _EpochCallback(epoch, arguments, engine.epoch_ended, notices)
         steps = trainer.steps_per_execution(model)
@@ -95,7 +94,7 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
                 call,
                 _not_empty(epoch),
                 _added(callback, arguments, model),
-                trainer.drawing(model, epoch, draw_arrays),
+                trainer.drawing(model, epoch, draw_arrays, check_first),
                 engine.fitting(model, epoch, accum_steps or 1),
             ):
                 return arguments.call()
@@ -215,29 +214,11 @@ def _check_not_empty(arguments: FitArguments) -> None:
         Epoch().check_not_empty()
 
 
-def _build_from_first(
-    model: keras.Model, accumulation: Accumulation, arguments: FitArguments
-) -> None:
-    """Create the model's variables from the first batch, and lose nothing.
-
-    Keras builds from a batch that it draws, which generators, and the workers of a
-    `PyDataset`, then do not give again.
-    """
-    data = arguments.get("x")
-    if isinstance(data, types.GeneratorType):
-        first = next(data)
-        arguments.set("x", _restored(first, data))
-    elif isinstance(data, keras.utils.PyDataset):
-        first = data[0]
-    else:
-        return
-    check = checked if accumulation.microbatch_size is None else example_count
-    check(first)
-    trainer.build(model, map_leaves(symbolic, first))
-
-
 def _known_length(data: Any) -> int | None:
-    """The number of batches of a data set, or of examples of arrays, that tell it."""
+    """The number of batches of a data set, of examples of arrays, or of strings.
+
+    None where they do not tell.
+    """
     if hasattr(data, "num_batches"):  # a `PyDataset`
         return data.num_batches
     if callable(getattr(data, "cardinality", None)):
@@ -245,6 +226,9 @@ def _known_length(data: Any) -> int | None:
     arrays = leaves(data)
     if not arrays:
         return None if data is None else 0
+    if isinstance(arrays[0], (str, bytes)):
+        # For a `fit` of the model's own, which may read a file of that name.
+        return None if arrays[0] is data else len(arrays)
     try:
         return len(arrays[0])
     except TypeError:  # has no length

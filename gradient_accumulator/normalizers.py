@@ -36,7 +36,7 @@ from gradient_accumulator import notices
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras, ops
 from gradient_accumulator.coupling import shape_of
-from gradient_accumulator.pieces import Pieces, first_input, map_leaves
+from gradient_accumulator.pieces import Pieces, first_input, is_number, map_leaves
 
 # What a loss divides by, as far as a reduction's name tells.
 ADDITIVE = "additive"  # nothing: pieces add up
@@ -68,7 +68,8 @@ class Denominator:
     of a `NORMALIZED` one (a scalar tensor or a number, else None), `rank` is the number
     of axes of the loss's values before they are reduced, if they are, and `varies` says
     whether pieces of one shape can differ in the denominator, `by_predictions` whether
-    they can by the predictions' values or mask.
+    they can by the predictions' values or mask, `by_one_weight` whether plain
+    Keras would divide by one number, the weight of all examples.
 
     Of the predictions only mask and shape are used, so that a compiler drops the rest
     of the forward pass.
@@ -81,6 +82,7 @@ class Denominator:
         self.rank = 0
         self.varies = False
         self.by_predictions = False
+        self.by_one_weight = False
 
     def __call__(self, y_true, y_pred, sample_weight=None):
         if self.kind == NORMALIZED:
@@ -96,14 +98,14 @@ class Denominator:
             self.kind = BY_EXAMPLES  # one value for the piece couples its examples
             return
         masked = trainer.get_mask(y_pred) is not None
-        self.varies = (
-            masked
-            or trainer.get_mask(values) is not None
-            or (
-                self.loss.reduction == "mean_with_sample_weight"
-                and sample_weight is not None
-            )
+        by_weights = (
+            self.loss.reduction == "mean_with_sample_weight"
+            and sample_weight is not None
         )
+        by_mask = masked or trainer.get_mask(values) is not None
+        self.varies = by_mask or by_weights
+        # With a mask there is a weight for each value.
+        self.by_one_weight = by_weights and not by_mask and is_number(sample_weight)
         # Where a loss of one's own takes a mask from is not known.
         self.by_predictions = masked or not trainer.is_loss_of_keras(self.loss)
         if self.varies:
@@ -288,6 +290,17 @@ class Losses:
             DIVIDED_LAST,
         }
 
+    def check_cut(self) -> None:
+        """Raise if pieces that a batch is cut in cannot be exact."""
+        if any(d.by_one_weight for d in self.denominators):
+            raise ValueError(
+                "A loss with `reduction='mean_with_sample_weight'` divides by the "
+                "weight of a batch, and is no mean where that is one number. Give a "
+                "weight for each example, or the micro-batches themselves "
+                "(`accum_steps`), each with its number. "
+                "Received: a sample weight of shape ()"
+            )
+
     @property
     def by_predictions(self) -> bool:
         """Whether denominators depend on more of the predictions than their shape."""
@@ -459,6 +472,8 @@ class HostWeights:
         """
         first = next(pieces.iterator)
         losses = self._inspect(first, state)
+        if pieces.examples is not None:
+            losses.check_cut()
         drawn = chain([first], pieces.iterator)
         weighed = partial(Weighed, totals=self.totals, devices=self.devices)
         if pieces.examples is None:

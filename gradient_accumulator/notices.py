@@ -289,7 +289,9 @@ def _sizes(data, batch_size):
     if hasattr(data, "batch_sampler"):  # a PyTorch `DataLoader`
         return data.batch_size, None
     if hasattr(data, "element_spec"):  # a `tf.data.Dataset`
-        shape = leaves(data.element_spec)[0].shape
+        # What stands for None has no shape.
+        specs = (s for s in leaves(data.element_spec) if hasattr(s, "shape"))
+        shape = next(specs).shape
         return (shape[0] if shape.rank else None), None
     arrays = leaves(data)
     if not arrays or not all(len(getattr(array, "shape", ())) for array in arrays):

@@ -153,6 +153,26 @@ def map_leaves(function: Callable, data: Any) -> Any:
     )
 
 
+def arrays_of(batch: Any) -> list:
+    """The arrays of a batch that have an entry for each example.
+
+    A sample weight may be one number: the weight of each.
+    """
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+    weights = [weight for weight in leaves(sample_weight) if not is_number(weight)]
+    return [*leaves(x), *leaves(y), *weights]
+
+
+def is_number(leaf: Any) -> bool:
+    shape = getattr(leaf, "shape", ())
+    return (shape.rank if hasattr(shape, "rank") else len(shape)) == 0
+
+
+def batch_size(batch: Any) -> int:
+    """Number of examples of a batch: see `arrays_of` and `example_count`."""
+    return example_count(arrays_of(batch))
+
+
 def example_count(data: Any) -> int:
     """Number of examples in nested data, which every array must agree on.
 
@@ -189,7 +209,7 @@ def check_examples(shapes: list[tuple]) -> None:
 
 def checked(piece: Any) -> Any:
     """The same piece. One array's examples would else be broadcast to another's."""
-    check_shapes(shapes_of(piece))
+    check_shapes(shapes_of(arrays_of(piece)))
     return piece
 
 
@@ -221,6 +241,7 @@ def cut(
     microbatch_size: int,
     take: Callable = lambda array, start, stop: array[start:stop],
     devices: int = 1,
+    count: Callable[[Any], int] = batch_size,
 ) -> Pieces:
     """The pieces of a full batch; the last may be smaller.
 
@@ -230,12 +251,15 @@ def cut(
         take: Function of an array and the first and last (exclusive) example.
         devices: The number of devices that each have an equal part of the batch, in
             which `take` counts, and that each take a piece of that size.
+        count: Function of the data that returns the number of its examples.
     """
 
     def piece(start, stop):
-        return map_leaves(lambda array: take(array, start, stop), data)
+        return map_leaves(
+            lambda array: array if is_number(array) else take(array, start, stop), data
+        )
 
-    return pieces_of(example_count(data), microbatch_size, piece, devices)
+    return pieces_of(count(data), microbatch_size, piece, devices)
 
 
 def pieces_of(

@@ -12,6 +12,7 @@ from marks import core_on
 from versions import DATA_THAT_FAILS, EXCEPTIONS, unless_plain_fails
 
 from gradient_accumulator import GradientAccumulateModel, accumulate
+from gradient_accumulator.received import described
 
 pytestmark = core_on("torch")
 
@@ -228,15 +229,43 @@ def test_leaves_with_different_batch_sizes(way, steps, examples, bad):
         assert not any(ops.any(v != 0) for v in model.metrics_variables)
 
 
-@pytest.mark.parametrize("source", [Batches, iterated])
+def tf_data(batches):
+    import tensorflow as tf
+
+    specs = tf.TensorSpec((None, problems.FEATURES)), tf.TensorSpec((None, 3))
+    return tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=specs)
+
+
+def data_loader(batches):
+    import torch
+
+    tensors = [tuple(map(torch.as_tensor, batch)) for batch in batches]
+    return torch.utils.data.DataLoader(tensors, batch_size=None)
+
+
+def not_built():
+    return keras.Sequential([layers.Dense(3)])
+
+
+@pytest.mark.parametrize("build", [BASE, not_built])
+@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize("source", [Batches, iterated, tf_data, data_loader])
 @ways
-def test_leaves_with_different_batch_sizes_before_anything_is_built(way, source):
+def test_leaves_with_different_batch_sizes_before_anything_is_built(
+    way, source, run_eagerly, build
+):
     x, y = data(8)
-    model = accumulate(compiled(), **WAYS[way][0])
+    model = accumulate(
+        compiled(build, run_eagerly=run_eagerly, metrics=["mae"]), **WAYS[way][0]
+    )
     before = arrays(model.weights)
-    with pytest.raises(ValueError, match=r"same number of examples.*Received: "):
-        fit(model, source([(x, y[:6])] * 4))
-    assert_equal(arrays(model.weights), before)
+    for examples in (6, 1):
+        with pytest.raises(ValueError, match=r"same number of examples.*Received: "):
+            fit(model, source([(x, y[:examples])] * 4))
+        if build is BASE:
+            assert_equal(arrays(model.weights), before)
+    fit(model, source([(x, y)] * 4), steps_per_epoch=4)  # and it trains on
+    assert int(model.optimizer.iterations) == 4 // WAYS[way][0].get("accum_steps", 1)
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -1,10 +1,14 @@
 """Models with a `fit` of their own, and callbacks that train the same model."""
 
+import types
+
 import keras
+import numpy as np
 import problems
 import pytest
 from fitting import (
     BACKEND,
+    COUNT,
     FULL,
     PIECE,
     SOURCES,
@@ -16,7 +20,7 @@ from fitting import (
     of_arrays,
     ways,
 )
-from helpers import arrays, assert_close
+from helpers import Batches, arrays, assert_close
 from marks import core_on
 
 from gradient_accumulator import accumulate
@@ -95,6 +99,83 @@ def test_own_fit_that_trains_another_model_first(way):
         return super(problems.Written, self).fit(x, y, **kwargs)
 
     both(way, of_arrays, with_fit(trains_another), epochs=2)
+
+
+WORDS = ["", "a", "ab", "abc", "ba", "cab", "c", ""] * 3
+
+
+class Reads(problems.Written):
+    """Takes strings, of which its `fit` makes numbers, as KerasHub's tasks do."""
+
+    def fit(self, x=None, y=None, **kwargs):
+        if isinstance(x, str):
+            x, y = read(x)
+        elif isinstance(x, types.GeneratorType):
+            x = ((read(words), y) for words, y in x)
+        elif isinstance(x, Batches):
+            x = Batches([(read(words), y) for words, y in x.batches])
+        else:
+            x = read(x)
+        return super().fit(x, y, **kwargs)
+
+
+def read(words):
+    if isinstance(words, str):  # the name of a file
+        return read(WORDS), data()[1]
+    if isinstance(words, dict):
+        words = words["words"]
+    if hasattr(words, "numpy"):
+        words = words.numpy()
+    words = [w if isinstance(w, str) else w.decode() for w in words]
+    letters = [[word.count(letter) for letter in "abc de"] for word in words]
+    return np.array(letters, "float32")
+
+
+def strings_in_tensorflow(words):
+    return pytest.importorskip("tensorflow").constant(words)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        list,
+        tuple,
+        np.array,
+        lambda words: np.array(words, object),
+        lambda words: [word.encode() for word in words],
+        lambda words: [np.str_(word) for word in words],
+        lambda words: {"words": words},
+        lambda words: {"words": np.array(words)},
+        strings_in_tensorflow,
+        lambda words: "",
+        lambda words: "a file",
+    ],
+)
+@ways
+def test_own_fit_of_strings(way, raw):
+    def source(batch_size):
+        y = None if isinstance(raw(WORDS), str) else data()[1]
+        return {"x": raw(WORDS), "y": y, "batch_size": batch_size}
+
+    both(way, source, problems.written(Reads), epochs=2)
+
+
+@pytest.mark.parametrize("kind", ["generator", "py_dataset"])
+@ways
+def test_own_fit_of_batches_of_strings(way, kind):
+    """Keras builds a model from what its own `fit` has made of them."""
+
+    def source(batch_size):
+        y = data()[1]
+        batches = [
+            (WORDS[i : i + batch_size], y[i : i + batch_size])
+            for i in range(0, COUNT, batch_size)
+        ]
+        if kind == "py_dataset":
+            return Batches(batches)
+        return {"x": (batch for batch in batches), "steps_per_epoch": len(batches)}
+
+    both(way, source, problems.seeded(Reads))
 
 
 class TrainsToo(keras.callbacks.Callback):

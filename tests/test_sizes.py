@@ -106,11 +106,12 @@ def test_of_a_function(size):
 def test_trains(way):
     weights = []
     x = problems.normal(problems.random(), 8, problems.FEATURES)
-    for size in (4, np.int64(4)):
+    for given in (4, np.int64(4)):
         model = problems.mlp()()
         model.compile("sgd", "mse")
-        accumulate(model, **{way: size})
-        model.fit(x, x[:, :3], batch_size=2, shuffle=False, verbose=0)
+        accumulate(model, **{way: given})
+        size = {"accum_steps": 2, "microbatch_size": 8}[way]
+        model.fit(x, x[:, :3], batch_size=size, shuffle=False, verbose=0)
         weights.append(model.get_weights())
     for a, b in zip(*weights, strict=True):
         np.testing.assert_array_equal(a, b)

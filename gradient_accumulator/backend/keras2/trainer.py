@@ -322,7 +322,9 @@ def number_of(steps: Any) -> int:
 
 
 @contextmanager
-def drawing(model: Any, epoch: Any, draw_arrays: Callable | None) -> Iterator[None]:
+def drawing(
+    model: Any, epoch: Any, draw_arrays: Callable | None, check_first: Callable | None
+) -> Iterator[None]:
     """Around `fit`, which counts anew in each epoch, and cuts full batches."""
     yield
 

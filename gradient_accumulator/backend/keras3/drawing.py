@@ -8,6 +8,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import keras
+import numpy as np
+from keras.src.trainers.data_adapters.generator_data_adapter import GeneratorDataAdapter
+from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 from keras.src.trainers.epoch_iterator import EpochIterator
 
 from gradient_accumulator.backend.attributes import with_attribute
@@ -32,7 +35,10 @@ def made_to_train(model: keras.Model, arguments: dict) -> bool:
 
 @contextmanager
 def drawing(
-    model: keras.Model, epoch: Any, draw_arrays: Callable | None
+    model: keras.Model,
+    epoch: Any,
+    draw_arrays: Callable | None,
+    check_first: Callable | None,
 ) -> Iterator[None]:
     """Around `fit`: how its iterator draws and counts batches.
 
@@ -47,6 +53,8 @@ def drawing(
             `Arrays` that it draws from, if they are its data. Returns an object, and
             the name and value of an attribute that it is to have meanwhile, for pieces
             to be drawn; None if full batches are.
+        check_first: Function of a batch, called before Keras builds the model from it;
+            None where Keras does not.
     """
     original = EpochIterator.__init__
     replaced = ExitStack()
@@ -62,6 +70,9 @@ def drawing(
             self._steps_seen -= batches
 
         epoch.uncount = uncount
+        if check_first is not None:
+            build = _building(model, self, epoch, check_first)
+            replaced.enter_context(with_attribute(model, "_symbolic_build", build))
         arrays = arrays_of(self)
         if draw_arrays is not None and arrays is not None:
             replacement = draw_arrays(self, arrays)
@@ -75,3 +86,49 @@ def drawing(
             yield
     finally:
         EpochIterator.__init__ = original
+
+
+def _building(
+    model: keras.Model, training: EpochIterator, epoch: Any, check: Callable
+) -> Callable:
+    """A `_symbolic_build`, which Keras calls with the iterator that it is to draw from.
+
+    The arrays of a batch that do not fit each other would be the backend's error.
+    """
+
+    def _symbolic_build(iterator=None, data_batch=None):
+        if iterator is training:
+            iterator = _first(iterator, epoch, check)
+        type(model)._symbolic_build(model, iterator, data_batch)
+
+    return _symbolic_build
+
+
+def _first(iterator, epoch, check):
+    """The batch that Keras builds a model from, if it draws one.
+
+    What it draws of a generator, or of a `PyDataset` with workers, would be lost.
+    """
+    adapter = iterator.data_adapter
+    if isinstance(adapter, GeneratorDataAdapter):
+        first = adapter._first_batches[0]
+    elif isinstance(adapter, PyDatasetAdapter):
+        first = adapter.py_dataset[0]
+    else:
+        batches = (next(iter(batches), None) for *_, batches in iterator)
+        first = next(batches, None)
+    if first is None:
+        epoch.check_not_empty()
+    check(first)
+    yield *_STEPS, [keras.tree.map_structure(_as_array, first)]
+
+
+# What an iterator gives beside batches: before Keras 3.11 not the last step.
+_STEPS = (
+    (0, 0) if tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 11) else (0,)
+)
+
+
+def _as_array(leaf):
+    """A generator may give a number, of which Keras makes an array later."""
+    return np.array(leaf) if isinstance(leaf, (int, float)) else leaf

@@ -410,9 +410,14 @@ def denominator(
     mask = get_mask(values)
     if mask is not None:
         set_mask(ones, mask)
-    divides = loss.reduction == "mean_with_sample_weight" and sample_weight is not None
-    # On PyTorch Keras multiplies weights in place.
-    sample_weight = keras.ops.copy(sample_weight) if divides else None
+    if loss.reduction != "mean_with_sample_weight":
+        sample_weight = None
+    elif _is_number(sample_weight):
+        # The weight of each value: Keras would divide by one number for all.
+        sample_weight = ones * keras.ops.cast(sample_weight, ones.dtype)
+    elif sample_weight is not None:
+        # On PyTorch Keras multiplies weights in place.
+        sample_weight = keras.ops.copy(sample_weight)
 
     def reduced(reduction):
         of_ones = _like(loss, reduction=reduction, call=lambda *_: ones)
@@ -449,8 +454,14 @@ def metric_types(model: keras.Model) -> set[type]:
 
 
 _number_weight: ContextVar[Any] = ContextVar("number_weight")
+# The micro-batch's sample weights that are one number.
+_weights_of_each: ContextVar[list] = ContextVar("weights_of_each")
 # The metrics that were updated by a number, where that is asked for.
 _numbers_seen: ContextVar[list | None] = ContextVar("numbers_seen", default=None)
+
+
+def _is_number(tensor: Any) -> bool:
+    return tensor is not None and len(np.shape(tensor)) == 0
 
 
 class _AveragesNumbers(keras.metrics.Mean):
@@ -461,11 +472,16 @@ class _AveragesNumbers(keras.metrics.Mean):
     """
 
     def update_state(self, values, sample_weight=None):
-        if sample_weight is None and len(np.shape(values)) == 0:
-            sample_weight = _number_weight.get()
+        of_each = any(sample_weight is weight for weight in _weights_of_each.get())
+        if _is_number(values) and (sample_weight is None or of_each):
+            share = _number_weight.get()
+            sample_weight = share * sample_weight if of_each else share
             seen = _numbers_seen.get()
             if seen is not None:
                 seen.append(self)
+        elif of_each and get_mask(values) is None:
+            examples = keras.ops.shape(values)[:1]
+            sample_weight = keras.ops.broadcast_to(sample_weight, examples)
         return super().update_state(values, sample_weight)
 
 
@@ -492,8 +508,13 @@ def _means(model: keras.Model) -> list:
 
 
 @contextmanager
-def weighing_numbers(model: keras.Model, weight: Any) -> Iterator[None]:
+def weighing_numbers(
+    model: keras.Model, weight: Any, sample_weight: Any
+) -> Iterator[None]:
     """Around what updates metrics: one number for a micro-batch weighs `weight`.
+
+    A sample weight that is one number weighs each example, of which other micro-batches
+    may have more.
 
     A metric has another class meanwhile, for a class of the user's calls that of Keras
     by `super()`.
@@ -501,6 +522,8 @@ def weighing_numbers(model: keras.Model, weight: Any) -> Iterator[None]:
     means = _means(model)
     classes: list[Any] = [type(metric) for metric in means]
     token = _number_weight.set(weight)
+    numbers = [each for each in keras.tree.flatten(sample_weight) if _is_number(each)]
+    of_each = _weights_of_each.set(numbers)
     for metric, cls in zip(means, classes):
         metric.__class__ = _averaging(cls)
     try:
@@ -508,6 +531,7 @@ def weighing_numbers(model: keras.Model, weight: Any) -> Iterator[None]:
     finally:
         for metric, cls in zip(means, classes):
             metric.__class__ = cls
+        _weights_of_each.reset(of_each)
         _number_weight.reset(token)
 
 
@@ -565,7 +589,7 @@ def update_metrics(
         share: The piece's part of the full batch's examples.
     """
     x, y, y_pred, sample_weight = piece
-    with weighing_numbers(model, share):
+    with weighing_numbers(model, share, sample_weight):
         if has_own_metrics(model):
             _update_loss(model, loss, examples)
             return model.compute_metrics(x, y, y_pred, sample_weight)
@@ -644,7 +668,10 @@ def compute_loss(
     model._losses_override.clear()
     model._losses_override.extend(additional)
     try:
-        with _weighed(model, share, weigh), weighing_numbers(model, share):
+        with (
+            _weighed(model, share, weigh),
+            weighing_numbers(model, share, sample_weight),
+        ):
             return model._compute_loss(
                 x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
             )

@@ -15,8 +15,10 @@ from gradient_accumulator import normalizers
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras
 from gradient_accumulator.pieces import (
+    arrays_of,
     check_examples,
     first_input,
+    is_number,
     leaves,
     map_leaves,
 )
@@ -32,6 +34,7 @@ class Pieces:
     example: Any  # what is known of any piece: nested, of KerasTensors
     even: bool  # whether all have one shape, but for the number of examples
     expected: tf.Tensor  # the number of examples that shares are of
+    most: tf.Tensor  # the number of pieces, if the data does not end before
     more: Callable[[tf.Tensor, Any], tf.Tensor]  # whether there is a piece k
     read: Callable[[tf.Tensor, Any], Any]  # piece k
     sizes: tf.Tensor | None = None  # the number of examples of each, if all are known
@@ -90,6 +93,7 @@ def _known(
         example,
         even,
         expected=tf.cast(tf.reduce_sum(sizes), normalizers.dtype()),
+        most=tf.size(sizes),
         more=lambda k, state: k < tf.size(sizes),
         read=lambda k, state: read(k),
         sizes=sizes,
@@ -104,7 +108,9 @@ def cut(data: Any, microbatch_size: int) -> Pieces:
 
     def read(k):
         start, stop = starts[k], starts[k] + sizes[k]
-        return map_leaves(lambda array: array[start:stop], data)
+        return map_leaves(
+            lambda array: array if is_number(array) else array[start:stop], data
+        )
 
     count = leaves(data)[0].shape[0]
     count = None if count is None else math.ceil(count / microbatch_size)
@@ -164,8 +170,8 @@ def stream(
     """
     element = iterator.element_spec
     spec = keras.tree.map_structure(without_optional, element)
-    inner_shapes = [leaf.shape[1:] for leaf in leaves(spec)]
-    known = {leaf.shape[0] for leaf in leaves(spec)}
+    inner_shapes = [leaf.shape[1:] for leaf in arrays_of(spec)]
+    known = {leaf.shape[0] for leaf in arrays_of(spec)}
 
     def piece(optional):
         return keras.tree.map_structure(without_optional, optional.get_value())
@@ -177,7 +183,7 @@ def stream(
         data = piece(optional)
         if None not in known:
             return data
-        sizes = tf.stack([tf.shape(leaf)[0] for leaf in leaves(data)])
+        sizes = tf.stack([tf.shape(leaf)[0] for leaf in arrays_of(data)])
         good = tf.reduce_all((sizes == sizes[0]) & (sizes > 0))
         with tf.control_dependencies([checks.that(good, check, sizes)]):
             return map_leaves(tf.identity, data)
@@ -194,6 +200,7 @@ def stream(
         map_leaves(symbolic, spec),
         is_even(spec),
         expected=tf.cast(size * count, normalizers.dtype()),
+        most=count,
         more=lambda k, optional: optional.has_value(),
         read=read,
         state=first,
@@ -235,9 +242,8 @@ def _common_shape(arrays):
 
 
 def symbolic(array):
-    return keras.KerasTensor(
-        (None, *array.shape[1:]), keras.backend.standardize_dtype(array.dtype)
-    )
+    shape = () if is_number(array) else (None, *array.shape[1:])
+    return keras.KerasTensor(shape, keras.backend.standardize_dtype(array.dtype))
 
 
 def without_optional(leaf):
@@ -245,8 +251,11 @@ def without_optional(leaf):
     return None if isinstance(leaf, _NONES) else leaf
 
 
-_NONES = (
-    tf.experimental.Optional,
-    tf.OptionalSpec,
-    type(tf.type_spec_from_value(None)),
-)
+def signature_of(specs):
+    """The signature of a graph whose arguments are of these specs, or None."""
+    # A graph has to be told of an argument's None by a spec of its own.
+    return keras.tree.map_structure(lambda spec: _NONE if spec is None else spec, specs)
+
+
+_NONE = tf.type_spec_from_value(None)
+_NONES = (tf.experimental.Optional, tf.OptionalSpec, type(_NONE))

@@ -24,6 +24,7 @@ from gradient_accumulator.backend.tensorflow.pieces import (
     cut,
     hold,
     is_even,
+    signature_of,
     size_of,
     stream,
     symbolic,
@@ -40,9 +41,10 @@ from gradient_accumulator.backend.tensorflow.update import run_update, waits
 from gradient_accumulator.pieces import (
     Accumulation,
     Epoch,
+    arrays_of,
+    batch_size,
     check_examples,
     checked,
-    example_count,
     leaves,
     map_leaves,
     shapes_of,
@@ -176,7 +178,7 @@ class _Updates:
         for local in self._locals(batch):
             # A replica may have nothing of an epoch's last batch.
             if self.replicas == 1 or size_of(local):
-                example_count(local)
+                batch_size(local)
             size = int(size_of(local))
             counts.append(math.ceil(size / microbatch_size))
             self.epoch.cut(counts[-1], size)
@@ -211,7 +213,7 @@ class _Updates:
         return lambda: self._run(hold_all, signature, tuple(pieces), count)[0]
 
     def _of_iterator(self, iterator):
-        check_examples(shapes_of(self.spec))
+        check_examples(shapes_of(arrays_of(self.spec)))
         pieces = self.epoch.draw(_optionals(iterator), self.accum_steps)
         first = next(pieces.iterator)
         if not self._streams(first):
@@ -294,6 +296,8 @@ class _Updates:
         def on_replica(*data):
             pieces = pieces_of(*data)
             losses = self._losses(pieces.example, partial(trace_piece, pieces=pieces))
+            if self.microbatch_size is not None:
+                losses.check_cut()
             return run_update(self.model, self.accumulation, pieces, losses)
 
         def run(*data):
@@ -307,7 +311,7 @@ class _Updates:
         if key not in self.graphs:
             self.graphs[key] = tf.function(
                 run,
-                input_signature=None if self.spec is None else signature,
+                input_signature=None if self.spec is None else signature_of(signature),
                 reduce_retracing=not self.unrolled,
                 autograph=False,
             )

@@ -52,7 +52,7 @@ def value_and_grad(loss: LossFunction) -> Callable:
             for parameter in parameters:
                 parameter.grad = None
             sums = [Sum(p, dtype) for p, dtype in zip(parameters, dtypes)]
-            pieces = cut(batch, loss.microbatch_size)
+            pieces = cut(batch, loss.microbatch_size, count=example_count)
             processes.check(pieces.count, parameters)
             for k, piece in enumerate(pieces.iterator, start=1):
                 with processes.piece(last=k == pieces.count):

@@ -1,0 +1,108 @@
+"""None in data: no weights, or an input that need not be given."""
+
+import keras
+import problems
+import pytest
+from fitting import BACKEND, BASE, both, data, ways
+from helpers import Batches
+from keras import layers
+from versions import is_before
+
+X, Y = data()
+WEIGHTS = problems.uneven(problems.random(3), len(X))
+
+
+class AddIfGiven(layers.Layer):
+    def call(self, inputs, other=None):
+        return inputs if other is None else inputs + other
+
+
+@problems.seeded
+def of_a_dict():
+    x = layers.Input((problems.FEATURES,), name="x")
+    other = layers.Input((problems.CLASSES,), name="other", optional=True)
+    y = AddIfGiven()(layers.Dense(problems.CLASSES)(x), other)
+    return keras.Model({"x": x, "other": other}, y)
+
+
+def of_a_list():
+    model = of_a_dict()
+    return keras.Model([model.input["x"], model.input["other"]], model.output)
+
+
+def batches(batch, size):
+    return [
+        keras.tree.map_structure(
+            lambda a, i=i: None if a is None else a[i : i + size], batch
+        )
+        for i in range(0, len(X), size)
+    ]
+
+
+def of_arrays(batch, size):
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+    return {"x": x, "y": y, "sample_weight": sample_weight, "batch_size": size}
+
+
+def of_generator(batch, size):
+    made = batches(batch, size)
+    return {"x": (each for each in made), "steps_per_epoch": len(made)}
+
+
+def of_py_dataset(batch, size):
+    return Batches(batches(batch, size))
+
+
+def of_tf_data(batch, size):
+    import tensorflow as tf
+
+    first, *others = map(tf.data.Dataset.from_tensors, batches(batch, size))
+    for other in others:
+        first = first.concatenate(other)
+    return first
+
+
+DATA = {
+    "no_weights": (BASE, (X, Y, None)),
+    "dict": (of_a_dict, ({"x": X, "other": None}, Y)),
+    "dict_no_weights": (of_a_dict, ({"x": X, "other": None}, Y, None)),
+    "dict_weights": (of_a_dict, ({"x": X, "other": None}, Y, WEIGHTS)),
+    "list": (of_a_list, ([X, None], Y)),
+    "given": (of_a_list, ([X, 2 * Y], Y)),
+}
+SOURCES = {
+    source.__name__: source
+    for source in (of_arrays, of_generator, of_py_dataset, of_tf_data)
+}
+# Where plain Keras cannot take it either.
+FAIL = {("list", "of_tf_data"), ("given", "of_tf_data")}
+if BACKEND == "tensorflow":
+    FAIL |= {("list", "of_generator"), ("given", "of_generator")}
+    FAIL |= {(name, "of_py_dataset") for name in DATA}
+
+
+def cases():
+    """One of the reductions has TensorFlow hold all micro-batches."""
+    for name, (_, batch) in DATA.items():
+        holds = "mean_with_sample_weight" if len(batch) == 3 else "sum_over_batch_size"
+        for source in SOURCES:
+            if (name, source) not in FAIL:
+                yield name, source, holds, False
+    yield "dict_weights", "of_arrays", "sum_over_batch_size", False
+    yield "dict_weights", "of_generator", "mean_with_sample_weight", True
+
+
+@pytest.mark.skipif(is_before("3.12"), reason="plain Keras cannot")
+@pytest.mark.parametrize("name, source, reduction, run_eagerly", [*cases()])
+@ways
+def test_none(way, name, source, reduction, run_eagerly):
+    build, batch = DATA[name]
+    both(
+        way,
+        lambda size: SOURCES[source](batch, size),
+        build,
+        lambda: {
+            "loss": keras.losses.MeanSquaredError(reduction=reduction),
+            "run_eagerly": run_eagerly,
+        },
+    )
