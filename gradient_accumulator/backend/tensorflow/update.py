@@ -20,6 +20,11 @@ from gradient_accumulator.backend.statistics import Statistics, apart, synchroni
 from gradient_accumulator.backend.tensorflow.optimizer import clip
 from gradient_accumulator.backend.tensorflow.pieces import size_of, trace_piece
 from gradient_accumulator.backend.tensorflow.replicas import finite_together, ready
+from gradient_accumulator.backend.tensorflow.slices import (
+    joined,
+    no_slices,
+    with_slices,
+)
 
 
 def run_update(model, accumulation, pieces, losses):
@@ -59,8 +64,8 @@ def run_update(model, accumulation, pieces, losses):
             dense, data, share, row
         )
         slices = [
-            (values.write(k, new.values), indices.write(k, new.indices))
-            for (values, indices), new in zip(slices, new_slices)
+            with_slices(held, k, new, pieces.most)
+            for held, new in zip(slices, new_slices)
         ]
         state = pieces.following(k + 1, state)
         return (
@@ -93,7 +98,7 @@ def run_update(model, accumulation, pieces, losses):
     # Nothing of the optimizer runs before all pieces are done: one may yet fail.
     done = tf.group(
         *dense,
-        *(held.flow for pair in slices for held in pair),
+        *(tensor for held in slices for tensor in held.tensors),
         pieces.complete(count),
     )
     with tf.name_scope("apply_gradients"), tf.control_dependencies([done]):
@@ -139,9 +144,7 @@ def _unrolled(pieces, body, state):
 class _Sums:
     """How an update holds the sum of each variable's gradients, between pieces.
 
-    A dense gradient has an accumulator. The slices of a sparse one (an embedding's) are
-    kept as they come: Keras's optimizers do not merge slices of one row, so that only
-    the same slices give the same update.
+    A dense gradient has an accumulator; the slices of a sparse one are kept.
     """
 
     def __init__(self, model, variables, accum_dtype, pieces):
@@ -150,6 +153,7 @@ class _Sums:
         self.connected: set[int] = set()  # variables with a gradient from some piece
         self.eager: dict[int, list] = {}  # slices, where there is no graph
         self.sparse = _sparse_variables(model, variables, pieces)
+        self.even = pieces.even
 
     def dense(self) -> list:
         return [
@@ -161,11 +165,9 @@ class _Sums:
         ]
 
     def slices(self) -> list:
-        def array(dtype):
-            return tf.TensorArray(dtype, 0, dynamic_size=True, infer_shape=False)
-
         return [
-            (array(self.variables[i].dtype), array(self.sparse[i])) for i in self.sparse
+            no_slices(self.variables[i], dtype, self.even)
+            for i, dtype in self.sparse.items()
         ]
 
     def add(self, dense: list, gradients: list) -> tuple[list, list]:
@@ -188,7 +190,7 @@ class _Sums:
 
         Args:
             dense: The accumulators.
-            slices: Pairs of arrays, of values and of indices.
+            slices: The slices of each sparse gradient.
             correction: What the sums are to be multiplied by, or None.
         """
         if correction is not None:
@@ -197,20 +199,19 @@ class _Sums:
                 lambda: dense,
                 lambda: self._corrected(dense, correction),
             )
-        sums, parts = iter(dense), iter(slices)
+        sums, kept = iter(dense), iter(slices)
 
         def finished(i, variable):
             if i in self.sparse:
-                values, indices = next(parts)
-                values = values.concat()
+                gradient = joined(next(kept), variable)
                 if correction is not None:
-                    values *= tf.cast(correction, values.dtype)
-                shape = list(variable.shape)
-                return tf.IndexedSlices(
-                    tf.ensure_shape(values, [None, *shape[1:]]),
-                    tf.ensure_shape(indices.concat(), [None]),
-                    tf.constant(shape),
-                )
+                    factor = tf.cast(correction, gradient.dtype)
+                    gradient = tf.IndexedSlices(
+                        gradient.values * factor,
+                        gradient.indices,
+                        gradient.dense_shape,
+                    )
+                return gradient
             accumulator = next(sums)
             if i in self.eager:
                 return tf.IndexedSlices(
