@@ -289,10 +289,10 @@ def _sizes(data, batch_size):
     if hasattr(data, "batch_sampler"):  # a PyTorch `DataLoader`
         return data.batch_size, None
     if hasattr(data, "element_spec"):  # a `tf.data.Dataset`
-        # What stands for None has no shape.
-        specs = (s for s in leaves(data.element_spec) if hasattr(s, "shape"))
-        shape = next(specs).shape
-        return (shape[0] if shape.rank else None), None
+        # What stands for None has no shape, nor has what each replica has its own of.
+        shapes = (s.shape for s in leaves(data.element_spec) if hasattr(s, "shape"))
+        shape = next(shapes, None)
+        return (shape[0] if shape is not None and shape.rank else None), None
     arrays = leaves(data)
     if not arrays or not all(len(getattr(array, "shape", ())) for array in arrays):
         return None, None
