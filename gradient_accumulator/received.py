@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from gradient_accumulator.backend.api import KERAS_2, keras
 
 FRAMEWORKS = {
@@ -17,6 +19,7 @@ FRAMEWORKS = {
 }
 # What Keras calls them.
 BACKENDS = {"JAX": "jax", "TensorFlow": "tensorflow", "PyTorch": "torch"}
+NUMBERS_AND_TEXT = (bool, int, float, complex, str, bytes, np.bool_)
 SHOWN = 3  # entries of a list or a dictionary
 LENGTH = 120  # of what one entry is shown as
 
@@ -30,7 +33,7 @@ def described(value: Any) -> str:
         entries = [described(each) for each in islice(value, SHOWN)]
         start, end = "()" if isinstance(value, tuple) else "[]"
         return start + _listed(entries, len(value)) + end
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+    if value is None or isinstance(value, NUMBERS_AND_TEXT):
         return _shortened(repr(value))
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return _tensor(value)
