@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from gradient_accumulator import backend
+from gradient_accumulator.accumulation import check_float_dtype
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras, ops
 from gradient_accumulator.backend.statistics import in_reach, taken_back
-from gradient_accumulator.pieces import check_float_dtype
 from gradient_accumulator.received import check_of_backend, described
 
 REDUCTIONS = ("MEAN", "SUM")

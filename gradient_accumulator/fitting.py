@@ -1,118 +1,91 @@
-"""`fit` and `train_on_batch` of a model, in pieces."""
+"""The class that `fit` of a model that accumulates enters by."""
 
 from __future__ import annotations
 
-import functools
-import types
+import contextlib
+import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any, TypeVar
 
 from gradient_accumulator import backend
+from gradient_accumulator.accumulation import Accumulation
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras
 from gradient_accumulator.backend.statistics import pooling_layers
 from gradient_accumulator.checks import check_backend, check_layers, check_optimizer
-from gradient_accumulator.fit_arguments import FitArguments
 from gradient_accumulator.notices import Notices
-from gradient_accumulator.pieces import (
-    Accumulation,
-    Epoch,
-    batch_size,
-    checked,
-    leaves,
-)
+from gradient_accumulator.pieces import Epoch
 
 Model = TypeVar("Model", bound=keras.Model)
 
-# The attributes that `accumulate` sets on a model, over its class's methods.
-_METHODS = ("fit", "make_train_function", "train_on_batch")
+# Where a model keeps its `Training`: past what Keras tracks, and saves.
+_TRAINING = "_gradient_accumulation"
+# Where a class that `_accumulating` made has the model's own.
+_MADE_OF = "_gradient_accumulation_of"
 
 
-def accumulation_of(model: keras.Model) -> Accumulation | None:
-    """How a model accumulates, None if it trains as Keras's do."""
-    return getattr(model.__dict__.get("fit"), "accumulation", None)
+class Training:
+    """What a model that accumulates keeps from one call of `fit` to the next.
+
+    Args:
+        accumulation: How it accumulates.
+    """
+
+    def __init__(self, accumulation: Accumulation):
+        self.accumulation = accumulation
+        self.engine = backend.active()
+        self.epoch = Epoch()
+        self.notices = Notices(accumulation)
+        # Called where Keras has set up the data of `fit`.
+        self.data_is_ready: Callable[[], None] = lambda: None
 
 
-def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
-    """What `accumulate` does, with arguments that are checked."""
-    check_backend()
-    engine = backend.active()
-    accum_steps = accumulation.accum_steps
-    if isinstance(model.__dict__.get("accumulation"), Accumulation):
-        del model.__dict__["accumulation"]
-    # A user's own attribute of that name, or a layer, stays what it is.
-    is_free = getattr(model, "accumulation", None) is None
-    for name in _METHODS:
-        model.__dict__.pop(name, None)
-    # The function that was made for another way of training is of no use.
-    model.train_function = None
-    if accumulation.is_plain:
-        return model
+class Accumulating(trainer.BuiltByFit):
+    """Lies between a model's own class and `keras.Model`.
 
-    epoch = Epoch()
-    notices = Notices(accumulation)
-    draw_arrays = None
-    if accumulation.microbatch_size is not None:
-        draw_arrays = partial(
-            engine.draw_arrays, model, epoch, accumulation.microbatch_size
-        )
-    check_first = None
-    if engine.KERAS_DRAWS_TO_BUILD:
-        check_first = checked if accum_steps is not None else batch_size
-    steps_per_execution: list[Any] = []  # the user's, while `fit` sets up its own
+    There `fit` has the data that Keras would get, after what the model's own `fit` did
+    with it, and everything else that a class overrides is still above.
+    """
 
-    def fit(*args, **kwargs):
+    def fit(self, *args, **kwargs):
+        training = training_of(self)
+        if training is None:
+            return super().fit(*args, **kwargs)
         check_backend()
-        check_layers(model)
-        check_optimizer(model)
-        trainer.check_compiled(model)
-        _reset_statistics(model)
-        arguments = FitArguments(model, args, kwargs)
-        length = _known_length(arguments.get("x"))
+        check_layers(self)
+        check_optimizer(self)
+        trainer.check_compiled(self)
+        _reset_statistics(self)
+        epoch = training.epoch
+        data = trainer.FitData(self, training, args, kwargs)
+        training.notices.before_fit(self, data.arguments)
         call = epoch.of_call(
-            arguments.get("steps_per_epoch"),
+            data.steps_per_epoch,
             fitting=True,
-            # Alone, a process could not take fewer pieces than the others.
-            sized=length is not None
-            and length >= 0
-            and not engine.replicas.several_processes(model),
+            # Alone, a process could not take fewer micro-batches than the others.
+            sized=data.length is not None
+            and not training.engine.replicas.several_processes(self),
         )
-        _check_not_empty(arguments)
-        notices.before_fit(model, arguments)
-        callback = _EpochCallback(epoch, arguments, engine.epoch_ended, notices)
-        steps = trainer.steps_per_execution(model)
-        if accum_steps is not None:
-            # Keras then counts an update as so many steps, as it does for itself.
-            steps_per_execution.append(steps)
-            handed = trainer.times(steps, accum_steps)
-            trainer.set_steps_per_execution(model, handed)
-            callback.begin = partial(trainer.begin, handed, accum_steps)
-        try:
-            with (
-                call,
-                _not_empty(epoch),
-                _added(callback, arguments, model),
-                trainer.drawing(model, epoch, draw_arrays, check_first),
-                engine.fitting(model, epoch, accum_steps or 1),
-            ):
-                return arguments.call()
-        finally:
-            trainer.set_steps_per_execution(model, steps)
-            steps_per_execution.clear()
+        callback = _EpochCallback(training, data)
+        with call, _not_empty(epoch), data.handed(callback) as arguments:
+            history = super().fit(**arguments)
+            training.engine.after_fit(self, epoch)
+            return history
 
-    def make_train_function(force=False):
-        if steps_per_execution:
-            # Only the iterator over training data needed the larger number.
-            trainer.set_steps_per_execution(model, steps_per_execution[0])
-        if model.train_function is None or force:
-            model.train_function = engine.make_train_function(
-                model, accumulation, epoch
-            )
-        return model.train_function
+    def make_train_function(self, force=False):
+        training = training_of(self)
+        if training is None:
+            return super().make_train_function(force)
+        training.data_is_ready()
+        if force or self.__dict__.get("train_function") is None:
+            self.train_function = training.engine.make_train_function(self, training)
+        return self.train_function
 
-    def train_on_batch(*args, **kwargs):
+    def train_on_batch(self, *args, **kwargs):
+        training = training_of(self)
+        if training is None:
+            return super().train_on_batch(*args, **kwargs)
+        accum_steps = training.accumulation.accum_steps
         if accum_steps not in (None, 1):
             raise ValueError(
                 "`train_on_batch` updates the weights from the one batch that it is "
@@ -121,78 +94,185 @@ def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
                 f"or call `fit`. Received: accum_steps={accum_steps}"
             )
         check_backend()
-        check_optimizer(model)
-        trainer.check_compiled(model)
-        _reset_statistics(model)
-        with epoch.of_call():
-            return type(model).train_on_batch(model, *args, **kwargs)
+        check_optimizer(self)
+        trainer.check_compiled(self)
+        _reset_statistics(self)
+        with training.epoch.of_call():
+            return super().train_on_batch(*args, **kwargs)
 
-    for name, method in zip(_METHODS, (fit, make_train_function, train_on_batch)):
-        # Attributes of the object: its class, and what is saved of it, stay plain.
-        setattr(model, name, functools.wraps(getattr(type(model), name))(method))
-    model.__dict__["fit"].accumulation = accumulation
-    model.__dict__["make_train_function"].notices = notices
-    if is_free:
+    def evaluate(self, *args, **kwargs):
+        training = training_of(self)
+        if training is None:
+            return super().evaluate(*args, **kwargs)
+        with training.epoch.evaluation():
+            return super().evaluate(*args, **kwargs)
+
+    def reset_metrics(self):
+        training = _fitting(self)
+        if training is not None:
+            training.engine.before_epoch(self, training.epoch)
+        super().reset_metrics()
+
+    def get_metrics_result(self):
+        training = _fitting(self)
+        if training is None:
+            return super().get_metrics_result()
+        return training.engine.metrics_result(
+            self, training.epoch, super().get_metrics_result
+        )
+
+    def __reduce__(self):
+        reduced = super().__reduce__()
+        cls: Any = type(self)
+        if _MADE_OF not in vars(cls):  # accumulates wherever it is loaded
+            return reduced
+        return _unpickled, (_of_class(vars(cls)[_MADE_OF], reduced), _config_of(self))
+
+    def __deepcopy__(self, memo):
+        return _rebuilt(*copy.deepcopy(self.__reduce__(), memo))
+
+
+def training_of(model: keras.Model) -> Training | None:
+    """What a model that accumulates keeps, None if it trains as Keras's do."""
+    return model.__dict__.get(_TRAINING)
+
+
+def accumulation_of(model: keras.Model) -> Accumulation | None:
+    """How a model accumulates, None if it trains as Keras's do."""
+    training = training_of(model)
+    return None if training is None else training.accumulation
+
+
+def _fitting(model: keras.Model) -> Training | None:
+    """The same during `fit`."""
+    training = training_of(model)
+    return training if training is not None and training.epoch.fitting else None
+
+
+def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
+    """What `accumulate` does, with arguments that are checked."""
+    check_backend()
+    if isinstance(model.__dict__.get("accumulation"), Accumulation):
+        del model.__dict__["accumulation"]
+    model.__dict__.pop(_TRAINING, None)
+    # The function that was made for another way of training is of no use.
+    model.train_function = None
+    if accumulation.is_plain:
+        model.__class__ = own_class(model)
+        return model
+    model.__class__ = _accumulating(type(model))
+    model.__dict__[_TRAINING] = Training(accumulation)
+    # A user's own attribute of that name, or a layer, stays what it is.
+    if getattr(model, "accumulation", None) is None:
         model.__dict__["accumulation"] = accumulation
     return model
 
 
-class _EpochCallback(keras.callbacks.Callback):
-    """Tells the engine where an epoch begins, and checks what it was given."""
+def _accumulating(cls: Any) -> Any:
+    """The class that a model of a class accumulates by.
 
-    def __init__(
-        self, epoch: Epoch, arguments: FitArguments, ended: Callable, notices: Notices
-    ):
+    It goes by the name of the model's own, and what is saved, loaded or cloned of the
+    model is of that.
+    """
+    if issubclass(cls, Accumulating):
+        return cls
+    for made in cls.__subclasses__():
+        if vars(made).get(_MADE_OF) is cls:
+            return made
+
+    def __new__(_, *args, **kwargs):
+        return cls(*args, **kwargs)
+
+    made = type(
+        cls.__name__,
+        (cls, Accumulating),
+        {
+            "__module__": trainer.public_module(cls),
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+            "__new__": __new__,
+            "from_config": cls.from_config,
+            _MADE_OF: cls,
+        },
+    )
+    package, found, name = keras.saving.get_registered_name(cls).rpartition(">")
+    if found:
+        register = keras.saving.register_keras_serializable(package, name)
+        register(made)
+        register(cls)  # the last one registered is the one that loads
+    return made
+
+
+def own_class(model: Any) -> type:
+    """The class that a model is of, but for how it trains."""
+    return vars(type(model)).get(_MADE_OF, type(model))
+
+
+def _config_of(model: keras.Model) -> dict | None:
+    accumulation = accumulation_of(model)
+    return None if accumulation is None else accumulation.get_config(model.weights)
+
+
+def _of_class(cls: Any, reduced: tuple) -> tuple:
+    """What `__reduce__` returned for a model, as for one of the class it is made of."""
+    function, arguments, *state = reduced
+    if isinstance(getattr(function, "__self__", None), type):  # a method of the class
+        function = getattr(cls, function.__name__)
+    arguments = tuple(
+        cls if isinstance(each, type) and issubclass(each, Accumulating) else each
+        for each in arguments
+    )
+    return function, arguments, *state
+
+
+def _rebuilt(function: Callable, arguments: tuple, state: Any = None) -> keras.Model:
+    model = function(*arguments)
+    if state is not None:  # Keras 2 hands it on of a model that is not built
+        vars(model).update(state)
+    return model
+
+
+def _unpickled(reduced: tuple, config: dict | None) -> keras.Model:
+    model = _rebuilt(*reduced)
+    if config is None:
+        return model
+    return accumulate_as(model, Accumulation.from_config(config))
+
+
+class _EpochCallback(keras.callbacks.Callback):
+    """Tells where an epoch begins, and checks what it was given.
+
+    The first of the callbacks, so that others do not see the end of an epoch that
+    failed.
+    """
+
+    def __init__(self, training: Training, data: Any):
         super().__init__()
-        self.notices = notices
-        self.epoch = epoch
-        self.ended = ended
-        self.endless = isinstance(arguments.get("x"), Iterator)
-        self.begin: Callable[[int | None], None] = lambda length: None
+        self.training = training
+        self.data = data
 
     def on_train_begin(self, logs=None):
-        self.begin((self.params or {}).get("steps"))
+        self.data.begin(self.params or {})
 
     def on_epoch_begin(self, epoch, logs=None):
         # Not all data ends with the epoch: several workers read ahead.
-        self.epoch.begin((self.params or {}).get("steps"), epoch + 1)
+        length = self.data.epoch_length(self.params or {})
+        self.training.epoch.begin(length, epoch + 1)
 
     def on_test_begin(self, logs=None):
-        self.ended(self.epoch)
+        self.training.engine.epoch_ended(self.training.epoch)
 
     def on_epoch_end(self, epoch, logs=None):
-        self.ended(self.epoch)
-        self.epoch.check_not_empty()
+        epoch = self.training.epoch
+        self.training.engine.epoch_ended(epoch)
+        epoch.check_not_empty()
         # Of other data Keras knows the length, and warns.
-        if self.endless and not self.epoch.sized and not self.model.stop_training:
-            self.epoch.check_complete()
-        self.notices.after_epoch(self.model, self.epoch)
+        if self.data.endless and not epoch.sized and not self.model.stop_training:
+            epoch.check_complete()
+        self.training.notices.after_epoch(self.model, epoch)
 
 
-@contextmanager
-def _added(
-    callback: keras.callbacks.Callback, arguments: FitArguments, model: keras.Model
-) -> Iterator[None]:
-    """The arguments of `fit` with one more callback."""
-    callbacks = arguments.get("callbacks")
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        callback.set_model(model)
-        callbacks.callbacks.insert(0, callback)
-        try:
-            yield
-        finally:
-            callbacks.callbacks.remove(callback)
-        return
-    if callbacks is None:
-        callbacks = []
-    elif not isinstance(callbacks, (list, tuple)):
-        callbacks = [callbacks]
-    # First, so that the others do not see the end of an epoch that failed.
-    arguments.set("callbacks", [callback, *callbacks])
-    yield
-
-
-@contextmanager
+@contextlib.contextmanager
 def _not_empty(epoch: Epoch) -> Iterator[None]:
     """Says so where Keras finds nothing to build the model from."""
     try:
@@ -200,44 +280,6 @@ def _not_empty(epoch: Epoch) -> Iterator[None]:
     except StopIteration:
         epoch.check_not_empty()
         raise
-
-
-def _check_not_empty(arguments: FitArguments) -> None:
-    """Raise before training where there is no data; what fails later differs."""
-    data = arguments.get("x")
-    if _known_length(data) == 0:
-        Epoch().check_not_empty()
-    if isinstance(data, types.GeneratorType):
-        for first in data:
-            arguments.set("x", _restored(first, data))
-            return
-        Epoch().check_not_empty()
-
-
-def _known_length(data: Any) -> int | None:
-    """The number of batches of a data set, of examples of arrays, or of strings.
-
-    None where they do not tell.
-    """
-    if hasattr(data, "num_batches"):  # a `PyDataset`
-        return data.num_batches
-    if callable(getattr(data, "cardinality", None)):
-        return int(data.cardinality())  # of tf.data, where less than 0 is not known
-    arrays = leaves(data)
-    if not arrays:
-        return None if data is None else 0
-    if isinstance(arrays[0], (str, bytes)):
-        # For a `fit` of the model's own, which may read a file of that name.
-        return None if arrays[0] is data else len(arrays)
-    try:
-        return len(arrays[0])
-    except TypeError:  # has no length
-        return None
-
-
-def _restored(first: Any, others: Iterator) -> Iterator:
-    yield first
-    yield from others
 
 
 def _reset_statistics(model: keras.Model) -> None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, overload
 
 from gradient_accumulator import backend
+from gradient_accumulator.accumulation import check_float_dtype, positive_int
 from gradient_accumulator.arguments import names_arguments
 from gradient_accumulator.backend.api import keras
-from gradient_accumulator.pieces import check_float_dtype, positive_int
 from gradient_accumulator.received import described
 
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from gradient_accumulator import backend
+from gradient_accumulator.accumulation import positive_int
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import KERAS_2, keras, ops
-from gradient_accumulator.pieces import positive_int
 from gradient_accumulator.received import described
 
 

@@ -6,13 +6,18 @@ import functools
 import inspect
 from typing import Any
 
+from gradient_accumulator.accumulation import Accumulation, positive_int
 from gradient_accumulator.agc import AdaptiveClipping
 from gradient_accumulator.arguments import names_arguments
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras
 from gradient_accumulator.checks import check_model
-from gradient_accumulator.fitting import Model, accumulate_as, accumulation_of
-from gradient_accumulator.pieces import Accumulation, positive_int
+from gradient_accumulator.fitting import (
+    Accumulating,
+    Model,
+    accumulate_as,
+    accumulation_of,
+)
 from gradient_accumulator.received import described
 
 
@@ -65,11 +70,12 @@ def accumulate(
     a model with a `compute_metrics` of its own, metrics of classes of your own, layers
     that keep a state of their own of what they see, and layouts of what layers return.
 
-    The model keeps its type, weights, compile state and optimizer state. Nothing of
-    accumulation is saved with it: what `load_model` and `clone_model` make of it, and
-    of a callback's checkpoints, trains as plain Keras does, with an update for every
-    batch it is given, until `accumulate` is called on it. A `GradientAccumulateModel`
-    goes on accumulating.
+    The model keeps its weights, compile state and optimizer state, and stays an
+    instance of its class. Nothing of accumulation is saved with it: what `load_model`
+    and `clone_model` make of it, and of a callback's checkpoints, trains as plain Keras
+    does, with an update for every batch it is given, until `accumulate` is called on
+    it. What `copy.deepcopy` and pickle make of it goes on accumulating, as a
+    `GradientAccumulateModel` does in any case.
 
     Args:
         model: A Keras 3 model: functional, Sequential or subclassed, compiled or not.
@@ -131,7 +137,7 @@ _register = keras.saving.register_keras_serializable(
 )
 
 
-class _WithSettings(keras.Model):
+class _WithSettings(Accumulating):
     """Keeps what the constructor of a `GradientAccumulateModel` is given.
 
     Keras itself keeps the defaults only. A class of its own, for the signature of a

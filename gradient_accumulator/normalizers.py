@@ -437,6 +437,7 @@ class HostWeights:
         measure: A function of the model's state, a piece and its `Losses` that returns
             `values`, and the state after the piece as far as it matters to the others'.
         scope: As for `inspect`, but a function of the model's state first.
+        notices: What the user is to be told of, once.
         totals: Sums a list of numbers over the processes that train together, each on
             pieces of its own. None if there is one.
         devices: The number of devices that each have an equal part of every piece. If
@@ -450,11 +451,13 @@ class HostWeights:
         model,
         measure,
         scope,
+        notices,
         totals=None,
         devices=1,
         check=lambda pieces: None,
     ):
         self.check = check
+        self.notices = notices
         self.model = model
         self.devices = devices
         self.measure = measure
@@ -537,7 +540,7 @@ class HostWeights:
             scope = partial(self.scope, *state)
             with notices.watching(self.model) as seen:
                 losses = inspect(self.model, map_leaves(symbolic, piece), scope)
-            notices.tell(self.model, losses.denominators, seen, scope)
+            self.notices.tell(self.model, losses.denominators, seen, scope)
             self.inspected[structure] = losses
         return self.inspected[structure]
 

@@ -12,14 +12,14 @@ from types import FrameType
 from typing import Any
 
 from gradient_accumulator import backend
+from gradient_accumulator.accumulation import Accumulation
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras
 from gradient_accumulator.backend.attributes import with_attribute
 from gradient_accumulator.backend.statistics import normalizations
 from gradient_accumulator.coupling import couples, is_known, keras_own, name_of
-from gradient_accumulator.fit_arguments import FitArguments
 from gradient_accumulator.layers import AccumBatchNormalization
-from gradient_accumulator.pieces import Accumulation, Epoch, leaves
+from gradient_accumulator.pieces import Epoch, leaves
 
 
 class AccumulationWarning(UserWarning):
@@ -61,7 +61,7 @@ class Notices:
             stacklevel=_level_of_user(),
         )
 
-    def before_fit(self, model: keras.Model, arguments: FitArguments) -> None:
+    def before_fit(self, model: keras.Model, arguments: dict) -> None:
         """Print how updates are made, where `fit` shows how it goes on."""
         self.handed, examples = _sizes(arguments.get("x"), arguments.get("batch_size"))
         verbose = arguments.get("verbose")
@@ -106,6 +106,25 @@ class Notices:
         count = _number(math.ceil(handed / size), "micro-batch")
         of = "of at most" if handed % size else "of"
         return f"{_number(handed, 'example')}: {count} {of} {size}"
+
+    def tell(
+        self,
+        model: keras.Model,
+        denominators: list,
+        seen: list,
+        scope: Callable[[], Any] = trainer.StatelessScope,
+    ) -> None:
+        """Warn of what makes updates differ from those on the batch.
+
+        Args:
+            model: The model.
+            denominators: Of its compiled losses, as `normalizers.inspect` finds them.
+            seen: As from `watching`.
+            scope: Makes a scope in which the model's variables have values.
+        """
+        for denominator in denominators:
+            self.tell_of_loss(model, denominator, scope)
+        self.tell_of_normalization(model, seen)
 
     def tell_of_loss(self, model: keras.Model, denominator: Any, scope: Any) -> None:
         """Warn if a compiled loss is not the same in micro-batches."""
@@ -191,11 +210,6 @@ class Notices:
             )
 
 
-def of(model: keras.Model) -> Notices | None:
-    """A model's, if it accumulates."""
-    return getattr(model.__dict__.get("make_train_function"), "notices", None)
-
-
 @contextmanager
 def watching(model: keras.Model, training: bool = True) -> Iterator[list]:
     """Around a forward pass, of which shapes are wanted.
@@ -225,28 +239,6 @@ def watching(model: keras.Model, training: bool = True) -> Iterator[list]:
             call = recording(layer, layer.call)
             stack.enter_context(with_attribute(layer, "call", call))
         yield seen
-
-
-def tell(
-    model: keras.Model,
-    denominators: list,
-    seen: list,
-    scope: Callable[[], Any] = trainer.StatelessScope,
-) -> None:
-    """Warn of what makes updates differ from those on the batch.
-
-    Args:
-        model: The model.
-        denominators: Of its compiled losses, as `normalizers.inspect` finds them.
-        seen: As from `watching`.
-        scope: Makes a scope in which the model's variables have values.
-    """
-    notices = of(model)
-    if notices is None:
-        return
-    for denominator in denominators:
-        notices.tell_of_loss(model, denominator, scope)
-    notices.tell_of_normalization(model, seen)
 
 
 def _is_first(model):

@@ -3,136 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import operator
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from gradient_accumulator.agc import AdaptiveClipping
 from gradient_accumulator.backend.api import keras
-from gradient_accumulator.received import described
-
-
-@dataclass(frozen=True)
-class Accumulation:
-    """How a model accumulates: one of the two sizes is set, the other is None.
-
-    Args:
-        accum_steps: Number of pieces in an update, where `fit` is given pieces.
-        microbatch_size: Number of examples in a piece, where `fit` is given full
-            batches.
-        accum_dtype: Dtype in which gradients are summed.
-        clipping: How an update's gradient is clipped, or None.
-        warn: Whether to say what makes updates differ from those on the batch.
-    """
-
-    accum_steps: int | None = None
-    microbatch_size: int | None = None
-    accum_dtype: str = "float32"
-    clipping: AdaptiveClipping | None = None
-    warn: bool = True
-
-    def __post_init__(self):
-        if (self.accum_steps is None) == (self.microbatch_size is None):
-            raise ValueError(
-                "Exactly one of `accum_steps` and `microbatch_size` must be given. "
-                f"Received: accum_steps={described(self.accum_steps)}, "
-                f"microbatch_size={described(self.microbatch_size)}"
-            )
-        for name in ("accum_steps", "microbatch_size"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, positive_int(name, value))
-        check_float_dtype(self.accum_dtype)
-        if not isinstance(self.warn, bool):
-            raise TypeError(
-                "Argument `warn` must be a bool. "
-                f"Received: warn={described(self.warn)} "
-                f"(of type {type(self.warn).__name__})"
-            )
-
-    def __repr__(self) -> str:
-        values = {
-            self.mode: self.size,
-            "accum_dtype": self.accum_dtype,
-            "clipping": self.clipping,
-            **({} if self.warn else {"warn": False}),
-        }
-        inside = ", ".join(f"{name}={value!r}" for name, value in values.items())
-        return f"{type(self).__name__}({inside})"
-
-    @property
-    def mode(self) -> str:
-        """Which of the two sizes is set: "accum_steps" or "microbatch_size"."""
-        return "microbatch_size" if self.accum_steps is None else "accum_steps"
-
-    @property
-    def size(self) -> int:
-        """It."""
-        return getattr(self, self.mode)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether an update is what plain training does."""
-        return self.accum_steps == 1 and self.clipping is None
-
-    def get_config(self, variables: list) -> dict:
-        """What makes this again for a model whose variables have the same names."""
-        config: dict[str, Any] = {
-            "accum_steps": self.accum_steps,
-            "microbatch_size": self.microbatch_size,
-            "accum_dtype": self.accum_dtype,
-            "warn": self.warn,
-        }
-        if self.clipping is not None:
-            config["clipping"] = self.clipping.get_config(variables)
-        return config
-
-    @classmethod
-    def from_config(cls, config: dict) -> Accumulation:
-        config = dict(config)
-        clipping = config.pop("clipping", None)
-        return cls(**config, clipping=clipping and AdaptiveClipping(**clipping))
-
-
-def positive_int(name: str, value: Any) -> int:
-    """A size as a plain int, from whatever Python takes for an integer.
-
-    Raises:
-        TypeError: If it is none.
-        ValueError: If it is not positive.
-    """
-    # A bool is an int to Python, a tensor of one to PyTorch, and neither is a size.
-    is_bool = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
-    try:
-        size = None if is_bool else operator.index(value)
-    except TypeError:
-        size = None
-    if size is None:
-        raise TypeError(
-            f"Argument `{name}` must be a positive int. "
-            f"Received: {name}={described(value)} (of type {type(value).__name__})"
-        )
-    if size < 1:
-        raise ValueError(
-            f"Argument `{name}` must be a positive int. Received: {name}={size}"
-        )
-    return size
-
-
-def check_float_dtype(dtype: Any) -> None:
-    if not isinstance(dtype, str):
-        raise TypeError(
-            "Argument `accum_dtype` must be the name of a float dtype. "
-            f"Received: accum_dtype={described(dtype)} (of type {type(dtype).__name__})"
-        )
-    if dtype not in ("bfloat16", "float16", "float32", "float64"):
-        raise ValueError(
-            "Argument `accum_dtype` must be the name of a float dtype. "
-            f"Received: accum_dtype={dtype!r}"
-        )
 
 
 def leaves(data: Any) -> list:
@@ -279,6 +157,29 @@ def pieces_of(
     return Pieces(pieces, len(starts), examples, devices)
 
 
+def not_empty(generator: Iterator) -> Iterator:
+    """A generator that gives the same, of which the first was drawn.
+
+    Raises:
+        ValueError: If there is none.
+    """
+
+    def restored(first):
+        yield first
+        yield from generator
+
+    for first in generator:
+        return restored(first)
+    raise no_data()
+
+
+def no_data() -> ValueError:
+    return ValueError(
+        "The data given to `fit` is empty: there is nothing to train on. "
+        "Received: 0 batches"
+    )
+
+
 class Epoch:
     """Where `fit` stands in its epoch, so that no update crosses the epoch's end.
 
@@ -287,8 +188,6 @@ class Epoch:
     """
 
     def __init__(self, steps: int | None = None):
-        # Called where an update takes fewer batches than asked, of how many fewer.
-        self.uncount: Callable[[int], None] = lambda batches: None
         self.restart(steps)
 
     @contextmanager
@@ -319,7 +218,10 @@ class Epoch:
         self.sized = sized
         # Of full batches whose pieces are drawn, one after the other:
         self.sizes: list[int] = []
+        # How many of them each iterator has given.
+        self.drawn: Any = weakref.WeakKeyDictionary()
         self.fitting = fitting
+        self.evaluating = False
         self.updates = 0
         # Of the batches that were cut: the most micro-batches of one, and examples on
         # a device.
@@ -337,6 +239,21 @@ class Epoch:
         self.number = number
         self.length = self.steps if length is None else length
         self.seen = 0
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Around what evaluates in between."""
+        before, self.evaluating = self.evaluating, True
+        try:
+            yield
+        finally:
+            self.evaluating = before
+
+    def next_size(self, iterator: Iterator) -> int:
+        """Of full batches whose pieces are drawn, the next one's number of examples."""
+        number = self.drawn.get(iterator, 0)
+        self.drawn[iterator] = number + 1
+        return self.sizes[number]
 
     def cut(self, microbatches: int, examples: int) -> None:
         """Take note of a batch that was cut.
@@ -363,10 +280,7 @@ class Epoch:
                 its length ends in the middle of an update although `steps_per_epoch`
                 asks for more.
         """
-        left = self.left(count)
-        if left < count:
-            self.uncount(count - left)
-        count = left
+        count = self.left(count)
         batches = itertools.islice(iterator, count)
         first = list(itertools.islice(batches, 1))
         if not first:
@@ -384,21 +298,9 @@ class Epoch:
         if asked and self.steps is not None:
             self.ended_early(self.seen)
 
-    def check_begun(self) -> None:
-        """Raise in an update of `fit` if nobody told where its epoch begins."""
-        if self.fitting and not self.number:
-            raise ValueError(
-                "A model's own `fit` must hand on to `super().fit` the `callbacks` "
-                "that it is given: without, no update knows where an epoch ends. "
-                "Received: no call of `on_epoch_begin`"
-            )
-
     def check_not_empty(self) -> None:
         if not self.updates:
-            raise ValueError(
-                "The data given to `fit` is empty: there is nothing to train on. "
-                "Received: 0 batches"
-            )
+            raise no_data()
 
     def check_complete(self) -> None:
         if self.steps is not None and self.seen < self.steps:

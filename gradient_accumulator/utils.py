@@ -6,13 +6,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from gradient_accumulator.accumulation import positive_int
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras, ops
 from gradient_accumulator.backend.statistics import normalizations
 from gradient_accumulator.checks import check_is_model
-from gradient_accumulator.fitting import accumulate_as, accumulation_of
+from gradient_accumulator.fitting import accumulate_as, accumulation_of, own_class
 from gradient_accumulator.layers import AccumBatchNormalization
-from gradient_accumulator.pieces import positive_int
 from gradient_accumulator.received import described
 
 
@@ -137,7 +137,7 @@ def _copied(model, change: Callable[[Any], None]) -> keras.Model:
 
 def _kind(layer):
     is_own = type(layer) is AccumBatchNormalization
-    return keras.layers.BatchNormalization if is_own else type(layer)
+    return keras.layers.BatchNormalization if is_own else own_class(layer)
 
 
 def _clone(model, made: dict[int, Any]):

@@ -61,7 +61,7 @@ def test_model_checkpoint(way, tmp_path):
         model = compiled(way)
         fit(model, **of_arrays(size(way)), epochs=2, callbacks=[checkpoint])
         loaded = keras.saving.load_model(path)
-        assert type(loaded) is type(model)
+        assert type(loaded) is type(compiled(None))
         if frequency == "epoch":
             assert_close(arrays(loaded.weights), arrays(model.weights))
             assert int(loaded.optimizer.iterations) == 2 * UPDATES

@@ -2,62 +2,61 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import jax
 import keras
 import numpy as np
 
-from gradient_accumulator.backend.attributes import with_attribute
+from gradient_accumulator.accumulation import Accumulation
+from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.jax.replicas import active_replicas, check_in_step
 from gradient_accumulator.backend.jax.update import make_update
 from gradient_accumulator.pieces import (
-    Accumulation,
     Epoch,
     Pieces,
+    batch_size,
     checked,
     cut,
     map_leaves,
-    pieces_of,
 )
-
-KERAS_DRAWS_TO_BUILD = True  # whether `fit` builds the model from a batch of its data
 
 
 def make_train_function(
-    model: keras.Model, accumulation: Accumulation, epoch: Epoch
+    model: keras.Model, training: Any
 ) -> Callable[[tuple, Iterator], tuple]:
     """The function that `fit` calls with its state and iterator."""
+    accumulation, epoch = training.accumulation, training.epoch
     if accumulation.accum_dtype == "float64" and not jax.config.jax_enable_x64:
         raise ValueError(
             "JAX has float64 only where its flag `jax_enable_x64` is set. Set it, or "
             "sum in float32. Received: accum_dtype='float64'"
         )
-    update = make_update(model, accumulation, epoch)
+    update = make_update(model, training)
     steps_per_execution = model.steps_per_execution
     cuts = accumulation.microbatch_size is not None
 
     def train_function(state, iterator):
         logs = None
-        for number in range(steps_per_execution):
+        for _ in range(steps_per_execution):
             with _kept_on_failure(model, state):
-                epoch.check_begun()
                 try:
                     batches = iterator if cuts else map(checked, iterator)
                     pieces = epoch.draw(batches, accumulation.accum_steps or 1)
                 except StopIteration:
                     if logs is None:
                         raise
-                    # The rest of what Keras counted for this call.
-                    rest = steps_per_execution - 1 - number
-                    epoch.uncount(rest * (accumulation.accum_steps or 1))
                     break
                 if cuts:
                     (batch,) = pieces.iterator
-                    pieces = _cut(batch, accumulation.microbatch_size)
+                    if epoch.sizes:
+                        pieces = _drawn(epoch, batch, iterator, accumulation)
+                    else:
+                        pieces = _cut(batch, accumulation.microbatch_size)
                     epoch.cut(pieces.count, pieces.on_device)
                 logs, state = update(state, pieces)
         return logs, state
@@ -85,8 +84,6 @@ def _kept_on_failure(model: keras.Model, state: tuple) -> Iterator[None]:
 
 
 def _cut(batch, microbatch_size):
-    if isinstance(batch, Pieces):  # of arrays
-        return batch
     replicas = active_replicas(batch)
     if replicas is None:
         return cut(batch, microbatch_size, _take)
@@ -100,44 +97,75 @@ def _take(array, start, stop):
     return array[start:stop]
 
 
-@contextmanager
-def fitting(model: keras.Model, epoch: Epoch, group: int) -> Iterator[None]:
-    """Around `fit`: here the train function draws its pieces itself."""
-    yield
+def _drawn(epoch, first, iterator, accumulation):
+    """The pieces of a batch, which are drawn one by one: see `batches`."""
+    size = epoch.next_size(iterator)
+    count = math.ceil(size / accumulation.microbatch_size)
+    return Pieces(chain([first], islice(iterator, count - 1)), count, size)
 
 
-def draw_arrays(
-    model: keras.Model, epoch: Epoch, microbatch_size: int, iterator: Any, arrays: Any
-) -> tuple[Any, str, Callable] | None:
-    """How `fit` draws pieces, not full batches: see `trainer.drawing`."""
-    if keras.distribution.distribution() is not None:
-        return None  # each device gets its part of a full batch
-    if arrays.sparse:
-        return None
-
-    def get_iterator():
-        # As far ahead as Keras draws, for NumPy's random state to be the same.
-        with with_attribute(iterator, "data_adapter", arrays.numbers()):
-            drawn = type(iterator)._get_iterator(iterator)
-        return _in_pieces(epoch, microbatch_size, arrays, drawn)
-
-    return iterator, "_get_iterator", get_iterator
+def after_fit(model: keras.Model, epoch: Epoch) -> None:
+    """Called when `fit` is through."""
 
 
-def _in_pieces(epoch, microbatch_size, arrays, drawn):
-    """The pieces of one full batch after the other, of whose examples are numbers."""
+def before_epoch(model: keras.Model, epoch: Epoch) -> None:
+    """Called where Keras resets the metrics."""
+
+
+def metrics_result(model: keras.Model, epoch: Epoch, own: Callable[[], dict]) -> dict:
+    """The logs. Processes have them together.
+
+    Args:
+        model: The model.
+        epoch: Where `fit` stands.
+        own: Keras's `get_metrics_result`.
+    """
+    return own()
+
+
+def batches(
+    model: keras.Model, epoch: Epoch, accumulation: Accumulation, adapter: Any
+) -> tuple[Callable, Callable]:
+    """What the train function draws from, and what Keras builds the model from.
+
+    Args:
+        model: The model.
+        epoch: Where `fit` stands. It is told the sizes of batches whose pieces are
+            drawn.
+        accumulation: How the model accumulates.
+        adapter: That which Keras makes of the data.
+
+    Returns:
+        Two functions that Keras calls in the place of the adapter's.
+    """
+    microbatch_size = accumulation.microbatch_size
+    drawn = adapter.get_jax_iterator
+    if microbatch_size is None:
+        return drawn, lambda: map(checked, drawn())
+    arrays = trainer.large_arrays(adapter)
+    # Of a distribution each device gets its part of a batch.
+    if arrays and not arrays.sparse and keras.distribution.distribution() is None:
+        epoch.sizes = arrays.sizes
+
+        def in_pieces():
+            return _in_pieces(arrays, microbatch_size)
+
+        return in_pieces, in_pieces
+
+    def with_examples(batch):
+        batch_size(batch)
+        return batch
+
+    return drawn, lambda: map(with_examples, drawn())
+
+
+def _in_pieces(arrays, microbatch_size):
+    """The pieces of one batch after the other."""
     inputs = arrays.sliceable("jax")  # in each epoch, for callbacks may change arrays
-    for (numbers,) in drawn:
-        if not epoch.number:  # Keras draws to build the model
-            yield arrays.symbolic(_taken(inputs, slice(1)))
-            continue
-        # A piece goes to the device when it is its turn.
-        piece = partial(_piece, inputs, np.asarray(numbers))
-        yield pieces_of(len(numbers), microbatch_size, piece)
-
-
-def _piece(inputs, numbers, start, stop):
-    return _taken(inputs, numbers[start:stop])
+    for (numbers,) in arrays.numbers().get_jax_iterator():
+        numbers = np.asarray(numbers)
+        for start in range(0, len(numbers), microbatch_size):
+            yield _taken(inputs, numbers[start : start + microbatch_size])
 
 
 def _taken(sliceable, numbers):

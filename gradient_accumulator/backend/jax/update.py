@@ -29,8 +29,9 @@ from gradient_accumulator.backend.jax.replicas import (
 from gradient_accumulator.backend.statistics import Statistics, normalizations
 
 
-def make_update(model, accumulation, epoch):
+def make_update(model, training):
     """A function of the state and one update's pieces."""
+    accumulation, epoch = training.accumulation, training.epoch
 
     def check(pieces):
         check_in_step(epoch.number, epoch.updates, pieces)
@@ -58,7 +59,7 @@ def make_update(model, accumulation, epoch):
             pieces = replace(pieces, iterator=chain([first], pieces.iterator))
             programs = _Programs(
                 model,
-                accumulation,
+                training,
                 statistics,
                 shardings,
                 check,
@@ -111,7 +112,7 @@ class _Programs:
 
     Args:
         model: A compiled and built model.
-        accumulation: How it accumulates.
+        training: Its `Training`.
         statistics: Of its normalization layers.
         state: The shardings of the four lists of values that `fit` keeps, or None.
         check: Function of the number of an update's pieces, which must be the same in
@@ -119,7 +120,8 @@ class _Programs:
         replicas: The devices that each work on their part of a piece, or None.
     """
 
-    def __init__(self, model, accumulation, statistics, state, check, replicas):
+    def __init__(self, model, training, statistics, state, check, replicas):
+        accumulation = training.accumulation
         zeros = partial(_zeros, model, accumulation)
         add_piece = partial(_add_piece, model, statistics)
         measure = partial(_measure, model, statistics)
@@ -156,6 +158,7 @@ class _Programs:
             model,
             partial(_measured, measure),
             partial(_variables, model),
+            notices=training.notices,
             devices=self.devices,
             check=check,
         )

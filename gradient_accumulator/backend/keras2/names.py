@@ -92,6 +92,7 @@ keras: Any = _Extended(
     name_scope=tf.name_scope,
     saving=types.SimpleNamespace(
         deserialize_keras_object=_serialization.deserialize_keras_object,
+        get_registered_name=_keras.utils.get_registered_name,
         register_keras_serializable=_register,
         serialize_keras_object=_serialization.serialize_keras_object,
     ),

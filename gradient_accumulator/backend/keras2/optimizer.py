@@ -13,6 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from gradient_accumulator.accumulation import positive_int
 from gradient_accumulator.accumulator import (
     ELSEWHERE,
     Accumulator,
@@ -24,7 +25,6 @@ from gradient_accumulator.agc import AdaptiveClipping
 from gradient_accumulator.arguments import names_arguments
 from gradient_accumulator.backend.keras2 import trainer
 from gradient_accumulator.backend.keras2.names import keras
-from gradient_accumulator.pieces import positive_int
 from gradient_accumulator.received import described
 
 _LossScaleOptimizer = keras.mixed_precision.LossScaleOptimizer

@@ -18,6 +18,8 @@ import tensorflow as tf
 
 from gradient_accumulator.backend.attributes import with_attribute
 from gradient_accumulator.backend.keras2 import hugging_face, normalization
+from gradient_accumulator.backend.keras2.data import BuiltByFit as BuiltByFit
+from gradient_accumulator.backend.keras2.data import FitData as FitData
 from gradient_accumulator.backend.keras2.names import keras
 
 _ENGINE = keras.Model.__module__.rpartition(".")[0]
@@ -283,50 +285,14 @@ def rounds_or_overwrites(model: Any) -> bool:
 # ------------------------------------------------------------------ the train function
 
 
-def steps_per_execution(model: Any) -> Any:
-    """What `set_steps_per_execution` sets."""
-    return model._steps_per_execution
+def steps_per_execution(model: Any) -> int:
+    """The number of updates in a call of the train function."""
+    return model._steps_per_execution.numpy().item()
 
 
-def set_steps_per_execution(model: Any, steps: Any) -> None:
-    """Set how many steps `fit` counts a call of the train function as.
-
-    What reads the data keeps the variable that it was given when it was made.
-    """
-    # Past the model's own `__setattr__`, for which a variable is a weight.
-    object.__setattr__(model, "_steps_per_execution", steps)
-
-
-def times(steps: Any, count: int) -> Any:
-    """So many more steps, from `begin` on.
-
-    Keras refuses more than 1 where it does not know how long an epoch is.
-    """
-    return tf.Variable(number_of(steps), dtype=steps.dtype, trainable=False)
-
-
-def begin(steps: Any, count: int, length: int | None) -> None:
-    """Called when training begins with what `times` made.
-
-    Args:
-        steps: It.
-        count: By how much it was to be multiplied.
-        length: The number of batches in an epoch, or None.
-    """
-    if length is not None:
-        steps.assign(number_of(steps) * count)
-
-
-def number_of(steps: Any) -> int:
-    return steps.numpy().item()
-
-
-@contextmanager
-def drawing(
-    model: Any, epoch: Any, draw_arrays: Callable | None, check_first: Callable | None
-) -> Iterator[None]:
-    """Around `fit`, which counts anew in each epoch, and cuts full batches."""
-    yield
+def public_module(cls: type) -> str:
+    """Where a class can be imported from: nothing that is saved holds it."""
+    return cls.__module__
 
 
 def count_update(model: Any) -> None:

@@ -14,12 +14,12 @@ import keras
 import numpy as np
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from keras.src.trainers.data_adapters.array_slicing import convert_to_sliceable
+from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 from keras.src.trainers.data_adapters.data_adapter_utils import (
     is_jax_sparse,
     is_scipy_sparse,
     is_tensorflow_sparse,
 )
-from keras.src.trainers.epoch_iterator import EpochIterator
 
 # Values in a full batch, 1 MiB of float32, from which on its pieces are drawn. To draw
 # a small one at once takes less time, and no memory to speak of.
@@ -79,12 +79,11 @@ class Arrays:
         return keras.tree.map_structure(of_batch, examples)
 
 
-def arrays_of(iterator: EpochIterator) -> Arrays | None:
-    """The arrays that an iterator draws from, if full batches of them are large.
+def large_arrays(adapter: DataAdapter) -> Arrays | None:
+    """The arrays that an adapter draws from, if full batches of them are large.
 
     None for any other data.
     """
-    adapter = iterator.data_adapter
     if not isinstance(adapter, ArrayDataAdapter):
         return None
     arrays = [

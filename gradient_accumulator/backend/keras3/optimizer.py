@@ -10,6 +10,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from gradient_accumulator.accumulation import positive_int
 from gradient_accumulator.accumulator import (
     ELSEWHERE,
     Accumulator,
@@ -19,7 +20,6 @@ from gradient_accumulator.accumulator import (
 )
 from gradient_accumulator.agc import AdaptiveClipping
 from gradient_accumulator.arguments import names_arguments
-from gradient_accumulator.pieces import positive_int
 from gradient_accumulator.received import check_of_backend, described
 
 

@@ -20,8 +20,9 @@ from keras.src.utils.io_utils import print_msg
 from keras.src.utils.python_utils import default as default
 
 from gradient_accumulator.backend.attributes import with_attribute
-from gradient_accumulator.backend.keras3.drawing import drawing as drawing
-from gradient_accumulator.backend.keras3.drawing import made_to_train as made_to_train
+from gradient_accumulator.backend.keras3.arrays import large_arrays as large_arrays
+from gradient_accumulator.backend.keras3.data import BuiltByFit as BuiltByFit
+from gradient_accumulator.backend.keras3.data import FitData as FitData
 
 A_MODEL = "a Keras 3 model, a `keras.Model`"
 
@@ -257,27 +258,15 @@ def rounds_or_overwrites(model: keras.Model) -> bool:
     ) or any(overwrites(variable) for variable in model.trainable_variables)
 
 
-def steps_per_execution(model: keras.Model) -> Any:
-    """What `set_steps_per_execution` sets."""
+def steps_per_execution(model: keras.Model) -> int:
+    """The number of updates in a call of the train function."""
     return model.steps_per_execution
 
 
-def set_steps_per_execution(model: keras.Model, steps: Any) -> None:
-    """Set how many steps `fit` counts a call of the train function as."""
-    model.steps_per_execution = steps
-
-
-def times(steps: Any, count: int) -> Any:
-    """So many more steps."""
-    return steps * count
-
-
-def begin(steps: Any, count: int, length: int | None) -> None:
-    """Called when training begins with what `times` made."""
-
-
-def number_of(steps: Any) -> int:
-    return steps
+def public_module(cls: type) -> str:
+    """Where a class can be imported from, if it is Keras's and has such a place."""
+    public = getattr(keras, cls.__name__, None)
+    return "keras" if public is cls else cls.__module__
 
 
 def count_update(model: keras.Model) -> None:
@@ -600,11 +589,11 @@ def update_metrics(
 
 
 def metrics_result(model: keras.Model) -> dict:
-    """The values of the model's metrics, of this process's data only."""
-    # Newer Keras on PyTorch sums over processes, a variable at a time.
-    if is_keras_own(type(model).get_metrics_result):
-        return Trainer.get_metrics_result(model)
-    return type(model).get_metrics_result(model)
+    """The values of the model's metrics, of this process's data only.
+
+    Newer Keras on PyTorch sums over processes, a variable at a time.
+    """
+    return Trainer.get_metrics_result(model)
 
 
 def logs(model: keras.Model, own: dict, loss: Any, examples: Any) -> dict:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,9 +13,9 @@ import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator import normalizers, notices
+from gradient_accumulator.accumulation import Accumulation
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras
-from gradient_accumulator.backend.attributes import with_attribute
 from gradient_accumulator.backend.statistics import apart, rewound
 from gradient_accumulator.backend.tensorflow.pieces import (
     Checks,
@@ -39,7 +37,6 @@ from gradient_accumulator.backend.tensorflow.replicas import (
 )
 from gradient_accumulator.backend.tensorflow.update import run_update, waits
 from gradient_accumulator.pieces import (
-    Accumulation,
     Epoch,
     arrays_of,
     batch_size,
@@ -50,20 +47,18 @@ from gradient_accumulator.pieces import (
     shapes_of,
 )
 
-KERAS_DRAWS_TO_BUILD = False  # whether `fit` builds the model from a batch of its data
-
 
 def make_train_function(
-    model: keras.Model, accumulation: Accumulation, epoch: Epoch
+    model: keras.Model, training: Any
 ) -> Callable[[Iterator], dict]:
     """The function that `fit` calls with its iterator, for one update or several."""
-    updates = _Updates(model, accumulation, epoch)
-    steps = trainer.number_of(trainer.steps_per_execution(model))
+    epoch = training.epoch
+    updates = _Updates(model, training)
+    steps = trainer.steps_per_execution(model)
 
     def train_function(iterator):
-        epoch.check_begun()
         logs = None
-        for number in range(steps):
+        for _ in range(steps):
             check_in_step(updates.strategy, epoch.number, epoch.updates, False)
             try:
                 with answering():
@@ -71,8 +66,6 @@ def make_train_function(
             except StopIteration:
                 if logs is None:
                     raise
-                # The rest of what Keras counted for this call.
-                epoch.uncount((steps - 1 - number) * updates.accum_steps)
                 break
             state = trainer.moved_by_pieces(model) + rewound(model)
             if updates.replicas == 1:  # several would have to sum theirs, to read them
@@ -97,16 +90,17 @@ class _Updates:
 
     Args:
         model: A compiled model.
-        accumulation: How it accumulates.
-        epoch: Where `fit` stands.
+        training: Its `Training`.
     """
 
-    def __init__(self, model: keras.Model, accumulation: Accumulation, epoch: Epoch):
+    def __init__(self, model: keras.Model, training: Any):
+        accumulation: Accumulation = training.accumulation
         self.model = model
         self.accum_steps = accumulation.accum_steps or 1
         self.microbatch_size = accumulation.microbatch_size
         self.accumulation = accumulation
-        self.epoch = epoch
+        self.epoch: Epoch = training.epoch
+        self.notices = training.notices
         self.strategy = model.distribute_strategy
         self.replicas = self.strategy.num_replicas_in_sync
         self.built = False
@@ -117,8 +111,6 @@ class _Updates:
         self.spec: Any = None  # what its batches are, or None
         self.key = ""  # of the graphs for such batches
         self.streams = False  # whether a graph draws its pieces, one by one
-        # How many full batches of arrays an iterator has given.
-        self.drawn: Any = weakref.WeakKeyDictionary()
         self.unrolled = waits(model)
         self.checks = Checks()
 
@@ -152,9 +144,7 @@ class _Updates:
 
     def _of_arrays(self, iterator, microbatch_size):
         (first,) = self.epoch.draw(_optionals(iterator), 1).iterator
-        number = self.drawn.get(iterator, 0)
-        self.drawn[iterator] = number + 1
-        size = self.epoch.sizes[number]
+        size = self.epoch.next_size(iterator)
         count = math.ceil(size / microbatch_size)
         self.epoch.cut(count, size)
         if self._streams(first):
@@ -286,7 +276,7 @@ class _Updates:
                 losses = normalizers.inspect(
                     self.model, example, trace=trace, training=training
                 )
-            notices.tell(self.model, losses.denominators, seen)
+            self.notices.tell(self.model, losses.denominators, seen)
             self.inspected[structure] = losses
         return self.inspected[structure]
 
@@ -347,51 +337,69 @@ def _joined(*arrays):
     return None if arrays[0] is None else tf.concat(arrays, axis=0)
 
 
-@contextmanager
-def fitting(model: keras.Model, epoch: Epoch, group: int) -> Iterator[None]:
-    """Around `fit`: here the train function draws its pieces itself.
-
-    And builds the model: Keras does it from the mean of the replicas' first batches,
-    which does not exist if one is larger, nor for several workers.
-    """
-    with ExitStack() as stack:
-
-        def replace(name, function):
-            stack.enter_context(with_attribute(model, name, function))
-
-        replace("_maybe_symbolic_build", lambda **_: None)
-        # Before an epoch and after it workers sum their metrics, which none can alone.
-        replace("reset_metrics", _in_step(model, epoch, "reset_metrics", False))
-        replace("get_metrics_result", _in_step(model, epoch, "get_metrics_result"))
-        yield
+def after_fit(model: keras.Model, epoch: Epoch) -> None:
+    """Called when `fit` is through."""
     check_in_step(model.distribute_strategy, epoch.number, epoch.updates, True)
 
 
-def _in_step(model, epoch, name, at_end=True):
-    """A method of the model's, where all workers are at the same position."""
-
-    @functools.wraps(getattr(type(model), name))
-    def method():
-        if tf.executing_eagerly() and not in_replica():
-            strategy = model.distribute_strategy
-            check_in_step(strategy, epoch.number, epoch.updates, at_end)
-        return getattr(type(model), name)(model)
-
-    return method
+# Before an epoch and after it workers sum their metrics, which none can alone.
 
 
-def draw_arrays(
-    model: keras.Model, epoch: Epoch, microbatch_size: int, iterator: Any, arrays: Any
-) -> tuple[Any, str, Callable] | None:
-    """How `fit` draws pieces, not full batches: see `trainer.drawing`.
+def before_epoch(model: keras.Model, epoch: Epoch) -> None:
+    """Called where Keras resets the metrics."""
+    _check_in_step(model, epoch, at_end=False)
 
-    `epoch` is told the sizes of the full batches.
+
+def metrics_result(model: keras.Model, epoch: Epoch, own: Callable[[], dict]) -> dict:
+    """The logs.
+
+    Args:
+        model: The model.
+        epoch: Where `fit` stands.
+        own: Keras's `get_metrics_result`.
     """
-    if model.distribute_strategy.num_replicas_in_sync > 1:
-        return None  # each gets its part of a full batch
+    _check_in_step(model, epoch, at_end=True)
+    return own()
+
+
+def _check_in_step(model, epoch, at_end):
+    if tf.executing_eagerly() and not in_replica():
+        strategy = model.distribute_strategy
+        check_in_step(strategy, epoch.number, epoch.updates, at_end)
+
+
+def batches(
+    model: keras.Model, epoch: Epoch, accumulation: Accumulation, adapter: Any
+) -> tuple[Callable, None]:
+    """What the train function draws from, and what Keras builds the model from.
+
+    Args:
+        model: The model.
+        epoch: Where `fit` stands. It is told the sizes of batches whose pieces are
+            drawn.
+        accumulation: How the model accumulates.
+        adapter: That which Keras makes of the data.
+
+    Returns:
+        A function that Keras calls in the place of the adapter's, and None: the train
+        function builds the model.
+    """
+    arrays = trainer.large_arrays(adapter)
+    # Of several replicas each gets its part of a batch.
+    one_replica = model.distribute_strategy.num_replicas_in_sync == 1
+    if accumulation.microbatch_size is not None and arrays is not None and one_replica:
+        pieces = _in_pieces(arrays, accumulation.microbatch_size)
+        if pieces is not None:
+            epoch.sizes = arrays.sizes
+            return lambda: pieces, None
+    return adapter.get_tf_dataset, None
+
+
+def _in_pieces(arrays, microbatch_size):
+    """The pieces of one batch after the other; None of sparse or ragged arrays."""
     inputs = keras.tree.lists_to_tuples(arrays.sliceable("tensorflow"))
     if not all(isinstance(leaf, (np.ndarray, tf.Tensor)) for leaf in leaves(inputs)):
-        return None  # sparse or ragged
+        return None
     batches = arrays.numbers().get_tf_dataset()
 
     def in_pieces(numbers):
@@ -404,9 +412,7 @@ def draw_arrays(
     pieces = tf.data.Dataset.zip(
         batches.flat_map(in_pieces), tf.data.Dataset.from_tensors(inputs).repeat()
     ).map(examples, num_parallel_calls=tf.data.AUTOTUNE)
-    pieces = pieces.with_options(batches.options()).prefetch(tf.data.AUTOTUNE)
-    epoch.sizes = arrays.sizes
-    return arrays.adapter, "get_tf_dataset", lambda: pieces
+    return pieces.with_options(batches.options()).prefetch(tf.data.AUTOTUNE)
 
 
 def epoch_ended(epoch: Epoch) -> None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import keras
-import keras.src.backend.torch.trainer as keras_trainer
 import torch
 
 from gradient_accumulator import normalizers
+from gradient_accumulator.accumulation import Accumulation
 from gradient_accumulator.backend import trainer
-from gradient_accumulator.backend.attributes import with_attribute
 from gradient_accumulator.backend.statistics import rewound
 from gradient_accumulator.backend.torch import replicas
 from gradient_accumulator.backend.torch.update import (
@@ -24,49 +20,44 @@ from gradient_accumulator.backend.torch.update import (
     values_of,
 )
 from gradient_accumulator.pieces import (
-    Accumulation,
     Epoch,
     Pieces,
+    batch_size,
     checked,
     cut,
     pieces_of,
 )
 
-KERAS_DRAWS_TO_BUILD = True  # whether `fit` builds the model from a batch of its data
 
-
-def make_train_function(
-    model: keras.Model, accumulation: Accumulation, epoch: Epoch
-) -> Callable[[list], dict]:
-    """The function that `fit` calls with the batches of one update."""
+def make_train_function(model: keras.Model, training: Any) -> Callable[[list], dict]:
+    """The function that `fit` calls with the data of one update, in a list."""
+    accumulation, epoch = training.accumulation, training.epoch
     if model.steps_per_execution > 1:
         raise ValueError(
             "`steps_per_execution` must be 1 with the PyTorch backend. "
             f"Received: steps_per_execution={model.steps_per_execution}"
         )
-    update = make_update(model, accumulation)
+    update = make_update(model, training)
     processes = replicas.count()  # that the update is for
     alike = False  # whether they began with the same weights
 
     def train_function(data):
         nonlocal update, processes, alike
-        epoch.check_begun()
         if processes != replicas.count():
-            update = make_update(model, accumulation)
+            update = make_update(model, training)
             processes, alike = replicas.count(), False
         if not alike or epoch.updates == 1:
             replicas.broadcast([*model.weights, *model.optimizer.variables])
             alike = True
         replicas.check_in_step(epoch.number, epoch.updates, False)
-        first, *others = data
+        (drawn,) = data
         if accumulation.microbatch_size is not None:
-            pieces = _cut(first, accumulation.microbatch_size)
+            pieces = _cut(drawn, accumulation.microbatch_size)
             epoch.cut(pieces.count, pieces.on_device)
-        elif not others:
+        elif isinstance(drawn, Pieces):
+            pieces = drawn
+        else:  # from `train_on_batch`
             pieces = Pieces(iter(data), 1)
-        else:
-            later = others[0]
-            pieces = Pieces(itertools.chain([first], later.iterator), later.count)
         before = values_of(
             [
                 *trainer.moved_by_pieces(model),
@@ -96,93 +87,92 @@ def _cut(batch, microbatch_size):
     return cut(batch, microbatch_size)
 
 
-@contextmanager
-def fitting(model: keras.Model, epoch: Epoch, group: int) -> Iterator[None]:
-    """Around `fit`.
-
-    Args:
-        model: A compiled model.
-        epoch: Where `fit` stands.
-        group: Number of batches in an update.
-    """
-    with _drawing(model, epoch, group), _logging(model, epoch):
-        yield
+def after_fit(model: keras.Model, epoch: Epoch) -> None:
+    """Called when `fit` is through."""
     replicas.check_in_step(epoch.number, epoch.updates, True)
 
 
-@contextmanager
-def _logging(model: keras.Model, epoch: Epoch) -> Iterator[None]:
-    """The logs of `fit` are of all processes; of `evaluate`, as ever, each its own."""
-    if replicas.count() == 1:
-        yield
-        return
-    evaluating = False
-
-    def get_metrics_result():
-        together = replicas.are_together()
-        if evaluating or together is False:
-            return trainer.metrics_result(model)
-        if together is None:  # at the end of an epoch
-            replicas.check_in_step(epoch.number, epoch.updates, True)
-        with replicas.summed(model.metrics_variables):
-            return trainer.metrics_result(model)
-
-    @functools.wraps(type(model).evaluate)
-    def evaluate(*args, **kwargs):
-        nonlocal evaluating
-        evaluating = True
-        try:
-            return type(model).evaluate(model, *args, **kwargs)
-        finally:
-            evaluating = False
-
-    with (
-        with_attribute(model, "get_metrics_result", get_metrics_result),
-        with_attribute(model, "evaluate", evaluate),
-    ):
-        yield
+def before_epoch(model: keras.Model, epoch: Epoch) -> None:
+    """Called where Keras resets the metrics."""
 
 
-@contextmanager
-def _drawing(model: keras.Model, epoch: Epoch, group: int) -> Iterator[None]:
-    """Keras's iterator draws one piece at a time, no more than an epoch has.
+def metrics_result(model: keras.Model, epoch: Epoch, own: Callable[[], dict]) -> dict:
+    """The logs of `fit` are of all processes; of `evaluate`, as ever, each its own.
 
-    Keras draws in groups of `steps_per_execution`, and warns where the data ends within
-    a group: what draws an update's other pieces, and fillers, take the others' places.
+    Args:
+        model: The model.
+        epoch: Where `fit` stands.
+        own: Keras's `get_metrics_result`.
     """
-    original = keras_trainer.TorchEpochIterator
-
-    class EpochIterator(keras_trainer.TorchEpochIterator):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.trains = trainer.made_to_train(model, kwargs)
-            if self.trains:
-                keras_trainer.TorchEpochIterator = original
-
-        def _get_iterator(self):
-            # At once: to begin an epoch draws from PyTorch's seed.
-            batches = iter(super()._get_iterator())
-            return _groups(batches, epoch, group) if self.trains else batches
-
-    keras_trainer.TorchEpochIterator = EpochIterator
-    try:
-        yield
-    finally:
-        keras_trainer.TorchEpochIterator = original
+    if replicas.count() == 1:
+        return own()
+    together = replicas.are_together()
+    if epoch.evaluating or together is False:
+        return trainer.metrics_result(model)
+    if together is None:  # at the end of an epoch
+        replicas.check_in_step(epoch.number, epoch.updates, True)
+    with replicas.summed(model.metrics_variables):
+        return trainer.metrics_result(model)
 
 
-def _groups(batches: Iterator, epoch: Epoch, group: int) -> Iterator:
-    batches = (b if isinstance(b, Pieces) else checked(b) for b in batches)
+def batches(
+    model: keras.Model, epoch: Epoch, accumulation: Accumulation, adapter: Any
+) -> tuple[Callable, Callable]:
+    """What the train function draws from, and what Keras builds the model from.
+
+    Args:
+        model: The model.
+        epoch: Where `fit` stands.
+        accumulation: How the model accumulates.
+        adapter: That which Keras makes of the data.
+
+    Returns:
+        Two functions that Keras calls in the place of the adapter's.
+    """
+    arrays = None
+    if accumulation.microbatch_size is not None:
+        arrays = trainer.large_arrays(adapter)
+
+    def updates():
+        if arrays is None:
+            loader = adapter.get_torch_dataloader()
+        else:
+            loader = _in_pieces(arrays, accumulation.microbatch_size)
+        # At once: to begin an epoch draws from PyTorch's seed.
+        return _updates(iter(loader), epoch, accumulation)
+
+    def first():
+        if arrays is not None:
+            return _in_pieces(arrays, accumulation.microbatch_size, symbolic=True)
+        return map(_checked(accumulation), adapter.get_torch_dataloader())
+
+    return updates, first
+
+
+def _checked(accumulation):
+    if accumulation.accum_steps is not None:
+        return checked
+
+    def with_examples(batch):
+        batch_size(batch)
+        return batch
+
+    return with_examples
+
+
+def _updates(batches, epoch, accumulation):
+    """The data of one update after the other, no more than an epoch has."""
+    if accumulation.accum_steps is not None:
+        batches = map(checked, batches)
     while True:
         try:
-            pieces = epoch.draw(batches, group)
+            pieces = epoch.draw(batches, accumulation.accum_steps or 1)
         except StopIteration:
             return
-        # Keras builds the model from a group's first batch.
-        yield next(pieces.iterator)
-        if group > 1:
+        if accumulation.accum_steps is not None:
             yield pieces
-            yield from [None] * (group - 2)
+        else:
+            yield next(pieces.iterator)
 
 
 class _InPieces(torch.utils.data.Dataset):
@@ -204,28 +194,20 @@ class _InPieces(torch.utils.data.Dataset):
         return pieces_of(len(numbers), self.microbatch_size, piece)
 
 
-def draw_arrays(
-    model: keras.Model, epoch: Epoch, microbatch_size: int, iterator: Any, arrays: Any
-) -> tuple[Any, str, Callable] | None:
-    """How `fit` draws pieces, not full batches: see `trainer.drawing`."""
+def _in_pieces(arrays, microbatch_size, symbolic=False):
+    """Keras's batches of arrays, each as its pieces, or as what is known of it."""
+    batches = arrays.adapter.get_torch_dataloader()
+    examples = batches.dataset.__getitems__
 
-    def get_torch_dataloader():
-        # In each epoch, for callbacks may change arrays.
-        batches = type(arrays.adapter).get_torch_dataloader(arrays.adapter)
-        examples = batches.dataset.__getitems__
+    def collate(pieces):
+        return arrays.symbolic(examples([0])) if symbolic else pieces
 
-        def collate(pieces):
-            # Without an epoch Keras draws to build the model.
-            return pieces if epoch.number else arrays.symbolic(examples([0]))
-
-        # A piece goes to the device when it is its turn.
-        return torch.utils.data.DataLoader(
-            _InPieces(examples, microbatch_size),
-            batch_sampler=batches.batch_sampler,
-            collate_fn=collate,
-        )
-
-    return arrays.adapter, "get_torch_dataloader", get_torch_dataloader
+    # A piece goes to the device when it is its turn.
+    return torch.utils.data.DataLoader(
+        _InPieces(examples, microbatch_size),
+        batch_sampler=batches.batch_sampler,
+        collate_fn=collate,
+    )
 
 
 def epoch_ended(epoch: Epoch) -> None:

@@ -18,8 +18,9 @@ from gradient_accumulator.backend.torch.sums import Sum
 from gradient_accumulator.pieces import map_leaves
 
 
-def make_update(model, accumulation):
+def make_update(model, training):
     """A function of one update's pieces, and whether a call of `fit` begins."""
+    accumulation = training.accumulation
     forward = partial(trainer.forward, model, training=True)
     if model.jit_compile and not model.run_eagerly:
         forward = torch.compile(forward)
@@ -35,6 +36,7 @@ def make_update(model, accumulation):
         model,
         partial(_measure, model, statistics, waiting),
         partial(_stateless, model),
+        notices=training.notices,
         totals=totals,
     )
 
