@@ -6,7 +6,7 @@ import itertools
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
@@ -63,7 +63,7 @@ class Notices:
 
     def before_fit(self, model: keras.Model, arguments: dict) -> None:
         """Print how updates are made, where `fit` shows how it goes on."""
-        self.handed, examples = _sizes(arguments.get("x"), arguments.get("batch_size"))
+        self.handed, examples = _sizes(arguments)
         verbose = arguments.get("verbose")
         shows = sys.stdout.isatty() if verbose in (None, "auto") else verbose == 1
         if self.announced or not shows or not _is_first(model):
@@ -276,8 +276,9 @@ _IN_BETWEEN = (
 )
 
 
-def _sizes(data, batch_size):
+def _sizes(arguments):
     """How many examples `fit` draws at a time, and has in all, None if not known."""
+    data = arguments.get("x")
     if hasattr(data, "batch_sampler"):  # a PyTorch `DataLoader`
         return data.batch_size, None
     if hasattr(data, "element_spec"):  # a `tf.data.Dataset`
@@ -288,7 +289,11 @@ def _sizes(data, batch_size):
     arrays = leaves(data)
     if not arrays or not all(len(getattr(array, "shape", ())) for array in arrays):
         return None, None
-    return batch_size or 32, arrays[0].shape[0]
+    examples = arrays[0].shape[0]
+    split = arguments.get("validation_split")
+    if split and arguments.get("validation_data") is None:
+        examples = math.floor(examples * (1 - split))  # the first ones, as Keras does
+    return arguments.get("batch_size") or 32, max(examples, 0)
 
 
 def _number(count, what):
@@ -307,13 +312,19 @@ def _instead_of(loss, y_pred):
     name = keras_own(loss)
     if name is None:
         return "If it has a value for each example, let it return these."
-    if name == "circle":
+    inner = range(1, len(y_pred.shape))
+    if name == "circle" or not inner:
         return "Larger micro-batches come nearer."
-    axis = getattr(loss, "axis", None)
-    if axis is None:
-        axis = range(len(y_pred.shape))
-    axis = tuple(each for each in axis if each != 0)
+    axis = _positive(getattr(loss, "axis", None), len(y_pred.shape))
+    axis = tuple(each for each in inner if each in axis) or tuple(inner)
     return f"With `axis={axis}` it has a value for each example, and is exact."
+
+
+def _positive(axis, rank):
+    """The axes that Keras means, counted from the first; all of them for None."""
+    if axis is None:
+        return {*range(rank)}
+    return {each % rank for each in (axis if isinstance(axis, Iterable) else [axis])}
 
 
 def _normalizes_to_constant(model, layer, shape, examples):
@@ -321,7 +332,6 @@ def _normalizes_to_constant(model, layer, shape, examples):
         return False
     if getattr(layer, "synchronized", False) and _several(model):
         return False
-    axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
-    features = {axis % len(shape) for axis in axes}
+    features = _positive(layer.axis, len(shape))
     shape = (examples if shape[0] is None else shape[0], *shape[1:])
     return all(n == 1 for i, n in enumerate(shape) if i not in features)

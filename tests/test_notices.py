@@ -90,6 +90,32 @@ def test_a_loss_that_couples_examples_and_what_mends_it(loss):
     assert furthest(*coupled) > 0.05 * moved
 
 
+@pytest.mark.parametrize(
+    "axis, mending",
+    [
+        (0, (1, 2, 3)),
+        ((0,), (1, 2, 3)),
+        ([0, 1, 2], (1, 2)),
+        ((-4, -3, -2), (1, 2)),
+        (-4, (1, 2, 3)),
+    ],
+)
+def test_the_axis_that_mends_a_loss_with_another(axis, mending):
+    """However Keras takes it, and training goes on."""
+    model = segmentation(keras.losses.Dice(axis=axis), microbatch_size=2)
+    (message,) = told(lambda: fit(model, *images(), batch_size=8))
+    assert f"`axis={mending}`" in message
+    assert int(model.optimizer.iterations) == 1
+    model.compile("sgd", keras.losses.Dice(axis=mending))
+    assert not told(lambda: fit(model, *images(), batch_size=8))
+
+
+@pytest.mark.parametrize("axis", [1, (1, 2, 3), (-3, -2, -1)])
+def test_axes_of_a_loss_that_does_not_couple(axis):
+    model = segmentation(keras.losses.Dice(axis=axis), microbatch_size=2)
+    assert not told(lambda: fit(model, *images(), batch_size=8))
+
+
 def masked_mean(y, p):
     mask = ops.cast(y != 0, p.dtype)
     return ops.sum(ops.square(y - p) * mask) / ops.sum(mask)
@@ -466,6 +492,21 @@ def test_auto_shows_the_line_in_a_terminal(terminal, capsys, monkeypatch):
             {"accum_steps": 4},
             {"batch_size": 4, "steps_per_epoch": 4},
             "16 examples: 4 micro-batches of 4",
+        ),
+        (
+            {"microbatch_size": 4},
+            {"validation_split": 0.5},
+            "12 examples: 3 micro-batches of 4",
+        ),
+        (
+            {"microbatch_size": 4},
+            {"validation_split": 0.5, "validation_data": data(2)},
+            "24 examples: 6 micro-batches of 4",
+        ),
+        (
+            {"accum_steps": 3},
+            {"batch_size": 8, "validation_split": 0.3},
+            "16 examples: 2 micro-batches of 8",
         ),
         (
             {"accum_steps": 3},
