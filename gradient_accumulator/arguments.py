@@ -21,7 +21,8 @@ OTHER_NAMES = {
     "accum_steps": (
         "accum accumiter accumstep accumsteps accumulategradbatches accumulatesteps "
         "accumulationsteps everykschedule gradaccumsteps gradaccumulationsteps "
-        "gradientaccumulationsteps naccum numaccumsteps numsteps steps"
+        "gradientaccumulationsteps microbatches naccum nmicrobatches numaccumsteps "
+        "numchunks nummicrobatches numminibatches numpieces numsteps steps"
     ),
     "microbatch_size": (
         "batchsize chunksize microbatch microbatchsize minibatch minibatchsize "
@@ -73,6 +74,13 @@ def _check(function, signature, elsewhere, args, kwargs):
             f"`{function}` takes {by_position} by position, and only by name: "
             f"{by_name}. Received: {others} by position"
         )
+    for name, value in zip(first, args):
+        if name in kwargs:
+            raise TypeError(
+                f"`{function}` takes {_meaning(name)} by position or by name. "
+                f"Received: {described(value)} by position, "
+                f"{name}={described(kwargs[name])}"
+            )
     takes_others = len(names) < len(parameters)
     for name, value in kwargs.items():
         if name in names:

@@ -105,4 +105,6 @@ def _framework(kind: type) -> str | None:
 def _plural(kind: type) -> str:
     if kind.__name__ == "Parameter":
         return "parameters"
-    return "variables" if kind.__name__.endswith("Variable") else "tensors"
+    if kind.__name__.endswith("Variable"):
+        return "variables"
+    return "tensors" if hasattr(kind, "shape") else "objects"

@@ -133,12 +133,22 @@ def test_an_optimizer_of_kerass_updates_its_variables_only(call):
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="elsewhere variables are what it takes")
-def test_variables_on_jax():
+@pytest.mark.parametrize("given", [lambda: [variable()], lambda: model()])
+def test_variables_on_jax(given):
     with pytest.raises(TypeError, match=r"\[v.value for v in .*Received: ") as caught:
         accumulated_value_and_grad(lambda *_: 0.0, microbatch_size=2)(
-            [variable()], examples()
+            given(), examples()
         )
     assert "0.12" not in str(caught.value)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="whose own it is")
+def test_a_module_of_pytorchs_is_no_list_of_variables():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=r"(holds objects|a list of var).*Linear"):
+        accumulated_value_and_grad(lambda *_: 0.0, microbatch_size=2)(
+            torch.nn.Linear(3, 2), examples()
+        )
 
 
 def test_a_module_of_pytorchs_is_no_model():
@@ -476,6 +486,9 @@ def test_other_names_of_the_sizes(of):
         "accumulate_grad_batches": steps,
         "gradient_accumulation_steps": steps,
         "accum_step": steps,
+        "num_microbatches": steps,
+        "num_micro_batches": steps,
+        "micro_batches": steps,
     }.items():
         with pytest.raises(
             TypeError,
@@ -504,6 +517,15 @@ def test_sizes_by_position():
         GradientAccumulateModel(1, False, False, 0.01, 1e-3, False, 8)
     with pytest.raises(TypeError, match=r"`name` by position.*Received: 'float32' "):
         GradientAccumulateOptimizer("sgd", 2, "MEAN", "name", "float32")
+
+
+def test_an_argument_that_is_given_twice():
+    """As by who takes the model's class for a wrapper of a model."""
+    message = r"takes `accum_steps` \(.* by position or by name\. Received: <Func"
+    with pytest.raises(TypeError, match=message):
+        GradientAccumulateModel(model(), accum_steps=4)
+    with pytest.raises(TypeError, match=r"Received: 2 by position, accum_steps=4$"):
+        GradientAccumulateOptimizer("sgd", 2, accum_steps=4)
 
 
 def test_names_that_are_alike_or_not():

@@ -83,7 +83,7 @@ def _arrays(variables):
         variables = listed(variables)
     leaves = jax.tree.leaves(variables)
     check_of_backend("variables", leaves)
-    if any(isinstance(leaf, keras.Variable) for leaf in leaves):
+    if any(isinstance(leaf, (keras.Variable, keras.layers.Layer)) for leaf in leaves):
         raise TypeError(
             "Argument `variables` must be nested arrays on JAX, whose functions are "
             "pure: `[v.value for v in model.trainable_variables]`. "
