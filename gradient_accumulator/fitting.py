@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -57,7 +58,7 @@ class Accumulating(trainer.BuiltByFit):
         trainer.check_compiled(self)
         _reset_statistics(self)
         epoch = training.epoch
-        data = trainer.FitData(self, training, args, kwargs)
+        data = trainer.FitData(self, training, _arguments_of_fit(self, args, kwargs))
         training.notices.before_fit(self, data.arguments)
         call = epoch.of_call(
             data.steps_per_epoch,
@@ -270,6 +271,20 @@ class _EpochCallback(keras.callbacks.Callback):
         if self.data.endless and not epoch.sized and not self.model.stop_training:
             epoch.check_complete()
         self.training.notices.after_epoch(self.model, epoch)
+
+
+def _arguments_of_fit(model, args, kwargs) -> dict:
+    """All arguments of a call of Keras's `fit`, by name."""
+    try:
+        bound = _FIT.bind(model, *args, **kwargs)
+    except TypeError as error:  # as calling it would
+        raise TypeError(f"{keras.Model.fit.__qualname__}() {error}") from None
+    bound.apply_defaults()
+    _, *names = bound.arguments
+    return {name: bound.arguments[name] for name in names}
+
+
+_FIT = inspect.signature(keras.Model.fit)
 
 
 @contextlib.contextmanager

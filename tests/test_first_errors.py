@@ -539,6 +539,13 @@ def test_names_that_are_alike_or_not():
     assert GradientAccumulateModel(accum_steps=2, dtype="float64").dtype == "float64"
 
 
+def test_arguments_that_fit_does_not_have():
+    """As Keras says it."""
+    made = accumulate(model(), microbatch_size=2)
+    with pytest.raises(TypeError, match=r"fit\(\) got an unexpected .*'batchsize'"):
+        made.fit(examples(), batchsize=2)
+
+
 def test_signatures_are_as_they_are_written():
     for function, first in (
         (accumulate, "model"),

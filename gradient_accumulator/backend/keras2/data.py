@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,21 +12,16 @@ import tensorflow as tf
 from gradient_accumulator.backend.keras2.names import keras
 from gradient_accumulator.pieces import leaves, no_data, not_empty
 
-_SIGNATURE = inspect.signature(keras.Model.fit)
-
 BuiltByFit: Any = keras.Model  # the train function builds it
 
 
 class FitData:
     """The arguments of a call of `fit`: see `backend/keras3/data.py`."""
 
-    def __init__(self, model: Any, training: Any, args: tuple, kwargs: dict):
-        bound = _SIGNATURE.bind(model, *args, **kwargs)
-        bound.apply_defaults()
-        _, *names = bound.arguments
+    def __init__(self, model: Any, training: Any, arguments: dict):
         self.model = model
         self.training = training
-        self.arguments = {name: bound.arguments[name] for name in names}
+        self.arguments = dict(arguments)
         self.steps_per_epoch = self.arguments["steps_per_epoch"]
         data = self.arguments["x"]
         self.endless = isinstance(data, types.GeneratorType)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import types
 from collections.abc import Callable, Iterator
@@ -15,8 +14,6 @@ from keras.src.trainers.data_adapters.array_slicing import train_validation_spli
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 from gradient_accumulator.pieces import Epoch, leaves, no_data, not_empty
-
-_SIGNATURE = inspect.signature(keras.Model.fit)
 
 
 class Updates(DataAdapter):
@@ -108,27 +105,22 @@ class FitData:
     Args:
         model: The model.
         training: Its `Training`.
-        args: The positional arguments.
-        kwargs: The others.
+        arguments: All arguments of `fit`, by name.
 
     Attributes:
-        arguments: The arguments, by name.
+        arguments: The arguments, of which training data is what is trained on.
         steps_per_epoch: The user's.
         length: The number of batches in the data, None if it does not tell.
         endless: Whether nobody but us checks that there are `steps_per_epoch`.
 
     Raises:
-        TypeError: If `fit` does not take them, as calling it would.
         ValueError: If there is no data.
     """
 
-    def __init__(self, model: keras.Model, training: Any, args: tuple, kwargs: dict):
-        bound = _SIGNATURE.bind(model, *args, **kwargs)
-        bound.apply_defaults()
-        _, *names = bound.arguments
+    def __init__(self, model: keras.Model, training: Any, arguments: dict):
         self.model = model
         self.training = training
-        self.arguments = {name: bound.arguments[name] for name in names}
+        self.arguments = dict(arguments)
         self.steps_per_epoch = _limited(
             "max_steps_per_epoch", self.arguments["steps_per_epoch"]
         )
