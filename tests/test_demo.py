@@ -50,6 +50,17 @@ def test_distances(results, report):
     assert report.distance(results, "keras").min() > 10
 
 
+@pytest.mark.parametrize(
+    "apart, shown",
+    [(4.96e-7, "0.000050"), (3.9e-7, "0.000039"), (0.0723, "7.2"), (2.143, "210")],
+)
+def test_distances_are_shown_in_two_digits(apart, shown, report):
+    """So that numbers beside each other are as long as they are large."""
+    batch = {"weights": np.array([[0.0], [1.0]])}
+    other = {"weights": batch["weights"] * (1 + apart)}
+    assert report.at_the_end({"batch": batch, "keras": other}, "keras") == f"{shown} %"
+
+
 def test_schedules_count_updates(results):
     rates = {run: result["learning_rate"] for run, result in results.items()}
     np.testing.assert_allclose(rates["microbatches"], rates["batch"], rtol=1e-6)

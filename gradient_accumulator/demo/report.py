@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +143,8 @@ def distance(results: Results, run: str) -> np.ndarray:
 
 
 def at_the_end(results: Results, run: str) -> str:
-    """The last distance, to two digits, without a power of ten."""
-    digits = float(f"{distance(results, run)[-1]:.2g}")
-    return f"{np.format_float_positional(digits, trim='-')} %"
+    """The last distance, in two digits, without a power of ten."""
+    return f"{Decimal(f'{distance(results, run)[-1]:.1e}'):f} %"
 
 
 def draw(
