@@ -20,7 +20,6 @@ from fitting import (
     ways,
 )
 from helpers import Batches, arrays, assert_close
-from versions import is_before
 
 from gradient_accumulator import accumulate
 
@@ -103,9 +102,7 @@ def test_batch_callbacks_run_once_an_update(way):
     fit(model, **of_arrays(size(way)), callbacks=[record])
     stride = {"microbatch_size": 1, "accum_steps": FULL // PIECE}[way]
     assert record.begins == [stride * i for i in range(UPDATES)]
-    # Before Keras 3.11 the first of several steps is named, from then on the last.
-    last = 0 if is_before("3.11") else stride - 1
-    assert record.ends == [stride * i + last for i in range(UPDATES)]
+    assert record.ends == [stride * i + stride - 1 for i in range(UPDATES)]
     assert record.params["steps"] == stride * UPDATES
     # JAX has its state in the variables only after the epoch, with plain Keras too.
     if BACKEND != "jax":
