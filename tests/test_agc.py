@@ -330,6 +330,7 @@ def test_a_scaler_around_the_optimizer_wrapper():
     )
 
 
+@pytest.mark.core
 def test_the_optimizer_wrapper_is_made_again():
     model = functional()
     optimizer = GradientAccumulateOptimizer(

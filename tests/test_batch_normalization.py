@@ -486,6 +486,7 @@ def test_it_is_saved_as_itself(tmp_path):
         ({"renorm": "yes"}, TypeError),
     ],
 )
+@pytest.mark.core
 def test_bad_arguments(settings, error):
     name = next(iter(settings))
     with pytest.raises(error, match=rf"`{name}`.*Received: {name}="):

@@ -327,6 +327,7 @@ EMPTY = {
 
 @ways
 @pytest.mark.parametrize("source", EMPTY)
+@pytest.mark.core
 def test_no_data_at_all(source, way):
     model = accumulate(compiled(), **WAYS[way][0])
     before = state(model)
@@ -339,6 +340,7 @@ def test_no_data_at_all(source, way):
 
 @ways
 @pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.core
 def test_an_update_without_any_example(way, run_eagerly):
     settings, size = WAYS[way]
     count = settings.get("accum_steps", 1)
@@ -369,6 +371,7 @@ def test_a_piece_without_any_example(empty):
 
 
 @ways
+@pytest.mark.core
 def test_a_generator_that_ends_before_steps_per_epoch(way):
     settings, size = WAYS[way]
     model = accumulate(compiled(), **settings)
@@ -564,6 +567,7 @@ class FailsAtBuild(layers.Layer):
 
 
 @ways
+@pytest.mark.core
 def test_a_layer_that_fails_while_it_is_traced(way):
     settings, size = WAYS[way]
     x = layers.Input((problems.FEATURES,))

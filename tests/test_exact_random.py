@@ -10,6 +10,7 @@ import pytest
 from helpers import assert_same, in_pieces, moved, train
 from hypothesis import given
 from hypothesis import strategies as st
+from marks import core_on
 from versions import MASKS_IN_PLACE, unless_plain_fails
 
 LOSSES = {
@@ -88,7 +89,7 @@ ways = pytest.mark.parametrize("way", ["microbatch_size", "accum_steps"])
     weights=st.none()
     | st.lists(weight, min_size=MOST_EXAMPLES, max_size=MOST_EXAMPLES),
 )
-@pytest.mark.core
+@core_on("torch")
 def test_vectors(way, sizes, reduction, loss, weights):
     counts, piece = sizes
     batches = problems.each_size(
@@ -118,7 +119,7 @@ def test_vectors(way, sizes, reduction, loss, weights):
     | st.lists(weight, min_size=MOST_EXAMPLES, max_size=MOST_EXAMPLES),
     trim=st.booleans(),
 )
-@pytest.mark.core
+@core_on("torch")
 def test_masked_sequences(way, sizes, reduction, loss, lengths, weights, trim):
     """Rows of any length, also empty ones, and pieces cut to their longest row."""
     counts, piece = sizes
@@ -164,7 +165,7 @@ def test_masked_sequences(way, sizes, reduction, loss, lengths, weights, trim):
     ),
     loss_weights=st.tuples(st.floats(0.1, 3), st.floats(0.1, 3)),
 )
-@pytest.mark.core
+@core_on("torch")
 def test_two_outputs(way, sizes, reductions, lengths, weights, loss_weights):
     counts, piece = sizes
     of_steps, of_whole = (np.float32(column) for column in zip(*weights, strict=True))

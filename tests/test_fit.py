@@ -192,6 +192,7 @@ def test_run_eagerly(way):
     "jit_compile",
     [pytest.param(True, marks=unless_plain_fails(JIT_COMPILE)), False],
 )
+@pytest.mark.core
 def test_jit_compile(way, jit_compile):
     both(way, of_arrays, settings=lambda: {"jit_compile": jit_compile}, epochs=2)
 

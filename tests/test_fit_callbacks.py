@@ -131,6 +131,7 @@ def test_csv_logger(way, tmp_path):
 
 
 @ways
+@pytest.mark.core
 def test_a_callback_list_of_keras(way):
     model = compiled(way)
     record = Record()

@@ -82,6 +82,7 @@ def test_full_batches_that_are_no_whole_executions():
     assert_close(arrays(model.weights), arrays(reference.weights))
 
 
+@pytest.mark.core
 def test_data_of_known_length_that_ends_in_an_update_of_steps_per_epoch():
     """As in an epoch without `steps_per_epoch`: it takes the pieces that are left."""
     x, y = data(7 * PIECE)

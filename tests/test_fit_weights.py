@@ -137,6 +137,7 @@ def test_a_batch_that_is_cut_has_a_number(build, reduction):
     assert_close(ours, trained(build, reduction, SOURCES[0](batches)))
 
 
+@pytest.mark.core
 def test_a_number_that_is_divided_by_is_not_cut():
     """Keras sums there, and adds up no weights."""
     model = compiled(loss=keras.losses.MeanSquaredError("mean_with_sample_weight"))
@@ -169,6 +170,7 @@ def test_a_metric_of_a_batch_weighs_by_examples_and_the_number(way):
 
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("way", [{"accum_steps": 2}, {"microbatch_size": 2}])
+@pytest.mark.core
 def test_inputs_and_targets_are_no_numbers(way, place):
     model = compiled()
     accumulate(model, **way)

@@ -27,6 +27,8 @@ from helpers import Batches, arrays, assert_close
 
 from gradient_accumulator import GradientAccumulateModel, accumulate
 
+pytestmark = pytest.mark.core
+
 
 def sequential():
     return keras.Sequential(

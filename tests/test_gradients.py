@@ -449,6 +449,7 @@ def test_tensors_in_the_place_of_variables():
         tf.function(lambda variables: function(variables, batch(4)))(variables)
 
 
+@pytest.mark.core
 def test_a_batch_without_examples():
     variables, predict = network()
     function = accumulated_value_and_grad(mean(predict), microbatch_size=2)
@@ -456,6 +457,7 @@ def test_a_batch_without_examples():
         function(variables, tuple(a[:0] for a in batch(2)))
 
 
+@pytest.mark.core
 def test_arrays_with_different_numbers_of_examples():
     variables, predict = network()
     x, y, weights = batch(6)

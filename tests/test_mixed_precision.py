@@ -242,6 +242,7 @@ def test_one_overflow_with_the_optimizer_wrapper(around):
 )
 @pytest.mark.parametrize("around", [False, True])
 @pytest.mark.parametrize("flushed", [False, True])
+@pytest.mark.core
 def test_a_skipped_update_takes_back_what_layers_that_count_moved(around, flushed):
     """The targets are not finite, so the statistics of the inputs are."""
     adam = keras.optimizers.Adam(1e-2)

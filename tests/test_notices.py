@@ -280,6 +280,7 @@ def test_it_shows_the_line_of_the_user():
 
 
 @pytest.mark.parametrize("value", [None, 1, "no"])
+@pytest.mark.core
 def test_warn_is_a_bool(value):
     with pytest.raises(TypeError, match=r"`warn`.*Received: warn="):
         accumulate(compiled(), accum_steps=2, warn=value)
@@ -585,6 +586,7 @@ def test_the_attribute_of_a_gradient_accumulate_model():
         assert made.accumulation.size == 3
 
 
+@pytest.mark.core
 def test_an_attribute_of_ones_own_stays():
     class WithLayer(keras.Model):
         def __init__(self):

@@ -127,6 +127,7 @@ def test_the_policy_mixed_float16_puts_one_around(inside):
 
 
 @pytest.mark.parametrize("order", ["around", "both"])
+@pytest.mark.core
 def test_a_loss_scale_optimizer_around_flushes_and_resets(order):
     inner = keras.optimizers.SGD(1.0)
     if order == "both":
@@ -584,6 +585,7 @@ def test_bad_arguments(arguments, error, message):
         ("keras.optimizers.legacy", "optimizer of Keras 2's"),
     ],
 )
+@pytest.mark.core
 def test_optimizers_of_others_get_a_sentence_of_their_own(module, sentence):
     other = type("Adam", (), {"__module__": module})()
     with pytest.raises(TypeError, match=f"{sentence}.*Received: optimizer="):
@@ -600,6 +602,7 @@ def test_optimizers_of_others_get_a_sentence_of_their_own(module, sentence):
         ),
     ],
 )
+@pytest.mark.core
 def test_an_optimizer_that_accumulates_already(inner):
     with pytest.raises(ValueError, match=r"accumulates already.*Received: "):
         GradientAccumulateOptimizer(inner(), 2)
@@ -611,6 +614,7 @@ def test_a_model_that_accumulates_too():
         fit(model, 2)
 
 
+@pytest.mark.core
 def test_the_inner_one_of_a_loss_scale_optimizer_is_not_called():
     inner = GradientAccumulateOptimizer("sgd", 2)
     outer = keras.optimizers.LossScaleOptimizer(inner)
@@ -746,6 +750,7 @@ def test_flush_after_compiled_functions_of_other_variables(compiled):
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
+@pytest.mark.core
 def test_no_gradient_is_none_after_loading_too():
     def built():
         inner = keras.optimizers.SGD(1.0, weight_decay=0.5)
@@ -765,6 +770,7 @@ def test_no_gradient_is_none_after_loading_too():
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="works elsewhere")
+@pytest.mark.core
 def test_no_stateless_apply_on_tensorflow():
     optimizer, variables = two_variables()
     with pytest.raises(ValueError, match=r"`stateless_apply`.*Received: "):
@@ -779,6 +785,7 @@ def two_variables():
     return optimizer, variables
 
 
+@pytest.mark.core
 def test_variables_that_change_while_pieces_wait():
     optimizer, (a, b) = two_variables()
     gradient = ops.ones((2,))
@@ -812,6 +819,7 @@ def test_gradients_that_do_not_fit(gradients, names, message):
     assert optimizer.pending == 0
 
 
+@pytest.mark.core
 def test_not_built():
     with pytest.raises(ValueError, match=r"not built.*Received: "):
         GradientAccumulateOptimizer("sgd", 2).apply([ops.ones((2,))])

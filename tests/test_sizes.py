@@ -50,6 +50,7 @@ def model_of(way, size):
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: type(size).__name__)
 @pytest.mark.parametrize("way", ["accum_steps", "microbatch_size"])
+@pytest.mark.core
 def test_of_a_model(way, size):
     model = problems.mlp()()
     accumulate(model, **{way: size})

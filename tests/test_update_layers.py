@@ -51,6 +51,7 @@ def test_state_moves_once_an_update(way, layer):
 
 @layer
 @ways
+@pytest.mark.core
 def test_a_failed_update_leaves_state_as_it_was(way, layer):
     seen = []
 

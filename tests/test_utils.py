@@ -235,6 +235,7 @@ class Written(keras.Model):
         return {**super().get_config(), "units": self.dense.units}
 
 
+@pytest.mark.core
 def test_what_preprocessing_layers_have_learned():
     r = np.random.default_rng(0)
     x = r.normal(3, 5, (64, 6)).astype("float32")

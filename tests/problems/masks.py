@@ -63,6 +63,7 @@ for _reduction in ("sum", "sum_over_batch_size", "mean_with_sample_weight"):
         optimizer=slow if _reduction == "sum" else sgd,
         **of_reduction(_reduction, equal=False),
     )
+change("ignore_class_mean_with_sample_weight", core=("accum_steps",))
 add(
     "ignore_class_weighted",
     mlp(),

@@ -103,6 +103,7 @@ add(
     vectors,
     arguments=lambda: {"loss": "mse", "metrics": ["mae"]},
     devices=("jax", "torch"),
+    core=("microbatch_size",),
 )
 add(
     "subclass_nested_inputs",
@@ -208,8 +209,14 @@ add(
         "loss": "mse",
         "metrics": [mean_of_all, OwnMean(name="own"), "mae"],
     },
+    core=("microbatch_size",),
 )
-add("metrics_counted_in_the_loss", written(CountedInTheLoss), vectors)
+add(
+    "metrics_counted_in_the_loss",
+    written(CountedInTheLoss),
+    vectors,
+    core=("microbatch_size",),
+)
 
 
 class Shifted(keras.Model):
