@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+from marks import core_on
 
 from gradient_accumulator.demo import sentences, train
 from gradient_accumulator.demo.data import SLAB, Brain, Settings, Size, save
 
-pytestmark = pytest.mark.core
+pytestmark = core_on("torch")
 
 SIZE = sentences.Size(
     sentences=16, validation_sentences=4, batch_size=8, microbatch_size=2, epochs=2
