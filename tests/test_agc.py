@@ -278,6 +278,7 @@ DATA = (
 
 
 @pytest.mark.parametrize("kind", EXCLUDED)
+@pytest.mark.core
 def test_a_saved_model_clips_as_before(kind, tmp_path):
     model = functional()
     model = functional(agc_exclude=EXCLUDED[kind](model))

@@ -253,6 +253,7 @@ def test_flush_and_reset_of_the_optimizer_wrapper(kind):
     np.testing.assert_allclose(statistics(model)[0], moved, rtol=1e-5)
 
 
+@pytest.mark.core
 def test_loaded_it_ends_its_update_where_the_optimizer_wrapper_does(tmp_path):
     model, _ = waiting(2)
     model.save(tmp_path / "m.keras")
@@ -285,6 +286,7 @@ def test_in_a_loop_of_ones_own():
     np.testing.assert_allclose(array(layer.moving_mean), x.mean(0), rtol=1e-6)
 
 
+@pytest.mark.core
 def test_calls_before_training_do_not_count():
     model = model_of(AccumBatchNormalization(accum_steps=4), (6,))
     reference = fit(model_of(layers.BatchNormalization(), (6,)), data((6,)))

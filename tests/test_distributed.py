@@ -85,6 +85,7 @@ def test_processes_of_torchrun_give_the_full_batch(request, way, name):
 @on_torch
 @pytest.mark.xdist_group("torch_checks")
 @checks("torch_checks.py")
+@pytest.mark.core
 def test_processes_of_torchrun(request, name):
     launch.one_of(request, partial(launch.torch_processes, "torch_checks.py"))
 
@@ -125,6 +126,7 @@ def test_jax_reduces_once_an_update_whatever_the_number_of_pieces(tmp_path):
 
 
 @on_jax
+@pytest.mark.core
 def test_jax_reduces_once_an_update_where_variables_are_sharded(tmp_path):
     one, three = (exchanges(tmp_path, "model", pieces) for pieces in (1, 3))
     assert one["sharding"] == "P(None, 'model')"

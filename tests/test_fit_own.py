@@ -208,6 +208,7 @@ def test_a_callback_that_trains_the_same_model(call, method):
     both("microbatch_size", of_arrays, epochs=2, callbacks=[TrainsToo(method, train)])
 
 
+@pytest.mark.core
 def test_own_fit_is_given_callbacks_where_it_wants_them():
     """By their place, as Keras's has it, or by name."""
     seen = []

@@ -102,7 +102,12 @@ def cases():
 
 
 @pytest.mark.parametrize(
-    "reduction", ["sum_over_batch_size", "mean_with_sample_weight", "sum"]
+    "reduction",
+    [
+        "sum_over_batch_size",
+        pytest.param("mean_with_sample_weight", marks=pytest.mark.core),
+        "sum",
+    ],
 )
 @pytest.mark.parametrize("source, kind, build, run_eagerly", [*cases()])
 def test_each_micro_batch_has_a_number(source, kind, build, reduction, run_eagerly):
