@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--size",
         choices=("full", "small"),
         default="full",
-        help="small takes less than a minute and shows less (full)",
+        help="small takes a minute or a few, and shows less (full)",
     )
     demo.add_argument(
         "--epochs",
