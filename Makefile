@@ -60,10 +60,10 @@ demo: $(DEMO_READY)
 CORE := HYPOTHESIS_PROFILE=core
 
 test: $(TEST_READY)
-	$(CORE) $(EACH_BACKEND) $(BACKENDS) -- $(IN_PROCESSES) -m "core and not full" $(PYTEST_ARGS)
+	$(CORE) $(EACH_BACKEND) $(BACKENDS) -- $(IN_PROCESSES) -m "core and not slow and not full" $(PYTEST_ARGS)
 
 $(BACKENDS:%=test-%): test-%: $(TEST_READY)
-	$(CORE) $(EACH_BACKEND) $* -- $(IN_PROCESSES) -m "core and not full" $(PYTEST_ARGS)
+	$(CORE) $(EACH_BACKEND) $* -- $(IN_PROCESSES) -m "core and not slow and not full" $(PYTEST_ARGS)
 
 test-all: $(TEST_READY)
 	$(EACH_BACKEND) $(BACKENDS) -- $(IN_PROCESSES) $(PYTEST_ARGS)

@@ -14,7 +14,8 @@ OF_THE_PROCESS, OF_CHECKS = "TEST_CONTEXT", "TEST_CONTEXTS"
 
 
 def context_of(item):
-    kind = "core" if item.get_closest_marker("core") else "all"
+    is_core = item.get_closest_marker("core") and not item.get_closest_marker("slow")
+    kind = "core" if is_core else "all"
     # Without what pytest-xdist appends: the group.
     return f"{kind} {re.sub('@[^]]*$', '', item.nodeid)}"
 

@@ -54,6 +54,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.slow
 def test_as_optax(kind):
     weights = LAYERS[kind]()
     r = np.random.default_rng(0)

@@ -361,6 +361,7 @@ def statistics_path(model):
 @pytest.mark.skipif(
     keras.backend.backend() != "torch", reason="processes of torch.distributed"
 )
+@pytest.mark.slow
 def test_synchronized_over_two_processes(tmp_path):
     """On TensorFlow, `test_distributed.py` has the same for two replicas."""
     script = Path(__file__).parent / "distributed" / "torch_normalization.py"

@@ -26,6 +26,7 @@ from fitting import (
 )
 from helpers import Batches, arrays, assert_close, collector, counting_activations
 from keras import layers, ops
+from marks import core_on
 from versions import JIT_COMPILE, unless_plain_fails
 
 from gradient_accumulator import accumulate
@@ -192,7 +193,7 @@ def test_run_eagerly(way):
     "jit_compile",
     [pytest.param(True, marks=unless_plain_fails(JIT_COMPILE)), False],
 )
-@pytest.mark.core
+@core_on("tensorflow", "jax")
 def test_jit_compile(way, jit_compile):
     both(way, of_arrays, settings=lambda: {"jit_compile": jit_compile}, epochs=2)
 

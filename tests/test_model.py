@@ -285,6 +285,7 @@ print(type(model).__module__, type(model).__name__)
 
 
 @pytest.mark.parametrize("kind", ["accumulate", "GradientAccumulateModel"])
+@pytest.mark.slow
 def test_a_saved_model_trains_on_where_the_package_is_not_installed(kind, tmp_path):
     if kind == "accumulate":
         model = accumulate(compile_(problems.mlp()()), microbatch_size=4)

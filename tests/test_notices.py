@@ -706,6 +706,7 @@ np.save(out, model.predict(np.load(x), verbose=0))
 """
 
 
+@pytest.mark.slow
 def test_checkpoints_of_a_model_with_our_normalization(tmp_path):
     """They need the package; what README says to do loads in plain Keras."""
     model = replace_batchnorm_layers(normalized(layers.BatchNormalization()))

@@ -51,6 +51,7 @@ APPLICATIONS = ("MobileNetV2", "ResNet50V2", "EfficientNetB0", "DenseNet121")
         for name in APPLICATIONS
     ],
 )
+@pytest.mark.slow
 def test_applications(name):
     keras.utils.set_random_seed(0)
     make = getattr(keras.applications, name)
