@@ -20,15 +20,18 @@ def jax():
     if not WANTED or "PYTEST_XDIST_WORKER" in os.environ:
         return
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    for flag in FLAGS:
-        # A process with a flag that XLA does not know ends where it starts.
-        tried = subprocess.run(
-            [sys.executable, "-c", "import jax; jax.devices()"],
-            env={**os.environ, "XLA_FLAGS": flag},
-            capture_output=True,
-        )
-        if tried.returncode == 0:
-            add_flags(flag)
+    known = FLAGS if _are_known(*FLAGS) else [f for f in FLAGS if _are_known(f)]
+    add_flags(*known)
+
+
+def _are_known(*flags):
+    """A process with a flag that XLA does not know ends where it starts."""
+    tried = subprocess.run(
+        [sys.executable, "-c", "import jax; jax.devices()"],
+        env={**os.environ, "XLA_FLAGS": " ".join(flags)},
+        capture_output=True,
+    )
+    return tried.returncode == 0
 
 
 def add_flags(*flags):

@@ -174,7 +174,7 @@ PROBLEMS = (
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.core
+@core_on("jax", "torch")
 def test_an_update_is_clipped_once(name, way):
     problem = named(name)
     reference = train(with_optimizer(problem, clipped), problem.batches())

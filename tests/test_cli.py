@@ -192,6 +192,7 @@ def test_no_color_leaves_no_escape_codes(colour, monkeypatch, capsys):
 @pytest.mark.skipif(
     cli.missing("tensorflow") is not None, reason=str(cli.missing("tensorflow"))
 )
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing_behind(tmp_path):
     temporary = tmp_path / "temporary"
     temporary.mkdir()

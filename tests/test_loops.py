@@ -217,7 +217,9 @@ def test_a_gan_with_the_function():
 
 
 @on_tensorflow
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(
+    "jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 @pytest.mark.core
 def test_a_tape_in_a_tf_function(jit_compile):
     import tensorflow as tf
