@@ -38,7 +38,7 @@ def test_reduce_lr_on_plateau(way):
 
 
 @ways
-@pytest.mark.core
+@core_on("jax", "torch")
 def test_early_stopping_restores_the_best_weights(way):
     _, history = both(
         way,
@@ -79,7 +79,7 @@ class Interrupt(keras.callbacks.Callback):
 
 
 @ways
-@pytest.mark.core
+@core_on("jax", "torch")
 def test_backup_and_restore(way, tmp_path):
     reference = compiled()
     fit(reference, **of_arrays(FULL), epochs=3)

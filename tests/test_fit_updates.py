@@ -20,6 +20,7 @@ from fitting import (
     ways,
 )
 from helpers import Batches, arrays, assert_close
+from marks import core_on
 
 from gradient_accumulator import accumulate
 
@@ -50,7 +51,7 @@ EXECUTIONS = [1] if BACKEND == "torch" else [1, 3]  # Keras has no others there
 
 @pytest.mark.parametrize("executions", EXECUTIONS)
 @pytest.mark.parametrize("source", ["arrays", "py_dataset", "infinite_generator"])
-@pytest.mark.core
+@core_on("jax", "torch")
 def test_steps_per_epoch_that_are_no_whole_updates(source, executions):
     """Epochs of seven pieces, two an update: the fourth has one, and none is lost."""
     x, y = data(14 * PIECE)

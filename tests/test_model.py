@@ -124,7 +124,7 @@ def test_accumulate_keeps_compile_and_optimizer_state(way):
 
 
 @ways
-@pytest.mark.core
+@core_on("jax", "torch")
 def test_accumulate_by_one_gives_plain_training_back(way):
     model = accumulate(compile_(problems.mlp()()), **way)
     fit(model, batch_size(way))
@@ -152,7 +152,7 @@ def test_accumulate_again_changes_the_size():
 
 
 @ways
-@pytest.mark.core
+@core_on("jax", "torch")
 def test_compile_again_goes_on_accumulating(way):
     model = accumulate(compile_(problems.mlp()()), **way)
     fit(model, batch_size(way))
@@ -336,7 +336,7 @@ def test_a_model_that_accumulates_is_saved_as_a_plain_one(way, tmp_path):
 
 
 @ways
-@pytest.mark.core
+@core_on("jax", "torch")
 def test_gradient_accumulate_model_equals_the_full_batch(way):
     reference = compile_(problems.mlp()())
     expected = fit(reference, epochs=3).history

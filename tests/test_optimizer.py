@@ -284,7 +284,7 @@ def test_reset_forgets():
 
 @pytest.mark.parametrize("validation", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.core
+@core_on("jax", "torch")
 def test_flush_gradients_at_each_epochs_end(validation, scaled):
     """20 examples: full batches of 8, 8 and 4, pieces of 2."""
     extra = {"validation_data": whole(8)} if validation else {}
