@@ -17,10 +17,15 @@ from fitting import (
     data,
     fit,
     has_values,
+    of_arrays,
+    of_data_loader,
+    of_py_dataset,
     size,
 )
 from helpers import arrays, assert_close
 from keras import layers, ops
+
+from gradient_accumulator import accumulate
 
 WEIGHTS = np.linspace(0, 1, 21)
 
@@ -212,3 +217,28 @@ def test_no_full_batch_is_made_of_arrays(monkeypatch, eagerly):
     built_from = 2 * PIECE if BACKEND == "jax" else 0
     assert sum(n for n in taken if n > 1) == 2 * 20 + built_from
     assert max(taken) == PIECE
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the others know all shapes")
+@pytest.mark.parametrize("source", [of_arrays, of_py_dataset, of_data_loader])
+@pytest.mark.core
+def test_no_more_than_a_micro_batch_goes_through_the_model(source):
+    """Nor where Keras runs it to build it, for PyTorch does not tell its shapes."""
+    sizes = []
+
+    class OfValues(layers.Layer):
+        def call(self, x):
+            if has_values(x):
+                sizes.append(x.shape[0])
+            return x + float(ops.convert_to_numpy(x).mean())
+
+        def compute_output_shape(self, shape):
+            return shape
+
+    def build():
+        return keras.Sequential([OfValues(), layers.Dense(problems.CLASSES)])
+
+    given = source(FULL)
+    given = given if isinstance(given, dict) else {"x": given}
+    fit(accumulate(compiled(None, build), microbatch_size=PIECE, warn=False), **given)
+    assert max(sizes) == PIECE

@@ -63,20 +63,22 @@ class Arrays:
         adapter._inputs = (np.arange(sum(self.sizes)),)
         return adapter
 
-    def symbolic(self, examples: Any) -> Any:
-        """What is known of the first full batch without its values.
+    def symbolic(self, examples: Any, size: int) -> Any:
+        """What is known of the first micro-batch without its values.
 
         Args:
             examples: Some examples, as the model gets them.
+            size: The number of examples in a micro-batch.
         """
 
-        def of_batch(array):
+        def of_microbatch(array):
             if array is None:
                 return None
             dtype = keras.backend.standardize_dtype(array.dtype)
-            return keras.KerasTensor((self.sizes[0], *array.shape[1:]), dtype)
+            shape = (min(size, self.sizes[0]), *array.shape[1:])
+            return keras.KerasTensor(shape, dtype)
 
-        return keras.tree.map_structure(of_batch, examples)
+        return keras.tree.map_structure(of_microbatch, examples)
 
 
 def large_arrays(adapter: DataAdapter) -> Arrays | None:

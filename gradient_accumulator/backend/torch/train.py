@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
@@ -22,7 +23,6 @@ from gradient_accumulator.backend.torch.update import (
 from gradient_accumulator.pieces import (
     Epoch,
     Pieces,
-    batch_size,
     checked,
     cut,
     pieces_of,
@@ -144,20 +144,16 @@ def batches(
     def first():
         if arrays is not None:
             return _in_pieces(arrays, accumulation.microbatch_size, symbolic=True)
-        return map(_checked(accumulation), adapter.get_torch_dataloader())
+        return map(partial(_first_of, accumulation), adapter.get_torch_dataloader())
 
     return updates, first
 
 
-def _checked(accumulation):
+def _first_of(accumulation, batch):
+    """A micro-batch: where PyTorch tells no shapes, Keras runs the model on it."""
     if accumulation.accum_steps is not None:
-        return checked
-
-    def with_examples(batch):
-        batch_size(batch)
-        return batch
-
-    return with_examples
+        return checked(batch)
+    return next(cut(batch, accumulation.microbatch_size).iterator)
 
 
 def _updates(batches, epoch, accumulation):
@@ -200,7 +196,7 @@ def _in_pieces(arrays, microbatch_size, symbolic=False):
     examples = batches.dataset.__getitems__
 
     def collate(pieces):
-        return arrays.symbolic(examples([0])) if symbolic else pieces
+        return arrays.symbolic(examples([0]), microbatch_size) if symbolic else pieces
 
     # A piece goes to the device when it is its turn.
     return torch.utils.data.DataLoader(
