@@ -429,6 +429,7 @@ def test_the_first_six_arguments_keep_their_order():
     assert int(model.optimizer.iterations) == 2
 
 
+@pytest.mark.core
 def test_gradient_accumulate_model_is_plain_by_default():
     plain = problems.mlp()()
     model = GradientAccumulateModel(inputs=plain.input, outputs=plain.output)
@@ -551,6 +552,7 @@ def test_a_subclass_goes_on_training_in_pieces_when_it_is_copied(way, copy, kind
 
 @ways
 @pytest.mark.parametrize("kind", [GradientAccumulateModel, Registered])
+@pytest.mark.core
 def test_a_functional_model_is_pickled_as_what_it_is(way, kind):
     plain = problems.mlp()()
     model = compile_(kind(**way, inputs=plain.input, outputs=plain.output))

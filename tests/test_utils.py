@@ -297,6 +297,7 @@ def a_nested_model_twice():
 
 
 @pytest.mark.parametrize("graph", [branches, a_part_outside, a_nested_model_twice])
+@pytest.mark.core
 def test_what_nested_models_share_is_shared(graph):
     model = with_random_statistics(keras.Model(*graph()))
     replaced = replace_batchnorm_layers(model)

@@ -99,7 +99,7 @@ for _reduction in REDUCTIONS:
 change("reduction_sum_over_batch_size_masked_weighted", core=("microbatch_size",))
 change("reduction_mean_with_sample_weight_masked_piece", core=("accum_steps",))
 change("reduction_none_masked", core=("accum_steps",))
-change("reduction_sum", alike=(), core=("optimizer",))
+change("reduction_sum", alike=(), core=("microbatch_size", "optimizer"))
 change(
     "reduction_sum_masked_weighted", devices=("jax", "torch"), core=("microbatch_size",)
 )
