@@ -213,9 +213,10 @@ def test_no_full_batch_is_made_of_arrays(monkeypatch, eagerly):
         )
     x, y = data(21)
     fit(compiled("microbatch_size", run_eagerly=eagerly), x, y, batch_size=FULL)
-    # The model may be built from one example, or from one micro-batch.
-    built_from = 2 * PIECE if BACKEND == "jax" else 0
-    assert sum(n for n in taken if n > 1) == 2 * 20 + built_from
+    # The model may be built from one example, on JAX from a micro-batch, and with older
+    # Keras the next one is drawn then too.
+    built_from = sum(n for n in taken if n > 1) - 2 * 20
+    assert built_from in ((2 * PIECE, 4 * PIECE) if BACKEND == "jax" else (0,))
     assert max(taken) == PIECE
 
 

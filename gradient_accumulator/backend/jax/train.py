@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import keras
 import numpy as np
+from keras.src.backend.jax.trainer import JAXEpochIterator
 
 from gradient_accumulator.accumulation import Accumulation
 from gradient_accumulator.backend import trainer
@@ -162,7 +163,9 @@ def batches(
 def _in_pieces(arrays, microbatch_size):
     """The pieces of one batch after the other."""
     inputs = arrays.sliceable("jax")  # in each epoch, for callbacks may change arrays
-    for (numbers,) in arrays.numbers().get_jax_iterator():
+    # As far ahead as Keras draws batches, for NumPy's random state to be the same.
+    drawn = JAXEpochIterator(x=arrays.numbers())._get_iterator()
+    for (numbers,) in drawn:
         numbers = np.asarray(numbers)
         for start in range(0, len(numbers), microbatch_size):
             yield _taken(inputs, numbers[start : start + microbatch_size])
