@@ -83,6 +83,8 @@ def couples(
     leaves = keras.tree.flatten((y_true, y_pred))
     if None in leaves:
         return None
+    y_true = _as_predicted(y_true, y_pred)
+    leaves = keras.tree.flatten((y_true, y_pred))
     lengths = _lengths(leaves)
     if sum(int(np.prod(_shape(leaf, lengths))) for leaf in leaves) > _MOST_VALUES:
         return None
@@ -154,6 +156,23 @@ def _same(a, b):
     return a.shape == b.shape and np.allclose(
         a, b, rtol=tolerance, atol=1e-6, equal_nan=True
     )
+
+
+def _as_predicted(y_true, y_pred):
+    """Targets, whose unknown lengths are taken to be those of the predictions."""
+    pairs = [*zip(keras.tree.flatten(y_true), keras.tree.flatten(y_pred))]
+    if len(pairs) != len(keras.tree.flatten(y_true)):
+        return y_true
+    known = [
+        Shape(
+            tuple(p if t is None else t for t, p in zip(true.shape, pred.shape)),
+            true.dtype,
+        )
+        if len(true.shape) == len(pred.shape)
+        else true
+        for true, pred in pairs
+    ]
+    return keras.tree.pack_sequence_as(y_true, known)
 
 
 def _lengths(leaves):
