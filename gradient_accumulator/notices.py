@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
+import inspect
 import math
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import FrameType
 from typing import Any
 
 from gradient_accumulator import backend
@@ -253,14 +253,11 @@ def _several(model):
 
 def _level_of_user():
     """The `stacklevel` of a warning that shows the user's line, not one in between."""
-    frame: FrameType | None = sys._getframe(1)
-    for level in itertools.count(1):
-        if frame is None:
-            break
+    frames = traceback.walk_stack(inspect.currentframe())
+    for level, (frame, _) in enumerate(frames):
         package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if package not in _IN_BETWEEN:
+        if level and package not in _IN_BETWEEN:
             return level
-        frame = frame.f_back
     return 2
 
 

@@ -14,7 +14,7 @@ import keras
 import pytest
 
 import gradient_accumulator
-from gradient_accumulator import cli
+from gradient_accumulator_cli import command
 
 pytestmark = [
     pytest.mark.core,
@@ -27,15 +27,14 @@ FIRST_LINE = (
     "A 3D U-Net learns tissue from a brain, and a transformer sentences, on {} (small "
     "size), "
 )
-# As the installed script does it. The command tells by its name that it may not import
-# Keras. Pretended are packages that are there and that are not.
+# As the installed script does it. Packages that are there, and that are not, are
+# pretended.
 COMMAND = """
 import signal, sys, types
-sys.argv[0] = "gradient-accumulator"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
 sys.modules.update({name: types.SimpleNamespace(__spec__=name) for name in %r})
 sys.modules.update(dict.fromkeys(%r))
-from gradient_accumulator.cli import main
+from gradient_accumulator_cli.command import main
 sys.exit(main())
 """
 
@@ -75,7 +74,7 @@ def test_help(tmp_path):
 
 
 def test_help_knows_the_backend_of_the_environment(tmp_path):
-    options = cli.build_parser().parse_args(["demo"])
+    options = command.build_parser().parse_args(["demo"])
     assert options.backend == "tensorflow"
     code, _, err = run(["demo"], tmp_path, absent=("jax",), KERAS_BACKEND="jax")
     assert code == 1
@@ -115,7 +114,7 @@ def test_bad_arguments(arguments, message, tmp_path):
 )
 def test_what_is_not_installed_is_advised(absent, tmp_path):
     """By the packages' own names: under ours, PyPI has another project's."""
-    present = {*cli.DEMO_PACKAGES, "jax"} - {*absent}
+    present = {*command.DEMO_PACKAGES, "jax"} - {*absent}
     code, out, err = run(
         ["demo", "--backend", "jax"], tmp_path, present=(*present,), absent=absent
     )
@@ -142,13 +141,15 @@ def test_the_first_line_comes_before_what_takes_long(tmp_path):
     code, out, err = run(
         ["demo", "--size", "small", "--backend", "jax"],
         tmp_path,
-        present=(*cli.DEMO_PACKAGES, "jax"),
+        present=(*command.DEMO_PACKAGES, "jax"),
     )
     assert code == 1 and "rich" in err.splitlines()[-1]
     assert out.startswith(FIRST_LINE.format("jax"))
 
 
-@pytest.mark.parametrize("module", ["gradient_accumulator", "gradient_accumulator.cli"])
+@pytest.mark.parametrize(
+    "module", ["gradient_accumulator_cli", "gradient_accumulator_cli.command"]
+)
 @pytest.mark.parametrize("option", ["-m {}", "-m{}", "-W error -m {}"])
 def test_as_a_module(option, module, tmp_path):
     """It imports no Keras, as the command does not: the backend is not chosen yet."""
@@ -178,7 +179,7 @@ def test_the_version(tmp_path):
 def test_no_color_leaves_no_escape_codes(colour, monkeypatch, capsys):
     """In a terminal; `NO_COLOR=` is none (no-color.org)."""
     pytest.importorskip("rich")
-    from gradient_accumulator.demo.run import console
+    from gradient_accumulator_cli.demo.run import console
 
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -190,7 +191,7 @@ def test_no_color_leaves_no_escape_codes(colour, monkeypatch, capsys):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 @pytest.mark.skipif(
-    cli.missing("tensorflow") is not None, reason=str(cli.missing("tensorflow"))
+    command.missing("tensorflow") is not None, reason=str(command.missing("tensorflow"))
 )
 @pytest.mark.slow
 def test_ctrl_c_leaves_nothing_behind(tmp_path):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from marks import core_on
 
-from gradient_accumulator.demo import sentences, train
-from gradient_accumulator.demo.data import SLAB, Brain, Settings, Size, save
+from gradient_accumulator_cli.demo import sentences, train
+from gradient_accumulator_cli.demo.data import SLAB, Brain, Settings, Size, save
 
 pytestmark = core_on("torch")
 
@@ -28,7 +28,7 @@ def results(tmp_path_factory):
 def report():
     for package in ("matplotlib", "rich"):
         pytest.importorskip(package)
-    from gradient_accumulator.demo import report
+    from gradient_accumulator_cli.demo import report
 
     return report
 

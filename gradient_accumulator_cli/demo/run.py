@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gradient_accumulator.demo import report, sentences
-from gradient_accumulator.demo.data import (
+from gradient_accumulator_cli.demo import report, sentences
+from gradient_accumulator_cli.demo.data import (
     Arrays,
     Settings,
     Size,
@@ -65,7 +65,7 @@ def train_in_process(
     log = folder / f"{run}.log"
     with log.open("w+b") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-m", "gradient_accumulator.demo.train"]
+            [sys.executable, "-m", "gradient_accumulator_cli.demo.train"]
             + [str(folder), run]
             + [str(part) for name in settings for part in (name, *settings[name])],
             env={

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 from keras import layers, ops
 
-from gradient_accumulator.demo.data import CLASSES
+from gradient_accumulator_cli.demo.data import CLASSES
 
 
 def build_unet(filters: int = 8) -> keras.Model:

@@ -8,9 +8,8 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
-
-import gradient_accumulator
 
 BACKENDS = ("tensorflow", "jax", "torch")
 PICTURES = (".png", ".pdf", ".svg")
@@ -97,9 +96,9 @@ def demo(options: argparse.Namespace) -> int:
         f"{options.backend} ({options.size} size), four times from the same weights.",
         flush=True,
     )
-    from gradient_accumulator.demo import sentences
-    from gradient_accumulator.demo.data import SIZES
-    from gradient_accumulator.demo.run import run_demo
+    from gradient_accumulator_cli.demo import sentences
+    from gradient_accumulator_cli.demo.data import SIZES
+    from gradient_accumulator_cli.demo.run import run_demo
 
     size = SIZES[options.size]
     epochs = size.epochs
@@ -163,8 +162,16 @@ class _Version(argparse.Action):
     """Looks the version up only then."""
 
     def __call__(self, parser, *_):
-        print(gradient_accumulator.__version__)
+        print(_version())
         parser.exit()
+
+
+def _version() -> str:
+    """That of the library, which is not asked, for it would import Keras."""
+    try:
+        return metadata.version("gradient-accumulator")
+    except metadata.PackageNotFoundError:  # a source tree on the path
+        return "0+not.installed"
 
 
 def _exit_on_signal(number: int, frame: object) -> None:

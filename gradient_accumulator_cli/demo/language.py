@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 from keras import layers
 
-from gradient_accumulator.demo.sentences import WORDS
+from gradient_accumulator_cli.demo.sentences import WORDS
 
 
 def build_language_model(width: int = 32) -> keras.Model:

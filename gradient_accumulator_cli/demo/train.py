@@ -1,11 +1,11 @@
 """One way to train, in a process of its own so that its peak memory is its own.
 
-Run as `python -m gradient_accumulator.demo.train FOLDER RUN`, and four arguments for
-each model that is trained: its name (`brain` or `sentences`), the number of epochs, the
-batch size and the micro-batch size. Reads FOLDER/NAME.npz and writes
-FOLDER/NAME-RUN.npz. RUN is `batch` (the batch at once), `microbatches` (this package),
-`keras` (Keras's own gradient accumulation) or `reordered` (the batch at once, its
-examples in another order: what is between it and `batch` is rounding).
+Run as `python -m gradient_accumulator_cli.demo.train FOLDER RUN`, and four arguments
+for each model that is trained: its name (`brain` or `sentences`), the number of epochs,
+the batch size and the micro-batch size. Reads FOLDER/NAME.npz and writes FOLDER/NAME-
+RUN.npz. RUN is `batch` (the batch at once), `microbatches` (this package), `keras`
+(Keras's own gradient accumulation) or `reordered` (the batch at once, its examples in
+another order: what is between it and `batch` is rounding).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from gradient_accumulator.demo.data import Arrays, load, save
-from gradient_accumulator.demo.language import compiled_language_model
-from gradient_accumulator.demo.memory import watch_peak
-from gradient_accumulator.demo.record import EpochClock, Recorder
-from gradient_accumulator.demo.unet import compiled_unet
+from gradient_accumulator_cli.demo.data import Arrays, load, save
+from gradient_accumulator_cli.demo.language import compiled_language_model
+from gradient_accumulator_cli.demo.memory import watch_peak
+from gradient_accumulator_cli.demo.record import EpochClock, Recorder
+from gradient_accumulator_cli.demo.unet import compiled_unet
 
 MODELS = {"brain": compiled_unet, "sentences": compiled_language_model}
 

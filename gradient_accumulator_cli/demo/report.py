@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from gradient_accumulator.demo.data import (
+from gradient_accumulator_cli.demo.data import (
     CLASSES,
     SLAB,
     TRAINING,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradient_accumulator.demo.data import Arrays
+from gradient_accumulator_cli.demo.data import Arrays
 
 WORDS = 64  # with 0, which pads
 LONGEST = 40
