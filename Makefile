@@ -49,7 +49,7 @@ help:
 	@echo "make test-oldest     the tests with Keras $(OLDEST_KERAS)"
 	@echo "make test-keras2     the tests on Keras 2: TensorFlow 2.15, and tf_keras"
 	@echo "make test-keras2-oldest  the same on TensorFlow 2.12"
-	@echo "make lint types      ruff and mypy;  make format  rewrites the files"
+	@echo "make lint types      ruff, import-linter and mypy;  make format  rewrites the files"
 	@echo "make benchmark       the tables of benchmarks/results"
 	@echo "make benchmark-keras2    against gradient-accumulator 0.5.2"
 	@echo "make clean           removes .venv and what tools leave behind"
@@ -109,6 +109,7 @@ test-keras2-oldest: $(KERAS2_OLDEST_READY)
 lint: $(TEST_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 format: $(TEST_READY)
 	$(BIN)/ruff check --fix .
@@ -133,7 +134,7 @@ benchmark-keras2: $(KERAS2_READY)
 	GRADIENT_ACCUMULATOR_0_5_2=$(<D)/released $(<D)/bin/python -m benchmarks keras2
 
 clean:
-	rm -rf $(VENV) $(VENV)-keras2 $(VENV)-keras2-oldest .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(VENV)-keras2 $(VENV)-keras2-oldest .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
