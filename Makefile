@@ -134,7 +134,7 @@ benchmark-keras2: $(KERAS2_READY)
 	GRADIENT_ACCUMULATOR_0_5_2=$(<D)/released $(<D)/bin/python -m benchmarks keras2
 
 clean:
-	rm -rf $(VENV) $(VENV)-keras2 $(VENV)-keras2-oldest .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist
+	rm -rf $(VENV) $(VENV)-keras2 $(VENV)-keras2-oldest .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis .grimp_cache .import_linter_cache dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -96,7 +96,7 @@ class _Jax:
             for module in executable.hlo_modules():
                 once = "reduce" in module.name or "apply" in module.name
                 found = sum(map(_size, EXCHANGE.findall(module.to_string())))
-                sent += found * (1 if once else spec.pieces)
+                sent += found * (1 if once else spec.microbatches)
         return sent
 
 
@@ -136,7 +136,7 @@ def run(spec: Spec, commands, answer: Callable[[dict], None]) -> None:
     import keras
 
     problem = MODELS[spec.model]
-    x, y = problem.data(spec.updates * spec.size * spec.pieces * spec.replicas)
+    x, y = problem.data(spec.updates * spec.size * spec.microbatches * spec.replicas)
 
     def prepare():
         nonlocal model

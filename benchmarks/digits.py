@@ -15,13 +15,13 @@ from . import meters, report
 from .processes import ROOT, environment
 
 WAYS = {
-    "full": "full batch, `BatchNormalization`",
-    "plain": "in pieces, `BatchNormalization`",
-    "pooled": "in pieces, `AccumBatchNormalization`",
-    "renorm": "in pieces, `renorm=True`",
-    "paper": "in pieces, `renorm=True, rmax=3, dmax=5`",
+    "full": "batch, `BatchNormalization`",
+    "plain": "in micro-batches, `BatchNormalization`",
+    "pooled": "in micro-batches, `AccumBatchNormalization`",
+    "renorm": "in micro-batches, `renorm=True`",
+    "paper": "in micro-batches, `renorm=True, rmax=3, dmax=5`",
 }
-TRAINED, BATCH, PIECE, EPOCHS, LEARNING_RATE, MOMENTUM = 1280, 64, 2, 25, 3e-3, 0.9
+TRAINED, BATCH, MICROBATCH, EPOCHS, LEARNING_RATE, MOMENTUM = 1280, 64, 2, 25, 3e-3, 0.9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +39,8 @@ def run(backend: str, arguments: argparse.Namespace) -> None:
     text = "\n\n".join(
         [
             f"Validation accuracy on scikit-learn's digits after {EPOCHS} epochs, two "
-            f"normalized dense layers, updates from {BATCH} examples, in pieces of "
-            f"{PIECE}; momentum {MOMENTUM}, Adam.",
+            f"normalized dense layers, updates from {BATCH} examples, in micro-batches "
+            f"of {MICROBATCH}; momentum {MOMENTUM}, Adam.",
             report.table(
                 ["", "mean", "of each seed"],
                 [
@@ -56,7 +56,7 @@ def run(backend: str, arguments: argparse.Namespace) -> None:
     )
     report.save(
         f"digits-{backend}",
-        f"Digits, normalized in pieces of {PIECE}, on {backend}",
+        f"Digits, normalized in micro-batches of {MICROBATCH}, on {backend}",
         about,
         text,
         {"accuracies": accuracies},
@@ -122,7 +122,7 @@ def accuracy(way: str, seed: int) -> float:
     ]
     model = keras.Sequential([layers.Input((64,)), *body, layers.Dense(10)])
     if way != "full":
-        accumulate(model, microbatch_size=PIECE, warn=False)
+        accumulate(model, microbatch_size=MICROBATCH, warn=False)
     model.compile(
         keras.optimizers.Adam(LEARNING_RATE),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),

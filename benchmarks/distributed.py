@@ -20,13 +20,13 @@ UPDATES = 2  # an epoch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    # A piece's examples are those of all devices together.
+    # A micro-batch's examples are those of all devices together.
     add_timing_arguments(parser, rounds=3)
 
 
 def ways(backend: str) -> tuple[str, str]:
     """Plain training and ours; Keras 3.15's `fit` reduces nothing on PyTorch."""
-    return ("replicated" if backend == "torch" else "pieces"), "split"
+    return ("replicated" if backend == "torch" else "microbatches"), "split"
 
 
 class Group:
@@ -39,7 +39,7 @@ class Group:
             model,
             way,
             size=arguments.size // devices,
-            pieces=arguments.pieces,
+            microbatches=arguments.microbatches,
             updates=UPDATES,
             replicas=devices // count,
         )
@@ -96,7 +96,7 @@ def run(backend: str, arguments: argparse.Namespace) -> None:
         f"Several devices on {backend}",
         about,
         _text(backend, measured, arguments),
-        {"pieces": arguments.pieces, "models": measured},
+        {"microbatches": arguments.microbatches, "models": measured},
     )
 
 
@@ -128,7 +128,7 @@ def scaling(times: dict[str, float], devices: int) -> float:
 
 def _text(backend: str, measured: dict, arguments: argparse.Namespace) -> str:
     both = ways(backend)
-    names = {both[0]: VARIANTS[both[0]], both[1]: f"ours, K = {arguments.pieces}"}
+    names = {both[0]: VARIANTS[both[0]], both[1]: f"ours, K = {arguments.microbatches}"}
     rows = [
         [
             f"{model}, {names[way]}",
@@ -153,19 +153,19 @@ def _text(backend: str, measured: dict, arguments: argparse.Namespace) -> str:
         ]
         for model, found in measured.items()
     ]
-    examples = arguments.pieces * arguments.size
+    examples = arguments.microbatches * arguments.size
     parts = [
         f"Milliseconds for {examples} examples, on all devices together, in "
-        f"{arguments.pieces} pieces; Adam. Plain training makes an update after each "
-        "piece, ours one. "
-        f"{HOW[backend]} Of {arguments.rounds} rounds, interleaved over the numbers of "
-        "devices, the best, of each round the median. All devices share the "
-        f"{meters.cores()} cores: the ratios, to one device's time, show what more "
-        "devices cost, and no speed-up. Below 1 one device left a core idle.",
+        f"{arguments.microbatches} micro-batches; Adam. Plain training makes an update "
+        f"after each micro-batch, ours one. {HOW[backend]} Of {arguments.rounds} "
+        "rounds, interleaved over the numbers of devices, the best, of each round the "
+        f"median. All devices share the {meters.cores()} cores: the ratios, to one "
+        "device's time, show what more devices cost, and no speed-up. Below 1 one "
+        "device left a core idle.",
         report.table(["", *heads, *[f"{n} / 1" for n in DEVICES[1:]]], rows),
         f"Bytes that each of {max(DEVICES)} devices hands to reductions for these "
         f"{examples} examples, {COUNTED[backend]}; 1 / K is "
-        f"{1 / arguments.pieces:.3f}:",
+        f"{1 / arguments.microbatches:.3f}:",
         report.table(
             ["model", "gradient", names[both[0]], names[both[1]], "ratio"], sent
         ),
@@ -173,7 +173,7 @@ def _text(backend: str, measured: dict, arguments: argparse.Namespace) -> str:
     if backend == "tensorflow" and "transformer" in measured:
         parts.append(
             "The transformer's embedding has sparse gradients there: slices, which are "
-            "as many in an update as its pieces have together."
+            "as many in an update as its micro-batches have together."
         )
     return "\n\n".join(parts)
 

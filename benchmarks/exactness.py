@@ -1,4 +1,4 @@
-"""What is exact: Keras's own accumulation and ours, against the full batch.
+"""What is exact: Keras's own accumulation and ours, against the batch.
 
 Walks the problems of the test suite (`tests/problems/`) with its measure of what is
 the same (`tests/helpers.py`), in one process for each backend, which
@@ -20,7 +20,7 @@ from . import meters, report
 from .processes import ROOT, environment
 
 WAYS = {
-    "keras_even": "Keras's own, even pieces",
+    "keras_even": "Keras's own, even micro-batches",
     "keras": "Keras's own",
     "microbatch_size": "ours, `microbatch_size`",
     "accum_steps": "ours, `accum_steps`",
@@ -77,12 +77,12 @@ def _text(problems: dict) -> str:
     totals = [f"{passed(problems, way)} of {len(problems)}" for way in WAYS]
     return "\n\n".join(
         [
-            "After training in pieces: the largest difference of a weight from plain "
-            "Keras on the full batch, as a part of how far that weight moved. In bold "
+            "After training in micro-batches: the largest difference of a weight from "
+            "plain Keras on the batch, as a part of how far that weight moved. In bold "
             "what is more than rounding (1e-5): in the weights, and for ours also in "
-            "the optimizer's variables and the logs. An epoch's last pieces are "
+            "the optimizer's variables and the logs. An epoch's last micro-batches are "
             "smaller and its last update has fewer of them, but for the first column, "
-            "where all pieces of all updates have one size.",
+            "where all micro-batches of all updates have one size.",
             report.table(["problem", *WAYS.values()], [["**exact**", *totals], *rows]),
         ]
     )
@@ -136,7 +136,7 @@ def main() -> None:
 
 def _compare(helpers, problem, way: str, full) -> dict:
     if way.startswith("keras"):
-        data, steps = helpers.pieces(problem), problem.accum_steps
+        data, steps = helpers.microbatches(problem), problem.accum_steps
         if way == "keras_even":
             batch, data = helpers.even(problem)
             full, steps = helpers.train(problem, [batch]), len(data)
@@ -146,7 +146,7 @@ def _compare(helpers, problem, way: str, full) -> dict:
         if [*map(len, trained.history)] == [*map(len, full.history)]:
             trained.history = full.history
     else:
-        trained = helpers.in_pieces(problem, way)
+        trained = helpers.in_microbatches(problem, way)
     differences = helpers.differences(trained, full, problem.floatx)
     return {
         "same": not differences,

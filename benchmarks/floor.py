@@ -1,8 +1,8 @@
 """The floor: K forward-backward passes and one update, by hand, and nothing else.
 
 No `fit`, no metrics, no sample weights, no shuffling: what each backend cannot do
-without. Each function takes a compiled model and the size of a piece and returns
-`update(x, y)`, which trains on one full batch.
+without. Each function takes a compiled model and the size of a micro-batch and returns
+`update(x, y)`, which trains on one batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def update_function(model, size: int) -> Callable:
     ](model, size)
 
 
-def _pieces(x, y, size: int) -> Iterator[tuple]:
+def _microbatches(x, y, size: int) -> Iterator[tuple]:
     for start in range(0, len(x), size):
         yield x[start : start + size], y[start : start + size]
 
@@ -41,16 +41,16 @@ def _tensorflow(model, size: int) -> Callable:
 
     @tf.function(autograph=False)
     def update(x, y):
-        pieces = x.shape[0] // size
-        x, y = (tf.reshape(a, (pieces, size, *a.shape[1:])) for a in (x, y))
+        microbatches = x.shape[0] // size
+        x, y = (tf.reshape(a, (microbatches, size, *a.shape[1:])) for a in (x, y))
         zeros = [tf.zeros(v.shape) for v in variables]
         _, sums = tf.while_loop(
-            lambda k, _: k < pieces,
+            lambda k, _: k < microbatches,
             lambda k, sums: (k + 1, add(sums, x[k], y[k])),
             (tf.constant(0), zeros),
             parallel_iterations=1,
         )
-        apply([s / pieces for s in sums])
+        apply([s / microbatches for s in sums])
 
     return update
 
@@ -68,8 +68,8 @@ def _jax(model, size: int) -> Callable:
     def add(sums, *args):
         return jax.tree.map(lambda s, g: s + g, sums, jax.grad(loss)(*args))
 
-    def apply(trainable, state, sums, pieces):
-        means = [total / pieces for total in sums]
+    def apply(trainable, state, sums, microbatches):
+        means = [total / microbatches for total in sums]
         updated = optimizer.stateless_apply(state, means, trainable)
         return *updated, [jnp.zeros_like(total) for total in sums]
 
@@ -82,8 +82,8 @@ def _jax(model, size: int) -> Callable:
 
     def update(x, y):
         nonlocal trainable, state, sums
-        for piece in _pieces(x, y, size):
-            sums = add(sums, trainable, fixed, *piece)
+        for microbatch in _microbatches(x, y, size):
+            sums = add(sums, trainable, fixed, *microbatch)
         trainable, state, sums = apply(trainable, state, sums, len(x) / size)
         model.trainable_variables[-1].assign(trainable[-1])  # for who waits on it
 
@@ -95,12 +95,12 @@ def _torch(model, size: int) -> Callable:
     from keras import ops
 
     def update(x, y):
-        for x_piece, y_piece in _pieces(x, y, size):
+        for x_microbatch, y_microbatch in _microbatches(x, y, size):
             loss = model.loss(
-                ops.convert_to_tensor(y_piece),
-                model(ops.convert_to_tensor(x_piece), training=True),
+                ops.convert_to_tensor(y_microbatch),
+                model(ops.convert_to_tensor(x_microbatch), training=True),
             )
-            (loss * (len(x_piece) / len(x))).backward()
+            (loss * (len(x_microbatch) / len(x))).backward()
         variables = model.trainable_variables
         with torch.no_grad():
             model.optimizer.apply([v.value.grad for v in variables], variables)

@@ -15,7 +15,7 @@ from .variants import RELEASED, VARIANTS, Spec
 BACKENDS = ["tensorflow"]
 DEFAULT = FIVE
 OURS = ("steps", "split")
-WAYS = ("pieces", "released", *OURS)
+WAYS = ("microbatches", "released", *OURS)
 
 
 add_arguments = add_timing_arguments
@@ -30,7 +30,13 @@ def run(backend: str, arguments: argparse.Namespace) -> None:
     measured, about = {}, {}
     for model in arguments.models:
         specs = {
-            way: Spec(backend, model, way, size=arguments.size, pieces=arguments.pieces)
+            way: Spec(
+                backend,
+                model,
+                way,
+                size=arguments.size,
+                microbatches=arguments.microbatches,
+            )
             for way in WAYS
         }
         measured[model], about = measure_times(specs, arguments.rounds)
@@ -86,10 +92,10 @@ def _text(measured: dict, arguments: argparse.Namespace) -> str:
     ]
     return "\n\n".join(
         [
-            f"An update is {arguments.pieces} pieces of {arguments.size} examples; "
-            "Adam; `fit` with its defaults. Each column is a process of its own. Of "
-            f"{arguments.rounds} interleaved rounds of epochs the best, of each round "
-            "the median. Microseconds per example:",
+            f"An update is {arguments.microbatches} micro-batches of {arguments.size} "
+            "examples; Adam; `fit` with its defaults. Each column is a process of its "
+            f"own. Of {arguments.rounds} interleaved rounds of epochs the best, of "
+            "each round the median. Microseconds per example:",
             report.table(head, rows("time", 1e6)),
             "Peak memory in MiB, from after packages were loaded and the model built, "
             "the least of two processes:",

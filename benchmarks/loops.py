@@ -32,9 +32,15 @@ def run(backend: str, arguments: argparse.Namespace) -> None:
     for model in arguments.models:
         specs = {
             variant: Spec(
-                backend, model, variant, size=arguments.size, pieces=arguments.pieces
+                backend,
+                model,
+                variant,
+                size=arguments.size,
+                microbatches=arguments.microbatches,
             )
-            for variant in dict.fromkeys(("pieces", *[v for p in pairs for v in p]))
+            for variant in dict.fromkeys(
+                ("microbatches", *[v for p in pairs for v in p])
+            )
             if not (
                 backend == "jax"
                 and model in SLOW_IN_A_LOOP
@@ -51,7 +57,7 @@ def run(backend: str, arguments: argparse.Namespace) -> None:
     rows = [
         [
             model,
-            report.number(times.get("pieces", math.nan) * 1e6),
+            report.number(times.get("microbatches", math.nan) * 1e6),
             *[
                 cell
                 for pair in pairs
@@ -75,12 +81,14 @@ def run(backend: str, arguments: argparse.Namespace) -> None:
         about,
         "\n\n".join(
             [
-                f"Microseconds per example. An update is {arguments.pieces} pieces of "
-                f"{arguments.size} examples; Adam. The optimizers in `fit` with its "
-                "defaults, the functions in a loop by hand with the optimizer that "
-                f"belongs to the peer. Of {arguments.rounds} interleaved rounds of "
-                "epochs the best, of each round the median.",
-                report.table(["model", VARIANTS["pieces"], *heads], [*rows, means]),
+                f"Microseconds per example. An update is {arguments.microbatches} "
+                f"micro-batches of {arguments.size} examples; Adam. The optimizers in "
+                "`fit` with its defaults, the functions in a loop by hand with the "
+                f"optimizer that belongs to the peer. Of {arguments.rounds} "
+                "interleaved rounds of epochs the best, of each round the median.",
+                report.table(
+                    ["model", VARIANTS["microbatches"], *heads], [*rows, means]
+                ),
             ]
         ),
         {"models": measured},

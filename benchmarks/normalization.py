@@ -1,4 +1,4 @@
-"""Batch normalization and clipping in pieces: what they cost."""
+"""Batch normalization and clipping in micro-batches: what they cost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ def run(backend: str, arguments: argparse.Namespace) -> None:
     for model in arguments.models:
         specs = {
             variant: Spec(
-                backend, model, variant, size=arguments.size, pieces=arguments.pieces
+                backend,
+                model,
+                variant,
+                size=arguments.size,
+                microbatches=arguments.microbatches,
             )
             for variant in TIMED
         }
@@ -35,9 +39,9 @@ def run(backend: str, arguments: argparse.Namespace) -> None:
     names = [VARIANTS[v] for v in TIMED]
     text = "\n\n".join(
         [
-            f"Microseconds per example in training with `microbatch_size`, "
-            f"{arguments.pieces} pieces of {arguments.size} examples an update; Adam. "
-            "The ratios are to `BatchNormalization` without clipping.",
+            "Microseconds per example in training with `microbatch_size`, "
+            f"{arguments.microbatches} micro-batches of {arguments.size} examples an "
+            "update; Adam. The ratios are to `BatchNormalization` without clipping.",
             report.table(
                 ["model", "ours, `BatchNormalization`", *names[1:], "ratio", "ratio"],
                 rows,

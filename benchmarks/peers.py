@@ -2,9 +2,8 @@
 
 On JAX `optax.microbatching`, on PyTorch Accelerate's `accumulate`; nobody offers one
 for TensorFlow. Both with the optimizer that belongs to the peer. Each function takes a
-compiled model and the size of a piece and returns `update(x, y)`, which trains on one
-full batch.
-"""
+compiled model and the size of a micro-batch and returns `update(x, y)`, which trains on
+one batch."""
 
 from __future__ import annotations
 
@@ -69,8 +68,8 @@ def _jax(model, value_and_grad: Callable, jit_gradients: bool = True) -> Callabl
     optimizer = optax.adam(1e-4)
     state = optimizer.init(parameters)
 
-    def loss(parameters, piece):
-        x, y = piece
+    def loss(parameters, microbatch):
+        x, y = microbatch
         outputs, _ = model.stateless_call(parameters, fixed, x, training=True)
         return model.loss(y, outputs)
 
@@ -104,8 +103,8 @@ def _tensorflow(model, size: int) -> Callable:
 
     variables = model.trainable_variables
 
-    def loss(piece):
-        x, y = piece
+    def loss(microbatch):
+        x, y = microbatch
         return model.loss(y, model(x, training=True))
 
     gradients_of = accumulated_value_and_grad(loss, microbatch_size=size)
@@ -133,7 +132,7 @@ def _torch_function(model, size: int) -> Callable:
     parameters = [v.value for v in model.trainable_variables]
     optimizer = torch.optim.Adam(parameters, lr=1e-4)
     gradients_of = accumulated_value_and_grad(
-        lambda piece: _torch_loss(model, *piece), microbatch_size=size
+        lambda microbatch: _torch_loss(model, *microbatch), microbatch_size=size
     )
 
     def update(x, y):
@@ -156,17 +155,17 @@ def _torch_peer(model, size: int) -> Callable:
 
     def update(x, y):
         nonlocal optimizer
-        pieces = -(-len(x) // size)
-        if pieces not in accelerators:
-            accelerators[pieces] = accelerate.Accelerator(
-                gradient_accumulation_steps=pieces
+        microbatches = -(-len(x) // size)
+        if microbatches not in accelerators:
+            accelerators[microbatches] = accelerate.Accelerator(
+                gradient_accumulation_steps=microbatches
             )
-            optimizer = accelerators[pieces].prepare(optimizer)
-        accelerator = accelerators[pieces]
+            optimizer = accelerators[microbatches].prepare(optimizer)
+        accelerator = accelerators[microbatches]
         for start in range(0, len(x), size):
             with accelerator.accumulate(model):
-                piece = x[start : start + size], y[start : start + size]
-                accelerator.backward(_torch_loss(model, *piece))
+                microbatch = x[start : start + size], y[start : start + size]
+                accelerator.backward(_torch_loss(model, *microbatch))
                 optimizer.step()
                 optimizer.zero_grad()
 
@@ -174,7 +173,8 @@ def _torch_peer(model, size: int) -> Callable:
 
 
 def replicated(model, size: int) -> Callable:
-    """PyTorch's processes: `DistributedDataParallel` and an update after each piece.
+    """PyTorch's processes: `DistributedDataParallel` and an update after each
+    micro-batch.
 
     With Keras's optimizer, for it stands beside `fit`.
     """
@@ -187,8 +187,8 @@ def replicated(model, size: int) -> Callable:
 
     def update(x, y):
         for i in range(0, len(x), size):
-            piece = ops.convert_to_tensor(x[i : i + size])
-            outputs = together(piece, training=True)
+            microbatch = ops.convert_to_tensor(x[i : i + size])
+            outputs = together(microbatch, training=True)
             model.loss(ops.convert_to_tensor(y[i : i + size]), outputs).backward()
             with torch.no_grad():
                 model.optimizer.apply([v.value.grad for v in variables], variables)

@@ -13,14 +13,18 @@ from .processes import HONEST_MALLOC, started
 from .variants import VARIANTS, Spec
 
 OURS = ("split", "steps")
-DEFAULT_VARIANTS = ("full", "pieces", "keras", *OURS, "floor")
+DEFAULT_VARIANTS = ("full", "microbatches", "keras", *OURS, "floor")
 DEFAULT = FIVE
 
 
 def add_timing_arguments(parser: argparse.ArgumentParser, rounds: int = 5) -> None:
     parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--pieces", type=int, default=8, help="pieces an update (K)")
-    parser.add_argument("--size", type=int, default=8, help="examples a piece (M)")
+    parser.add_argument(
+        "--microbatches", type=int, default=8, help="micro-batches an update (K)"
+    )
+    parser.add_argument(
+        "--size", type=int, default=8, help="examples a micro-batch (M)"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +52,7 @@ def run(backend: str, arguments: argparse.Namespace) -> None:
                 model,
                 variant,
                 size=arguments.size,
-                pieces=arguments.pieces,
+                microbatches=arguments.microbatches,
                 seconds=seconds,
             )
             for variant in arguments.variants
@@ -112,7 +116,7 @@ def ratios(results: dict, ours: str) -> dict[str, float]:
 def _text(measured: dict, arguments: argparse.Namespace, rounds: int) -> str:
     names = [*arguments.variants]
     heads = [VARIANTS[name] for name in names]
-    pieces, size = arguments.pieces, arguments.size
+    microbatches, size = arguments.microbatches, arguments.size
 
     def each(value):
         return [
@@ -143,9 +147,9 @@ def _text(measured: dict, arguments: argparse.Namespace, rounds: int) -> str:
     rows.append(["geometric mean", *[report.ratio(mean) for mean in means]])
     ratio_heads = [f"{VARIANTS[o]} / {VARIANTS[other]}" for o, other in columns]
     parts = [
-        f"An update is {pieces} pieces of {size} examples; Adam; `fit` with its "
-        f"defaults. Each column is a process of its own. Of {rounds} interleaved "
-        "rounds of epochs the best, of each round the median.",
+        f"An update is {microbatches} micro-batches of {size} examples; Adam; `fit` "
+        f"with its defaults. Each column is a process of its own. Of {rounds} "
+        "interleaved rounds of epochs the best, of each round the median.",
         "Microseconds per example:",
         report.table(["model", *heads], times),
         "Ratios of these times:",

@@ -21,8 +21,8 @@ from . import floor, meters, peers
 from .models import MODELS
 
 VARIANTS = {
-    "full": "full batch",
-    "pieces": "an update a piece",
+    "full": "batch",
+    "microbatches": "an update a micro-batch",
     "keras": "Keras's own accumulation",
     "split": "ours, `microbatch_size`",
     "steps": "ours, `accum_steps`",
@@ -33,12 +33,12 @@ VARIANTS = {
     "function": "ours, `accumulated_value_and_grad`",
     "host": "ours, the same outside of `jax.jit`",
     "peer": "peer",
-    "replicated": "`DistributedDataParallel`, an update a piece",
+    "replicated": "`DistributedDataParallel`, an update a micro-batch",
     "released": "gradient-accumulator 0.5.2",
 }
 # The environment variable with the folder that version 0.5.2 is in.
 RELEASED = "GRADIENT_ACCUMULATOR_0_5_2"
-# Given full batches, to be cut.
+# Given batches, to be cut.
 SPLIT = ("split", "accumulating", "clipped")
 # Written by hand, without `fit`.
 BY_HAND = {
@@ -52,16 +52,16 @@ BY_HAND = {
 
 @dataclass(frozen=True)
 class Spec:
-    """What one process runs: `pieces` pieces of `size` examples an update."""
+    """What one process runs: so many micro-batches of `size` examples an update."""
 
     backend: str
     model: str
     variant: str
     size: int = 8
-    pieces: int = 8
+    microbatches: int = 8
     updates: int = 0  # an epoch; 0 takes the model's own number
     seconds: float = 1.0  # a round
-    replicas: int = 1  # in one process, each with such pieces
+    replicas: int = 1  # in one process, each with such micro-batches
 
     def dumps(self) -> str:
         return json.dumps(asdict(self))
@@ -73,20 +73,20 @@ def trainer(spec: Spec, model, x, y) -> Callable[[int], list[float]]:
 
     settings = {}
     if spec.variant == "keras":
-        settings["gradient_accumulation_steps"] = spec.pieces
+        settings["gradient_accumulation_steps"] = spec.microbatches
     optimizer = keras.optimizers.Adam(1e-4, **settings)
     if spec.variant == "optimizer":
         from gradient_accumulator import GradientAccumulateOptimizer
 
-        optimizer = GradientAccumulateOptimizer(optimizer, spec.pieces)
+        optimizer = GradientAccumulateOptimizer(optimizer, spec.microbatches)
     if spec.variant == "released":
-        model = _released(model, spec.pieces)
+        model = _released(model, spec.microbatches)
     model.compile(
         optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     )
     model.optimizer.build(model.trainable_variables)
     last = model.trainable_variables[-1]
-    batch = spec.size * spec.pieces
+    batch = spec.size * spec.microbatches
 
     def finish() -> float:
         # Waits for the device.
@@ -111,7 +111,7 @@ def trainer(spec: Spec, model, x, y) -> Callable[[int], list[float]]:
         from gradient_accumulator import accumulate
 
         if spec.variant == "steps":
-            accumulate(model, accum_steps=spec.pieces, warn=False)
+            accumulate(model, accum_steps=spec.microbatches, warn=False)
         else:
             clip = spec.variant == "clipped"
             accumulate(model, microbatch_size=spec.size, use_agc=clip, warn=False)
@@ -143,12 +143,12 @@ def _is_keras_2() -> bool:
     return keras.__version__.startswith("2.")
 
 
-def _released(model, pieces: int):
+def _released(model, microbatches: int):
     """What version 0.5.2 makes of a model."""
     from gradient_accumulator import GradientAccumulateModel
 
     return GradientAccumulateModel(
-        accum_steps=pieces, inputs=model.input, outputs=model.output
+        accum_steps=microbatches, inputs=model.input, outputs=model.output
     )
 
 
@@ -159,7 +159,7 @@ def run(spec: Spec, commands, answer: Callable[[dict], None]) -> None:
     keras.utils.set_random_seed(0)
     problem = MODELS[spec.model]
     updates = spec.updates or problem.updates
-    x, y = problem.data(updates * spec.size * spec.pieces)
+    x, y = problem.data(updates * spec.size * spec.microbatches)
     model = problem.build()
     if spec.variant == "accumulating":
         from gradient_accumulator import replace_batchnorm_layers
@@ -192,7 +192,7 @@ def run(spec: Spec, commands, answer: Callable[[dict], None]) -> None:
         answer(
             {
                 "seconds": [s / updates for s in seconds],
-                "examples": spec.size * spec.pieces,
+                "examples": spec.size * spec.microbatches,
                 "peak": meters.peak(),
                 "built": built,
                 "device_peak": meters.device_peak(spec.backend),

@@ -1,6 +1,6 @@
 """Gradient accumulation for any Keras training, exact to the big batch.
 
-`accumulate` makes a model that exists train in pieces, and
+`accumulate` makes a model that exists train in micro-batches, and
 `GradientAccumulateModel` is a `keras.Model` that does.
 """
 

@@ -15,8 +15,9 @@ class Accumulation:
     """How a model accumulates: one of the two sizes is set, the other is None.
 
     Args:
-        accum_steps: Number of pieces in an update, where `fit` is given pieces.
-        microbatch_size: Number of examples in a piece, where `fit` is given full
+        accum_steps: Number of micro-batches in an update, where `fit` is given
+            micro-batches.
+        microbatch_size: Number of examples in a micro-batch, where `fit` is given
             batches.
         accum_dtype: Dtype in which gradients are summed.
         clipping: How an update's gradient is clipped, or None.

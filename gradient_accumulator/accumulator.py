@@ -1,4 +1,5 @@
-"""What accumulates in an optimizer: sums of gradients, and how many pieces they are.
+"""What accumulates in an optimizer: sums of gradients, and how many micro-batches they
+are.
 
 `GradientAccumulateOptimizer` is this and an optimizer, of Keras 3 or of Keras 2.
 """
@@ -56,7 +57,7 @@ class _Calls:
     def __init__(self) -> None:
         # Of the accumulation at hand:
         self.given: list[int] = []  # which variables gradients were given for
-        self.weighed = False  # whether some piece was given a weight
+        self.weighed = False  # whether some micro-batch was given a weight
         # Which of the variables that a compiled call was for had a gradient in one.
         self.compiled: dict[tuple, set[int]] = {}
 
@@ -122,7 +123,7 @@ class Accumulator:
         ]
         dtype = "float64" if "float64" in dtypes else "float32"
         self._count = self._new_counter("pending", ())
-        # How many of these pieces had a gradient of each variable.
+        # How many of these micro-batches had a gradient of each variable.
         self._received = self._new_counter("received", (len(variables),))
         self._total = self._engine.add_local_variable(
             self, (), dtype=dtype, name="total_weight"
@@ -140,10 +141,11 @@ class Accumulator:
         return (self._scaler() or self).built
 
     def flush(self) -> None:
-        """Apply what has been accumulated, weighed by the pieces that there were.
+        """Apply what has been accumulated, weighed by the micro-batches that there
+        were.
 
-        Does nothing where no piece waits. In a custom training loop it may be called
-        inside a `tf.function`; for `jax.jit` there is `stateless_flush`.
+        Does nothing where no micro-batch waits. In a custom training loop it may be
+        called inside a `tf.function`; for `jax.jit` there is `stateless_flush`.
 
         `AccumBatchNormalization` layers whose `gamma` or `beta` is trained here end
         their update too; not so in `stateless_flush`.
@@ -177,7 +179,7 @@ class Accumulator:
 
     @property
     def pending(self) -> int:
-        """How many pieces wait for their update.
+        """How many micro-batches wait for their update.
 
         During `fit` on JAX the state is not in the variables: in a callback, call the
         model's `jax_state_sync` before.
@@ -210,7 +212,7 @@ class Accumulator:
             return
         factor = self._factor(weight)
         with self._engine.same(self._guard, self._calls.given, self._count):
-            pairs, received = self._count_piece(grads, variables, weight, factor)
+            pairs, received = self._count_microbatch(grads, variables, weight, factor)
         given = tuple(self._calls.given)
         seen = {given: self._calls.compiled.get(given, set())}
         try:
@@ -223,14 +225,17 @@ class Accumulator:
             )
         except BaseException:
             if not self._engine.is_traced(self._count):
-                # Take back the piece whose update failed.
+                # Take back the micro-batch whose update failed.
                 self._count.assign_sub(1)
                 self._received.assign_sub(received)
                 self._total.assign_sub(ops.cast(factor, self._total.dtype))
             raise
 
-    def _count_piece(self, grads, variables, weight, factor):
-        """Count a piece; returns what is added to what, and which had a gradient."""
+    def _count_microbatch(self, grads, variables, weight, factor):
+        """Count a micro-batch.
+
+        Returns what is added to what, and which variables had a gradient.
+        """
         pairs, connected = [], set()
         for gradient, variable in zip(grads, variables):
             if gradient is None:
@@ -239,7 +244,8 @@ class Accumulator:
             connected.add(index)
             accumulator = self._accumulators[index]
             if trainer.overwrites(variable):
-                # Keras's own way to join what pieces would overwrite a variable with.
+                # Keras's own way to join what micro-batches would overwrite a variable
+                # with.
                 accumulator.assign(ops.maximum(accumulator, gradient))
             else:
                 pairs.append((accumulator, gradient))
@@ -259,19 +265,18 @@ class Accumulator:
         return np.isin(np.arange(len(self._accumulators)), list(indices)).astype("int")
 
     def _factor(self, weight):
-        """What a piece's gradient is multiplied by when it is added.
+        """What a micro-batch's gradient is multiplied by when it is added.
 
-        Of a mean as much as if this were one of `accum_steps` equal pieces: if it was,
-        nothing is left to be divided in the end.
-        """
+        Of a mean as much as if this were one of `accum_steps` equal micro-batches: if
+        it was, nothing is left to be divided in the end."""
         share = 1 / self.accum_steps if self.reduction == "MEAN" else 1.0
         return share if weight is None else ops.cast(weight, self._total.dtype) * share
 
     def _update_if(self, least, everything, seen, when):
-        """Update if as many pieces wait as an update needs.
+        """Update if as many micro-batches wait as an update needs.
 
         Args:
-            least: How many pieces an update needs.
+            least: How many micro-batches an update needs.
             everything: The variables that it may be for.
             seen: Which had gradients in compiled calls, by what these were given.
             when: The engine's, or its `flush`.
@@ -308,7 +313,9 @@ class Accumulator:
         return [*ways, (everything, set(everything))]
 
     def _is_due(self, least, others):
-        """Whether so many pieces wait, none of which had a gradient of the `others`."""
+        """Whether so many micro-batches wait, none of which had a gradient of the
+        `others`.
+        """
         due = ops.greater_equal(self._count, least)
         if not others:
             return due
@@ -358,7 +365,7 @@ class Accumulator:
             self._finishing -= 1
 
     def _alone(self, grads, weight):
-        """The gradients of a piece that is an update."""
+        """The gradients of a micro-batch that is an update."""
         if weight is None:
             return grads
         weight = ops.cast(weight, "float32")
@@ -400,7 +407,7 @@ class Accumulator:
         if changed and self._engine.read(self._count) != 0:
             before = [self._trainable_variables[index] for index in self._calls.given]
             raise ValueError(
-                "The variables changed while pieces wait for their update. Call "
+                "The variables changed while micro-batches wait for their update. Call "
                 "`flush()` or `reset()` before, and make one optimizer for each "
                 "set of variables that is trained in turns. Received: "
                 f"{_names(variables)} after {_names(before)}"

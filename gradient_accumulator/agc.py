@@ -81,8 +81,8 @@ def adaptive_clip_grad(
 
         gradient * min(1, clip_factor * max(|weights|, eps) / |gradient|)
 
-    Under accumulation, clip the finished gradient of an update, once: clipped pieces
-    add up to something else. `accumulate(model, ..., use_agc=True)` and
+    Under accumulation, clip the finished gradient of an update, once: clipped
+    micro-batches add up to something else. `accumulate(model, ..., use_agc=True)` and
     `GradientAccumulateOptimizer(..., use_agc=True)` do so; in a loop of your own, call
     this between `accumulated_value_and_grad` and the optimizer. It has no effects, and
     may be called in `jax.jit` and in a `tf.function`.

@@ -1,4 +1,4 @@
-"""`FlushGradients`: an epoch's last pieces, with the optimizer wrapper."""
+"""`FlushGradients`: an epoch's last micro-batches, with the optimizer wrapper."""
 
 from __future__ import annotations
 

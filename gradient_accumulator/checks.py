@@ -1,4 +1,4 @@
-"""What cannot train in pieces, and what to do instead."""
+"""What cannot train in micro-batches, and what to do instead."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def check_model(model: Any) -> None:
     ):
         if not is_known:
             raise ValueError(
-                f"A model with its own `{name}` cannot train in pieces: what it does "
-                "with a batch is not known. Override `compute_loss` and "
+                f"A model with its own `{name}` cannot train in micro-batches: what it "
+                "does with a batch is not known. Override `compute_loss` and "
                 "`compute_metrics` instead, or accumulate in it: take its gradients "
                 "from `accumulated_value_and_grad(loss_fn, microbatch_size=...)`, or "
                 "give it a `GradientAccumulateOptimizer(optimizer, accum_steps=...)`. "
@@ -100,9 +100,10 @@ def check_layers(model: keras.Model) -> None:
             layer, (keras.layers.RNN, keras.layers.Bidirectional)
         ):
             raise ValueError(
-                "A stateful RNN cannot train in pieces: the state that it keeps for "
-                "each example of the batch would go from one piece's examples to the "
-                f"next piece's. Use `stateful=False`. Received: layer={layer}"
+                "A stateful RNN cannot train in micro-batches: the state that it "
+                "keeps for each example of the batch would go from one micro-batch's "
+                "examples to the next micro-batch's. Use `stateful=False`. Received: "
+                f"layer={layer}"
             )
 
 

@@ -14,8 +14,8 @@ from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras
 from gradient_accumulator.backend.statistics import pooling_layers
 from gradient_accumulator.checks import check_backend, check_layers, check_optimizer
+from gradient_accumulator.microbatches import Epoch
 from gradient_accumulator.notices import Notices
-from gradient_accumulator.pieces import Epoch
 
 Model = TypeVar("Model", bound=keras.Model)
 
@@ -91,7 +91,7 @@ class Accumulating(trainer.BuiltByFit):
             raise ValueError(
                 "`train_on_batch` updates the weights from the one batch that it is "
                 "given, and with `accum_steps` an update takes several. Use "
-                "`accumulate(model, microbatch_size=...)` and give it full batches, "
+                "`accumulate(model, microbatch_size=...)` and give it batches, "
                 f"or call `fit`. Received: accum_steps={accum_steps}"
             )
         check_backend()

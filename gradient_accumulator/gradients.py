@@ -35,11 +35,12 @@ class ValueAuxAndGrad(Protocol):
 
 @dataclass(frozen=True)
 class LossFunction:
-    """A user's function that computes a piece's loss, and how its pieces join.
+    """A user's function that computes a micro-batch's loss, and how its micro-batches
+    join.
 
     Args:
         function: What the user gave.
-        microbatch_size: Number of examples in a piece.
+        microbatch_size: Number of examples in a micro-batch.
         has_aux: Whether the function returns more than the loss.
         accum_dtype: Dtype in which gradients are summed.
         module: What reduces the gradients over processes, or None.
@@ -222,61 +223,62 @@ def accumulated_value_and_grad(
     accum_dtype: str = "float32",
     module: Any = None,
 ) -> ValueAndGrad | ValueAuxAndGrad:
-    """A function that computes a full batch's loss and gradients piece by piece.
+    """A function that computes a batch's loss and gradients micro-batch by micro-batch.
 
-    Only one piece's activations are in memory at a time. It is the loop for training
-    steps of your own, where one call is one update: no counter, nothing left over.
+    Only one micro-batch's activations are in memory at a time. It is the loop for
+    training steps of your own, where one call is one update: no counter, nothing left
+    over.
 
     ```
-    for each piece k:  numerator_k, denominator_k = loss_fn(piece k)
+    for each micro-batch k:  numerator_k, denominator_k = loss_fn(micro-batch k)
     loss     = sum_k numerator_k / sum_k denominator_k
     gradient = sum_k d numerator_k / sum_k denominator_k
     ```
 
-    On JAX a random key among `args` is the same for every piece, and so would be the
-    dropout masks drawn from it: put keys into `batch`, one for each example.
+    On JAX a random key among `args` is the same for every micro-batch, and so would be
+    the dropout masks drawn from it: put keys into `batch`, one for each example.
 
     Args:
-        loss_fn: A function that computes a piece's loss. On TensorFlow and PyTorch it
-            is called as `loss_fn(piece, *args, **kwargs)`; on JAX, whose functions are
-            pure, as `loss_fn(variables, piece, *args, **kwargs)`. It returns the mean
-            over the piece's examples, or, where pieces are worth more than their
-            number of examples says (tokens under a mask), a tuple of a numerator and
-            its denominator, both scalars. No gradient is taken of the denominator.
-            Only this pair is right where a micro-batch may have nothing to take a mean
-            of, such as ignored labels only: that mean is not a number, and so would
-            the update be. It warns of it, but not in `jax.jit` or a `tf.function`,
-            which do not know values yet.
-        microbatch_size: Positive int, the number of examples in a piece. The last
-            piece may be smaller.
+        loss_fn: A function that computes a micro-batch's loss. On TensorFlow and
+            PyTorch it is called as `loss_fn(microbatch, *args, **kwargs)`; on JAX,
+            whose functions are pure, as `loss_fn(variables, microbatch, *args,
+            **kwargs)`. It returns the mean over the micro-batch's examples, or, where
+            micro-batches are worth more than their number of examples says (tokens
+            under a mask), a tuple of a numerator and its denominator, both scalars. No
+            gradient is taken of the denominator. Only this pair is right where a
+            micro-batch may have nothing to take a mean of, such as ignored labels only:
+            that mean is not a number, and so would the update be. It warns of it, but
+            not in `jax.jit` or a `tf.function`, which do not know values yet.
+        microbatch_size: Positive int, the number of examples in a micro-batch. The last
+            micro-batch may be smaller.
         has_aux: Whether `loss_fn` returns a tuple of the loss and something more, a
             nested structure of tensors.
         accum_dtype: Name of the float dtype that gradients are summed in (float64
             variables always sum in float64).
         module: On PyTorch, the `DistributedDataParallel` or the FSDP2 module (what
             `fully_shard` returns) that `loss_fn` calls. Its processes reduce their
-            gradients once, with the last piece's, and each gets the loss and the
-            gradients of all their examples: each is given its share of the full
-            batch, of any number of pieces. It does the summing, in its own dtype.
+            gradients once, with the last micro-batch's, and each gets the loss and the
+            gradients of all their examples: each is given its share of the batch,
+            of any number of micro-batches. It does the summing, in its own dtype.
 
     Returns:
         A function `(variables, batch, *args, **kwargs)`. `variables` are those to
         differentiate by: a list of variables or parameters on TensorFlow and PyTorch,
         also a generator of them, and any nested arrays on JAX. `batch` is nested
         tensors that agree in their first axis; `args` and `kwargs` go to `loss_fn` with
-        every piece. As that of `jax.value_and_grad`, it returns `(loss, gradients)`, or
-        `((loss, aux), gradients)`: gradients are nested as `variables`, in their
-        dtypes, and None where there is none (zeros on JAX). Of `aux`, tensors are
-        joined along their first axis, and scalars become vectors with an entry for
-        each piece. Where all denominators are 0, loss and gradients are.
+        every micro-batch. As that of `jax.value_and_grad`, it returns `(loss,
+        gradients)`, or `((loss, aux), gradients)`: gradients are nested as `variables`,
+        in their dtypes, and None where there is none (zeros on JAX). Of `aux`, tensors
+        are joined along their first axis, and scalars become vectors with an entry for
+        each micro-batch. Where all denominators are 0, loss and gradients are.
 
         On JAX it is pure and can be jitted; there the loop is a `jax.lax.scan`, in
         which XLA runs convolutions slowly on CPUs. Called outside of `jax.jit` it
-        compiles the work on one piece itself, and loops on the host: there arrays and
-        floats among `args` and `kwargs` are traced, as `jax.jit` does, and for each
-        other int, bool, string or function it compiles anew. On TensorFlow it
-        works inside and outside of `tf.function`. On PyTorch it calls `backward`,
-        and leaves the parameters' `grad` as it was.
+        compiles the work on one micro-batch itself, and loops on the host: there arrays
+        and floats among `args` and `kwargs` are traced, as `jax.jit` does, and for each
+        other int, bool, string or function it compiles anew. On TensorFlow it works
+        inside and outside of `tf.function`. On PyTorch it calls `backward`, and leaves
+        the parameters' `grad` as it was.
 
     Raises:
         TypeError, ValueError: If an argument is unfit; when called, if variables are
@@ -288,8 +290,8 @@ def accumulated_value_and_grad(
     ```python
     value_and_grad = accumulated_value_and_grad(loss_fn, microbatch_size=8)
 
-    def loss_fn(params, piece):  # JAX
-        tokens, labels = piece
+    def loss_fn(params, microbatch):  # JAX
+        tokens, labels = microbatch
         losses = cross_entropy(apply(params, tokens), labels)
         mask = labels != PAD
         return (losses * mask).sum(), mask.sum()
@@ -297,11 +299,11 @@ def accumulated_value_and_grad(
     loss, gradients = value_and_grad(params, batch)
     ```
 
-    With dropout on JAX, whatever the size of the pieces:
+    With dropout on JAX, whatever the size of the micro-batches:
 
     ```python
-    def loss_fn(params, piece):
-        x, y, keys = piece
+    def loss_fn(params, microbatch):
+        x, y, keys = microbatch
         predictions = jax.vmap(apply, (None, 0, 0))(params, x, keys)  # each its key
         return ((predictions - y) ** 2).mean()
 

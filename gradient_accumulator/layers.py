@@ -19,31 +19,31 @@ from gradient_accumulator.received import described
 class AccumBatchNormalization(trainer.Normalization):
     """Batch normalization whose moving statistics move once an update.
 
-    In training, each piece is normalized by its own mean and variance ("ghost" batch
-    normalization, Hoffer, Hubara and Soudry 2017, "Train longer, generalize better",
-    arXiv:1705.08741). The moving statistics, which inference uses, take the mean and
-    variance of all examples of the update, pooled from its pieces:
+    In training, each micro-batch is normalized by its own mean and variance ("ghost"
+    batch normalization, Hoffer, Hubara and Soudry 2017, "Train longer, generalize
+    better", arXiv:1705.08741). The moving statistics, which inference uses, take the
+    mean and variance of all examples of the update, pooled from its micro-batches:
 
         mean     = sum_k n_k mean_k / sum_k n_k
         variance = sum_k n_k (variance_k + (mean_k - mean)^2) / sum_k n_k
         moving   = momentum * moving + (1 - momentum) * pooled
 
-    with n_k the number of (unmasked) values of piece k: the law of total variance,
-    computed piece by piece as Chan, Golub and LeVeque 1979 do ("Updating formulae and
-    a pairwise algorithm for computing sample variances"), in float32 or float64.
-    Weights do not change within an update, so for the first normalization of a network
-    these are the numbers that `keras.layers.BatchNormalization` has after the same
-    update on the full batch.
+    with n_k the number of (unmasked) values of micro-batch k: the law of total
+    variance, computed micro-batch by micro-batch as Chan, Golub and LeVeque 1979 do
+    ("Updating formulae and a pairwise algorithm for computing sample variances"), in
+    float32 or float64. Weights do not change within an update, so for the first
+    normalization of a network these are the numbers that
+    `keras.layers.BatchNormalization` has after the same update on the batch.
 
-    In a model that trains in pieces (`accumulate`, `GradientAccumulateModel`) the train
-    step says where an update ends, and `accum_steps` need not be given; an update that
-    fails, or that a `LossScaleOptimizer` skips, leaves the statistics as they were.
-    With `GradientAccumulateOptimizer` or in a loop of your own, the layer counts its
-    calls in training, `accum_steps` for an update; `finish_update` ends an update that
-    has fewer. With `accum_steps=1` there, it is Keras's layer. An update that fails or
-    is skipped in a `GradientAccumulateOptimizer` that trains the layer's `gamma` or
-    `beta` takes the statistics back; not so on JAX and in loops of your own with
-    another optimizer, where the layer does not learn what became of the gradients:
+    In a model that trains in micro-batches (`accumulate`, `GradientAccumulateModel`)
+    the train step says where an update ends, and `accum_steps` need not be given; an
+    update that fails, or that a `LossScaleOptimizer` skips, leaves the statistics as
+    they were. With `GradientAccumulateOptimizer` or in a loop of your own, the layer
+    counts its calls in training, `accum_steps` for an update; `finish_update` ends an
+    update that has fewer. With `accum_steps=1` there, it is Keras's layer. An update
+    that fails or is skipped in a `GradientAccumulateOptimizer` that trains the layer's
+    `gamma` or `beta` takes the statistics back; not so on JAX and in loops of your own
+    with another optimizer, where the layer does not learn what became of the gradients:
     there only statistics that are not finite are left out. `flush` and `reset` of that
     optimizer end and forget the layer's update too. A model that is saved in the middle
     of an update loses what the layer has pooled of it (not so in a checkpoint of Keras
@@ -51,9 +51,9 @@ class AccumBatchNormalization(trainer.Normalization):
 
     A layer that is called several times in a forward pass (shared, or in a
     `TimeDistributed`) pools all of these calls, where Keras's moves at each of them;
-    where it counts, `accum_steps` is the number of pieces times that of calls.
+    where it counts, `accum_steps` is the number of micro-batches times that of calls.
 
-    Pieces of 1 to 4 examples have statistics too noisy to normalize by. With
+    Micro-batches of 1 to 4 examples have statistics too noisy to normalize by. With
     `renorm=True` the layer corrects them to the moving ones, within bounds ("batch
     renormalization", Ioffe 2017, arXiv:1702.03275):
 
@@ -63,8 +63,9 @@ class AccumBatchNormalization(trainer.Normalization):
 
     where no gradient goes through r and d. The moving statistics must then follow the
     network: take a `momentum` that forgets within some ten updates, such as 0.9. The
-    bounds are wider than the 3 and 5 that Ioffe ends with, for tiny pieces: of 2 normal
-    values the standard deviation is below a third of the true one every third time.
+    bounds are wider than the 3 and 5 that Ioffe ends with, for tiny micro-batches: of 2
+    normal values the standard deviation is below a third of the true one every third
+    time.
 
     Args:
         accum_steps: Positive int, the number of calls in training that make an update,
@@ -79,7 +80,7 @@ class AccumBatchNormalization(trainer.Normalization):
         synchronized: Whether the replicas of a `tf.distribute` strategy, or the
             processes of `torch.distributed`, normalize by the statistics of all of them
             together. JAX's sharded arrays always do.
-        renorm: Whether to correct the pieces' statistics to the moving ones.
+        renorm: Whether to correct the micro-batches' statistics to the moving ones.
         rmax: Float of at least 1, the bound of the correction of scale.
         dmax: Float of at least 0, the bound of the correction of place.
         **kwargs: The initializers, regularizers and constraints of
@@ -87,7 +88,7 @@ class AccumBatchNormalization(trainer.Normalization):
 
     Call arguments:
         inputs: Tensor of rank 2 to 5 and a float dtype.
-        training: Whether to normalize by the piece's statistics and pool them.
+        training: Whether to normalize by the micro-batch's statistics and pool them.
         mask: Bool tensor of a rank less, of the examples' steps that count.
 
     Raises:
@@ -254,7 +255,7 @@ class AccumBatchNormalization(trainer.Normalization):
         """Move the moving statistics by what was pooled since they last moved.
 
         Does nothing if that is nothing. Only a loop of your own needs to call it, for
-        an update of fewer than `accum_steps` pieces.
+        an update of fewer than `accum_steps` micro-batches.
         """
         if self._pool is not None:
             self._finish_if(trainer.value(self._pool.calls) > 0)
@@ -351,7 +352,7 @@ def _state(name: str, shape: tuple, dtype: str) -> keras.Variable:
 
 
 class Pool(trainer.State):
-    """The statistics of an update's pieces so far, as variables of no layer.
+    """The statistics of an update's micro-batches so far, as variables of no layer.
 
     Args:
         shape: Shape of the statistics.

@@ -1,4 +1,4 @@
-"""`accumulate` and `GradientAccumulateModel`: models that train in pieces."""
+"""`accumulate` and `GradientAccumulateModel`: models that train in micro-batches."""
 
 from __future__ import annotations
 
@@ -34,41 +34,43 @@ def accumulate(
     agc_exclude: Any = None,
     warn: bool = True,
 ) -> Model:
-    """Make a Keras model train in pieces, in place.
+    """Make a Keras model train in micro-batches, in place.
 
-    An update of the weights is computed from several pieces of data, one after the
-    other, and equals the update that plain Keras computes from all of them at once:
-    weights, optimizer variables, metrics and logs, up to rounding. Only one piece's
-    activations are in memory at a time.
+    An update of the weights is computed from several micro-batches of data, one after
+    the other, and equals the update that plain Keras computes from all of them at once:
+    weights, optimizer variables, metrics and logs, up to rounding. Only one
+    micro-batch's activations are in memory at a time.
 
     ```
     for each update:
         gradient = 0
-        for each piece: gradient += worth of the piece * gradient of its mean loss
+        for each micro-batch: gradient += its weight * gradient of its mean loss
         apply the optimizer to the gradient, once
     ```
 
-    Each compiled loss weighs a piece by what it divides by (loss values, unmasked
+    Each compiled loss weighs a micro-batch by what it divides by (loss values, unmasked
     values, or sample weights); additional losses (regularizers, `add_loss`) by the
-    piece's share of the examples. A loss that cannot be taken apart, because its class
-    overrides `__call__` or its `call` returns one number for the whole batch, weighs
-    pieces by their examples, which is exact if the full batch's loss is the mean of
-    its examples' losses. So does what a model's own `compute_loss` adds. A tensor with
-    axes that is given to `add_loss` is summed by Keras, and its pieces add up; a scalar
-    is taken for a mean over examples. A loss that gives one number for a batch is not
-    exact with `sample_weight`: Keras multiplies that number by the weights of the
-    batch, and here by those of the piece.
+    micro-batch's share of the examples. A loss that cannot be taken apart, because its
+    class overrides `__call__` or its `call` returns one number for the whole batch,
+    weighs micro-batches by their examples, which is exact if the batch's loss is the
+    mean of its examples' losses. So does what a model's own `compute_loss` adds. A
+    tensor with axes that is given to `add_loss` is summed by Keras, and its
+    micro-batches add up; a scalar is taken for a mean over examples. A loss that gives
+    one number for a batch is not exact with `sample_weight`: Keras multiplies that
+    number by the weights of the batch, and here by those of the micro-batch.
 
     The first `fit` warns (`AccumulationWarning`) of a loss that couples the examples of
-    a batch, as Keras's `Dice()` does, and of batch normalization, which sees a piece
-    and not the batch; the first epoch, if nothing was accumulated. `model.accumulation`
-    says how a model accumulates, and so does `fit` with `verbose=1`, in one line.
+    a batch, as Keras's `Dice()` does, and of batch normalization, which sees a
+    micro-batch and not the batch; the first epoch, if nothing was accumulated.
+    `model.accumulation` says how a model accumulates, and so does `fit` with
+    `verbose=1`, in one line.
 
     Under `tf.distribute`, `keras.distribution` (JAX) or in processes of
     `torch.distributed` that each have their share of every batch, gradients are
-    exchanged once an update. On JAX they are exchanged with every piece in four cases:
-    a model with a `compute_metrics` of its own, metrics of classes of your own, layers
-    that keep a state of their own of what they see, and layouts of what layers return.
+    exchanged once an update. On JAX they are exchanged with every micro-batch in four
+    cases: a model with a `compute_metrics` of its own, metrics of classes of your own,
+    layers that keep a state of their own of what they see, and layouts of what layers
+    return.
 
     The model keeps its weights, compile state and optimizer state, and stays an
     instance of its class. Nothing of accumulation is saved with it: what `load_model`
@@ -79,13 +81,14 @@ def accumulate(
 
     Args:
         model: A Keras 3 model: functional, Sequential or subclassed, compiled or not.
-        accum_steps: Positive int. `fit` is given pieces, and this many of them make an
-            update; an epoch's last update takes the pieces that are left. Pieces may
-            differ in size and shape. `steps_per_epoch` counts pieces, and
-            batch-level callbacks run once an update. 1 gives plain training back.
-        microbatch_size: Positive int. `fit` is given full batches, and each is cut in
-            pieces of this many examples; the last one may be smaller. Where a batch is
-            distributed over devices, each cuts its share.
+        accum_steps: Positive int. `fit` is given micro-batches, and this many of them
+            make an update; an epoch's last update takes the micro-batches that are
+            left. Micro-batches may differ in size and shape. `steps_per_epoch` counts
+            micro-batches, and batch-level callbacks run once an update. 1 gives plain
+            training back.
+        microbatch_size: Positive int. `fit` is given batches, and each is cut in
+            micro-batches of this many examples; the last one may be smaller. Where a
+            batch is distributed over devices, each cuts its share.
         accum_dtype: Name of the float dtype that gradients are summed in (float64
             variables always sum in float64).
         use_agc: Whether to clip the gradient of each update adaptively, before the
@@ -152,7 +155,7 @@ class _WithSettings(Accumulating):
 
 @_register
 class GradientAccumulateModel(_WithSettings):
-    """A `keras.Model` that trains in pieces.
+    """A `keras.Model` that trains in micro-batches.
 
     Made from `inputs` and `outputs` it is a functional model, as `keras.Model` is;
     a subclass with its own `call` gives `super().__init__` the first arguments only.
@@ -166,8 +169,8 @@ class GradientAccumulateModel(_WithSettings):
     plain functional model where it is not.
 
     Args:
-        accum_steps: Positive int, the number of pieces in an update, where `fit` is
-            given pieces. 1 is plain training.
+        accum_steps: Positive int, the number of micro-batches in an update, where `fit`
+            is given micro-batches. 1 is plain training.
         mixed_precision: No longer needed, and without effect: Keras scales the loss by
             itself under the policy `mixed_float16`.
         use_agc: Whether to clip the gradient of each update adaptively: see
@@ -175,8 +178,8 @@ class GradientAccumulateModel(_WithSettings):
         clip_factor: Positive number, of adaptive clipping.
         eps: Positive number, of adaptive clipping.
         experimental_distributed_support: No longer needed, and without effect.
-        microbatch_size: Positive int, the number of examples in a piece, where `fit` is
-            given full batches.
+        microbatch_size: Positive int, the number of examples in a micro-batch, where
+            `fit` is given batches.
         accum_dtype: Name of the float dtype that gradients are summed in.
         agc: Another spelling of `use_agc`.
         agc_exclude: What adaptive clipping leaves out: see `accumulate`.

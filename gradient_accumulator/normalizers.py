@@ -1,18 +1,19 @@
-"""What each compiled loss is divided by, and how that joins pieces exactly.
+"""What each compiled loss is divided by, and how that joins micro-batches exactly.
 
-A compiled loss on piece k is a numerator over a denominator. The full batch's is
+A compiled loss on micro-batch k is a numerator over a denominator. The batch's is
 
     sum_k num_k / sum_k den_k  =  sum_k (den_k / sum_i den_i) * (num_k / den_k)
 
-so that all pieces' numerators need one number only, the full batch's denominator, and
-a piece without weight no division at all. The engine weighs a piece's whole loss by its
-share of the examples, `share_k`; the *factors* here take that off the compiled losses:
+so that all micro-batches' numerators need one number only, the batch's denominator, and
+a micro-batch without weight no division at all. The engine weighs a micro-batch's whole
+loss by its share of the examples, `share_k`; the *factors* here take that off the
+compiled losses:
 
     total = sum_k share_k * (sum_j factor_jk * num_jk + additional losses)
     factor_jk = 1 / sum_i den_ji / share_k
 
-Where every piece's denominator is as large as its share says, Keras's own loss of the
-piece takes the numerator's place, and the factor is 1.
+Where every micro-batch's denominator is as large as its share says, Keras's own loss of
+the micro-batch takes the numerator's place, and the factor is 1.
 
 Additional losses (regularizers, `add_loss`) then count once an update, as means over
 examples do.
@@ -36,22 +37,26 @@ from gradient_accumulator import notices
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras, ops
 from gradient_accumulator.coupling import shape_of
-from gradient_accumulator.pieces import Pieces, first_input, is_number, map_leaves
+from gradient_accumulator.microbatches import (
+    Microbatches,
+    first_input,
+    is_number,
+    map_leaves,
+)
 
 # What a loss divides by, as far as a reduction's name tells.
-ADDITIVE = "additive"  # nothing: pieces add up
+ADDITIVE = "additive"  # nothing: micro-batches add up
 BY_EXAMPLES = "by_examples"  # the loss cannot be taken apart
-NORMALIZED = "normalized"  # a number that each piece has its own of
+NORMALIZED = "normalized"  # a number that each micro-batch has its own of
 DIVIDED_LAST = "divided_last"  # the same, divided by when all micro-batches are done
 
 
 def kind(loss: keras.losses.Loss) -> str:
-    """How the value of `loss` on a full batch comes from its values on pieces.
+    """How the value of `loss` on a batch comes from its values on micro-batches.
 
     A loss whose class overrides `__call__` keeps its reduction to itself, so its
-    pieces weigh by their examples. So does one without reduction, whose values the
-    optimizer sees summed.
-    """
+    micro-batches weigh by their examples. So does one without reduction, whose values
+    the optimizer sees summed."""
     if type(loss).__call__ is not keras.losses.Loss.__call__:
         return BY_EXAMPLES
     if loss.reduction == "sum":
@@ -67,8 +72,8 @@ class Denominator:
     Calling it returns 0. Afterwards `kind` is the loss's kind, `value` the denominator
     of a `NORMALIZED` one (a scalar tensor or a number, else None), `rank` is the number
     of axes of the loss's values before they are reduced, if they are, and `varies` says
-    whether pieces of one shape can differ in the denominator, `by_predictions` whether
-    they can by the predictions' values or mask, `by_one_weight` whether plain
+    whether micro-batches of one shape can differ in the denominator, `by_predictions`
+    whether they can by the predictions' values or mask, `by_one_weight` whether plain
     Keras would divide by one number, the weight of all examples.
 
     Of the predictions only mask and shape are used, so that a compiler drops the rest
@@ -95,7 +100,9 @@ class Denominator:
         if self.rank == 1 and not _is_of_each(values, y_pred):
             self.rank = 2  # as many as there are steps, or whatever
         if self.rank == 0:
-            self.kind = BY_EXAMPLES  # one value for the piece couples its examples
+            self.kind = (
+                BY_EXAMPLES  # one value for the micro-batch couples its examples
+            )
             return
         masked = trainer.get_mask(y_pred) is not None
         by_weights = (
@@ -151,7 +158,7 @@ def _is_of_each(values, y_pred):
 
 def _size(values, y_true):
     # The targets' shape is known without a forward pass, the values' may not be. Axes
-    # of one length in all pieces do not matter to what a piece is worth.
+    # of one length in all micro-batches do not matter to what a micro-batch is worth.
     shape = tuple(getattr(y_true, "shape", ()))
     rank = len(values.shape)
     if shape[:rank] == tuple(values.shape) and None not in shape[rank:]:
@@ -168,19 +175,20 @@ def dtype() -> str:
 
 
 def factors(denominators, shares, kinds: Sequence[str], totals=None):
-    """The factors above, from every piece's denominators.
+    """The factors above, from every micro-batch's denominators.
 
     Args:
-        denominators: Float tensor of shape `(pieces, losses)`; for losses that are
-            not `NORMALIZED` its values do not matter. None if no loss is.
-        shares: Float tensor of shape `(pieces,)`.
+        denominators: Float tensor of shape `(microbatches, losses)`; for losses that
+            are not `NORMALIZED` its values do not matter. None if no loss is.
+        shares: Float tensor of shape `(microbatches,)`.
         kinds: The `kind` of each loss.
-        totals: Float tensor of shape `(losses,)`, what the pieces' denominators add up
-            to together with those of other processes. None if there are no others.
+        totals: Float tensor of shape `(losses,)`, what the micro-batches' denominators
+            add up to together with those of other processes. None if there are no
+            others.
 
     Returns:
-        Float tensor of shape `(pieces, losses)`. A loss whose denominator is 0 on
-        the full batch has factor 0.
+        Float tensor of shape `(microbatches, losses)`. A loss whose denominator is 0 on
+        the batch has factor 0.
     """
     shares = ops.expand_dims(shares, axis=1)
     additive = 1 / shares
@@ -246,18 +254,18 @@ def correction(expected: Any, found: Any) -> Any:
 
 
 def measure(model, data, y_pred, stand_in=Denominator) -> list[Denominator]:
-    """The denominators of the compiled losses, one for each call in a piece."""
+    """The denominators of the compiled losses, one for each call in a micro-batch."""
     x, y, sample_weight = trainer.unpack(model, data)
     return trainer.standing_in(model, stand_in, (x, y, y_pred, sample_weight))
 
 
 @dataclass
 class Losses:
-    """What can be said of a model's losses before a piece is trained on.
+    """What can be said of a model's losses before a micro-batch is trained on.
 
     Args:
         denominators: Of the compiled losses.
-        need_shares: Whether a piece's share of the full batch has to be known while it
+        need_shares: Whether a micro-batch's share of the batch has to be known while it
             is trained on, for more than a factor that the end can correct.
         alone: Whether one compiled loss is all that the model's loss consists of.
     """
@@ -270,10 +278,11 @@ class Losses:
         """The compiled losses' kinds in an update.
 
         Args:
-            even: Whether all pieces have one shape, but for the number of examples.
+            even: Whether all micro-batches have one shape, but for the number of
+                examples.
         """
         kinds = tuple(
-            # One value for each example: as many as the piece's share says.
+            # One value for each example: as many as the micro-batch's share says.
             BY_EXAMPLES
             if d.kind == NORMALIZED and not d.varies and (even or d.rank == 1)
             else d.kind
@@ -284,14 +293,14 @@ class Losses:
         return kinds
 
     def one_by_one(self, even: bool) -> bool:
-        """Whether nothing has to be known of the other pieces to train on one."""
+        """Whether one can be trained on without knowing the other micro-batches."""
         return not self.need_shares and set(self.kinds(even)) <= {
             BY_EXAMPLES,
             DIVIDED_LAST,
         }
 
     def check_cut(self) -> None:
-        """Raise if pieces that a batch is cut in cannot be exact."""
+        """Raise if micro-batches that a batch is cut in cannot be exact."""
         if any(d.by_one_weight for d in self.denominators):
             raise ValueError(
                 "A loss with `reduction='mean_with_sample_weight'` divides by the "
@@ -314,11 +323,11 @@ def inspect(
     trace: Callable = trainer.compute_output_spec,
     training: bool = True,
 ) -> Losses:
-    """The losses of a model, from a piece's shapes, without its values.
+    """The losses of a model, from a micro-batch's shapes, without its values.
 
     Args:
         model: A compiled and built model.
-        data: A piece, nested, of `keras.KerasTensor`s.
+        data: A micro-batch, nested, of `keras.KerasTensor`s.
         scope: Makes a stateless scope in which the model's variables have values.
         trace: Calls a function with the data, without any effect.
         training: Whether to call the model as in training, where it may add losses.
@@ -359,30 +368,32 @@ def values(denominators: list[Denominator]):
 
 def no_examples() -> ValueError:
     return ValueError(
-        "An update needs at least one example. Leave pieces without any out of the "
-        "data. Received: an update of such pieces only"
+        "An update needs at least one example. Leave micro-batches without any out of "
+        "the data. Received: an update of such micro-batches only"
     )
 
 
 class Weighed:
-    """The pieces of one update, in a loop of the host, each with what it is worth.
+    """The micro-batches of one update, in a loop of the host, each with what it is
+    worth.
 
-    Iterating gives `(piece, share, kinds, factors)`; factors are None where all are 1.
-    Shares add up to `examples / expected` in the end, `examples` being all there were.
+    Iterating gives `(microbatch, share, kinds, factors)`; factors are None where all
+    are 1. Shares add up to `examples / expected` in the end, `examples` being all there
+    were.
 
     Args:
-        pieces: Iterable of nested arrays.
+        microbatches: Iterable of nested arrays.
         expected: The number of examples that the shares are of.
         kinds: The compiled losses' kinds.
-        factors: A row for each piece, or None.
+        factors: A row for each micro-batch, or None.
         totals: As for `HostWeights`.
         devices: As for `HostWeights`.
     """
 
     def __init__(
-        self, pieces, expected, kinds=(), factors=None, totals=None, devices=1
+        self, microbatches, expected, kinds=(), factors=None, totals=None, devices=1
     ):
-        self.pieces = pieces
+        self.microbatches = microbatches
         self.expected = expected
         self.divided_last = DIVIDED_LAST in kinds
         # All are 1 where all losses weigh by examples.
@@ -394,13 +405,13 @@ class Weighed:
         self.examples = 0
 
     def __iter__(self):
-        for k, piece in enumerate(self.pieces):
-            size = examples(piece)
+        for k, microbatch in enumerate(self.microbatches):
+            size = examples(microbatch)
             if size == 0:  # the share of a process that others give all to do
                 continue
             self.count += 1
             self.examples += size
-            yield piece, size / self.expected, self.kinds, self._row(k, size)
+            yield microbatch, size / self.expected, self.kinds, self._row(k, size)
 
     def _row(self, k, size):
         if self.divided_last:
@@ -410,7 +421,7 @@ class Weighed:
         return None if self.factors is None else self.factors[k]
 
     def correction(self, denominator: Any = None) -> float:
-        """What sums over the pieces are to be multiplied by, when all are done.
+        """What sums over the micro-batches are to be multiplied by, when all are done.
 
         Args:
             denominator: The sum of the denominators of a loss that is `DIVIDED_LAST`.
@@ -430,20 +441,22 @@ class Weighed:
 
 
 class HostWeights:
-    """Finds what pieces are worth, for a loop of the host.
+    """Finds what micro-batches are worth, for a loop of the host.
 
     Args:
         model: A compiled and built model.
-        measure: A function of the model's state, a piece and its `Losses` that returns
-            `values`, and the state after the piece as far as it matters to the others'.
+        measure: A function of the model's state, a micro-batch and its `Losses` that
+            returns `values`, and the state after the micro-batch as far as it matters
+            to the others'.
         scope: As for `inspect`, but a function of the model's state first.
         notices: What the user is to be told of, once.
         totals: Sums a list of numbers over the processes that train together, each on
-            pieces of its own. None if there is one.
-        devices: The number of devices that each have an equal part of every piece. If
-            there are several, `measure` returns a row for each, and so do the factors.
-        check: Function of the number of pieces, called where it must be the same in
-            all processes.
+            micro-batches of its own. None if there is one.
+        devices: The number of devices that each have an equal part of every
+            micro-batch. If there are several, `measure` returns a row for each, and so
+            do the factors.
+        check: Function of the number of micro-batches, called where it must be the same
+            in all processes.
     """
 
     def __init__(
@@ -454,7 +467,7 @@ class HostWeights:
         notices,
         totals=None,
         devices=1,
-        check=lambda pieces: None,
+        check=lambda microbatches: None,
     ):
         self.check = check
         self.notices = notices
@@ -466,22 +479,23 @@ class HostWeights:
         self.even = trainer.has_static_inputs(model)
         self.inspected: dict[str, Losses] = {}
 
-    def __call__(self, pieces: Pieces, *state) -> Weighed:
-        """The pieces of one update, made one by one where nothing needs all of them.
+    def __call__(self, microbatches: Microbatches, *state) -> Weighed:
+        """The micro-batches of one update, made one by one where nothing needs all of
+        them.
 
         Args:
-            pieces: The pieces.
+            microbatches: The micro-batches.
             *state: The model's state.
         """
-        first = next(pieces.iterator)
+        first = next(microbatches.iterator)
         losses = self._inspect(first, state)
-        if pieces.examples is not None:
+        if microbatches.examples is not None:
             losses.check_cut()
-        drawn = chain([first], pieces.iterator)
+        drawn = chain([first], microbatches.iterator)
         weighed = partial(Weighed, totals=self.totals, devices=self.devices)
-        if pieces.examples is None:
+        if microbatches.examples is None:
             if losses.one_by_one(self.even):
-                expected = max(examples(first), 1) * pieces.count
+                expected = max(examples(first), 1) * microbatches.count
                 return weighed(drawn, expected, losses.kinds(self.even))
         else:
             even = self.even or self.totals is None
@@ -489,26 +503,28 @@ class HostWeights:
             # Of one process alone the shares are known.
             shares_known = self.totals is None and set(kinds) <= {BY_EXAMPLES}
             if shares_known or losses.one_by_one(even):
-                return weighed(drawn, max(pieces.examples, 1), kinds)
+                return weighed(drawn, max(microbatches.examples, 1), kinds)
         return self._all(list(drawn), losses, state)
 
-    def _all(self, pieces: list, losses: Losses, state: tuple) -> Weighed:
-        self.check(len(pieces))
-        sizes = [examples(piece) for piece in pieces]
-        shapes = {str(map_leaves(_inner_shape, piece)) for piece in pieces}
-        # Another process's pieces may have another shape.
+    def _all(self, microbatches: list, losses: Losses, state: tuple) -> Weighed:
+        self.check(len(microbatches))
+        sizes = [examples(microbatch) for microbatch in microbatches]
+        shapes = {
+            str(map_leaves(_inner_shape, microbatch)) for microbatch in microbatches
+        }
+        # Another process's micro-batches may have another shape.
         even = self.even if self.totals else len(shapes) == 1
         kinds = losses.kinds(even)
         denominators, totals = None, None
         if NORMALIZED in kinds:
-            denominators = self._denominators(pieces, sizes, kinds, losses, state)
+            denominators = self._denominators(microbatches, sizes, kinds, losses, state)
         expected = sum(sizes)
         if self.totals is not None:
             own = [] if denominators is None else ops.sum(denominators, axis=0)
             expected, *sums = self.totals([expected, *map(float, own)])
             totals = ops.convert_to_tensor(sums, dtype=dtype())
         weighed = partial(
-            Weighed, pieces, expected, totals=self.totals, devices=self.devices
+            Weighed, microbatches, expected, totals=self.totals, devices=self.devices
         )
         if set(kinds) <= {BY_EXAMPLES}:
             return weighed()
@@ -522,24 +538,24 @@ class HostWeights:
         rows = factors(denominators, shares, kinds)
         return weighed(kinds, list(ops.reshape(rows, (-1, self.devices, len(kinds)))))
 
-    def _denominators(self, pieces, sizes, kinds, losses, state):
+    def _denominators(self, microbatches, sizes, kinds, losses, state):
         rows = []
-        for piece, size in zip(pieces, sizes):
+        for microbatch, size in zip(microbatches, sizes):
             row = ops.zeros(len(kinds))
             if size:
-                # Masks may be drawn from seeds: each piece sees the state that it will
-                # be trained in.
-                row, state = self.measure(state, piece, losses)
+                # Masks may be drawn from seeds: each micro-batch sees the state that it
+                # will be trained in.
+                row, state = self.measure(state, microbatch, losses)
             rows.append(row)
         return ops.stack(rows)
 
-    def _inspect(self, piece, state):
+    def _inspect(self, microbatch, state):
         # What a loss divides by depends on what there is, not on how much.
-        structure = str(map_leaves(_kind_of_array, piece))
+        structure = str(map_leaves(_kind_of_array, microbatch))
         if structure not in self.inspected:
             scope = partial(self.scope, *state)
             with notices.watching(self.model) as seen:
-                losses = inspect(self.model, map_leaves(symbolic, piece), scope)
+                losses = inspect(self.model, map_leaves(symbolic, microbatch), scope)
             self.notices.tell(self.model, losses.denominators, seen, scope)
             self.inspected[structure] = losses
         return self.inspected[structure]
@@ -552,9 +568,9 @@ def symbolic(array) -> keras.KerasTensor:
     )
 
 
-def examples(piece) -> int:
-    """The number of examples of a piece."""
-    return first_input(piece).shape[0]
+def examples(microbatch) -> int:
+    """The number of examples of a micro-batch."""
+    return first_input(microbatch).shape[0]
 
 
 def _kind_of_array(array):

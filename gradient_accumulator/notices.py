@@ -19,7 +19,7 @@ from gradient_accumulator.backend.attributes import with_attribute
 from gradient_accumulator.backend.statistics import normalizations
 from gradient_accumulator.coupling import couples, is_known, keras_own, name_of
 from gradient_accumulator.layers import AccumBatchNormalization
-from gradient_accumulator.pieces import Epoch, leaves
+from gradient_accumulator.microbatches import Epoch, leaves
 
 
 class AccumulationWarning(UserWarning):

@@ -31,8 +31,8 @@ def replace_batchnorm_layers(
     Args:
         model: A functional or Sequential model, or a subclassed one that Keras can make
             again from its `get_config`.
-        accum_steps: Positive int, of the layers: the number of pieces in an update
-            where no train step of this library tells.
+        accum_steps: Positive int, of the layers: the number of micro-batches in an
+            update where no train step of this library tells.
         position: No longer needed: `"replace"`, as before.
 
     Returns:

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gradient-accumulator",
-        description="Gradient accumulation for Keras 3 that equals the full batch.",
+        description="Gradient accumulation for Keras 3 that equals the batch.",
     )
     parser.add_argument(
         "--version", action=_Version, nargs=0, help="show the version and exit"

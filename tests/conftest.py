@@ -105,7 +105,7 @@ def pytest_report_header():
 
 
 @pytest.fixture(autouse=True)
-def drawn_in_pieces(request, monkeypatch):
+def drawn_in_microbatches(request, monkeypatch):
     """Small arrays too, but in tests that are about those."""
     if not KERAS_2 and "small_arrays" not in request.keywords:
         from gradient_accumulator.backend.keras3 import arrays

@@ -28,7 +28,7 @@ OF_EACH = (
     "*/fitting.py",
     "*/gradients.py",
     "*/normalizers.py",
-    "*/pieces.py",
+    "*/microbatches.py",
 )
 OF_THE_CORE = (r"(^|\|)core [^|]*$", "^$")  # contexts; importing has none
 

@@ -13,12 +13,12 @@ from gradient_accumulator import accumulate
 
 BACKEND = keras.backend.backend()
 BASE = problems.mlp()
-FULL, PIECE, COUNT = 8, 4, 24  # examples of a full batch, of a piece, in all
-UPDATES, PIECES = COUNT // FULL, COUNT // PIECE
+FULL, MICROBATCH, COUNT = 8, 4, 24  # examples of a batch, of a micro-batch, in all
+UPDATES, MICROBATCHES = COUNT // FULL, COUNT // MICROBATCH
 WAYS = {
     # what `accumulate` gets, and the batch size that `fit` then gets
-    "microbatch_size": ({"microbatch_size": PIECE}, FULL),
-    "accum_steps": ({"accum_steps": FULL // PIECE}, PIECE),
+    "microbatch_size": ({"microbatch_size": MICROBATCH}, FULL),
+    "accum_steps": ({"accum_steps": FULL // MICROBATCH}, MICROBATCH),
 }
 ways = pytest.mark.parametrize("way", WAYS)
 
@@ -30,7 +30,7 @@ def data(count=COUNT, seed=0):
 
 
 def compiled(way=None, build=BASE, **arguments):
-    """A compiled model; plain, or one that trains in pieces in this way."""
+    """A compiled model; plain, or one that trains in micro-batches in this way."""
     model = build()
     model.compile(
         **{"optimizer": keras.optimizers.SGD(0.3, 0.9), "loss": "mse", **arguments}
@@ -47,7 +47,9 @@ def size(way):
 
 
 def both(way, source, build=BASE, settings=None, plain_source=None, **arguments):
-    """Trains by plain Keras and in pieces from `source(batch size)`, and compares."""
+    """Trains by plain Keras and in micro-batches from `source(batch size)`, and
+    compares.
+    """
     results = []
     for each in (None, way):
         model = compiled(each, build, **(settings() if settings else {}))

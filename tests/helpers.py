@@ -1,4 +1,4 @@
-"""Trains one problem by plain Keras and in pieces, and says how far they differ."""
+"""Trains a problem by Keras and in micro-batches, and says how far they differ."""
 
 import contextlib
 import dataclasses
@@ -36,7 +36,7 @@ def array(variable):
 
 
 def is_seed(variable):
-    """A seed's state counts forward passes, of which pieces have more."""
+    """A seed's state counts forward passes, of which micro-batches have more."""
     return "seed_generator" in trainer.path(variable)
 
 
@@ -128,35 +128,37 @@ def train(problem, data, prepare=lambda model: model, **overrides):
 
 @functools.cache
 def plain(name):
-    """Plain Keras on the full batches of the problem of this name."""
+    """Plain Keras on the batches of the problem of this name."""
     problem = named(name)
     return train(problem, problem.batches())
 
 
-def pieces(problem):
+def microbatches(problem):
     """One epoch's data for `accum_steps`."""
     updates = [problem.cut(batch) for batch in problem.batches()]
     assert all(len(update) == problem.accum_steps for update in updates[:-1])
-    return [piece for update in updates for piece in update]
+    return [microbatch for update in updates for microbatch in update]
 
 
 def even(problem):
-    """A full batch, the only one of its epoch, and its pieces, all of one size."""
+    """A batch, the only one of its epoch, and its micro-batches, all of one size."""
     batch = problem.batches()[0]
-    if problem.pieces:
-        return batch, problem.pieces(batch)
-    size = problems.PIECE - 1
+    if problem.microbatches:
+        return batch, problem.microbatches(batch)
+    size = problems.MICROBATCH - 1
     examples = len(keras.tree.flatten(batch)[0])
     batch = problems.cut(batch, examples - examples % size)[0]
     return batch, problems.cut(batch, size)
 
 
-def in_pieces(problem, way, piece=problems.PIECE, **settings):
-    """Ours; `way` is "microbatch_size", with pieces of that size, or "accum_steps"."""
+def in_microbatches(problem, way, microbatch=problems.MICROBATCH, **settings):
+    """Ours; `way` is "microbatch_size", with micro-batches of that size, or
+    "accum_steps".
+    """
     if way == "microbatch_size":
-        data, size = problem.batches(), piece
+        data, size = problem.batches(), microbatch
     else:
-        data, size = pieces(problem), problem.accum_steps
+        data, size = microbatches(problem), problem.accum_steps
     return train(
         problem,
         data,
@@ -212,7 +214,7 @@ def assert_same(trained, reference, dtype="float32"):
 def assert_alike(problem, trained, reference):
     """What two ways to train a problem leave is the same."""
     if KERAS_2 and problem.rounds_loss:
-        # It computes the loss in half precision, which rounds each piece's.
+        # It computes the loss in half precision, which rounds each micro-batch's.
         (logs,), (expected,) = trained.history, reference.history
         np.testing.assert_allclose(logs.pop("loss"), expected["loss"], atol=2e-3)
         reference = dataclasses.replace(

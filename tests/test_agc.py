@@ -7,7 +7,16 @@ import numpy as np
 import optax
 import problems
 import pytest
-from helpers import array, assert_same, even, in_pieces, moved, named, pieces, train
+from helpers import (
+    array,
+    assert_same,
+    even,
+    in_microbatches,
+    microbatches,
+    moved,
+    named,
+    train,
+)
 from keras import layers, ops
 from marks import core_on
 
@@ -193,18 +202,18 @@ def test_clipping_sees_the_unscaled_gradient(scaling, way):
 
 
 def agc(problem, way):
-    return in_pieces(problem, way, use_agc=True, clip_factor=CLIP, eps=EPS)
+    return in_microbatches(problem, way, use_agc=True, clip_factor=CLIP, eps=EPS)
 
 
-def test_clipped_pieces_add_up_to_something_else():
+def test_clipped_microbatches_add_up_to_something_else():
     problem = with_optimizer(named("weights_int"), clipped)
     whole = train(problem, problem.batches())
-    # What an optimizer that clips every piece does, as the re-created system did.
+    # What an optimizer that clips every micro-batch does, as the re-created system did.
     with pytest.raises(AssertionError):
-        assert_same(train(problem, pieces(problem)), whole)
+        assert_same(train(problem, microbatches(problem)), whole)
 
 
-def test_one_piece_an_update():
+def test_one_microbatch_an_update():
     problem = named("weights_int")
     reference = train(with_optimizer(problem, clipped), problem.batches())
     trained = train(
@@ -358,8 +367,8 @@ def test_in_a_loop_of_ones_own():
     if BACKEND == "jax":
         import jax
 
-        def loss_fn(trainable, piece):
-            a, b = piece
+        def loss_fn(trainable, microbatch):
+            a, b = microbatch
             out, _ = model.stateless_call(trainable, model.non_trainable_variables, a)
             return ops.mean(ops.square(out - b))
 
@@ -368,8 +377,8 @@ def test_in_a_loop_of_ones_own():
     elif BACKEND == "tensorflow":
         import tensorflow as tf
 
-        def loss_fn(piece):
-            a, b = piece
+        def loss_fn(microbatch):
+            a, b = microbatch
             return ops.mean(ops.square(model(a) - b))
 
         with tf.GradientTape() as tape:
@@ -379,8 +388,8 @@ def test_in_a_loop_of_ones_own():
     else:
         import torch
 
-        def loss_fn(piece):
-            a, b = piece
+        def loss_fn(microbatch):
+            a, b = microbatch
             return ops.mean(ops.square(model(a) - b))
 
         whole = torch.autograd.grad(loss_fn((x, y)), [v.value for v in variables])
@@ -458,8 +467,8 @@ def test_what_is_excluded_must_be_there(entry):
     model.fit(*DATA, verbose=0)
 
 
-def test_in_pieces_alone_clips_nothing():
+def test_in_microbatches_alone_clips_nothing():
     problem = with_optimizer(named("weights_int"), plain_sgd)
     assert_same(
-        in_pieces(problem, "microbatch_size"), train(problem, problem.batches())
+        in_microbatches(problem, "microbatch_size"), train(problem, problem.batches())
     )

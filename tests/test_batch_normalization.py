@@ -1,4 +1,4 @@
-"""`AccumBatchNormalization`: the full batch's moving statistics, once an update."""
+"""`AccumBatchNormalization`: the batch's moving statistics, once an update."""
 
 import subprocess
 import sys
@@ -23,8 +23,8 @@ from gradient_accumulator.layers import Pool
 pytestmark = core_on("torch")
 
 WAYS = ("microbatch_size", "accum_steps")
-SIZES = (12, 7)  # full batches; in pieces of 5 the last ones are smaller
-PIECE = 5
+SIZES = (12, 7)  # batches; in micro-batches of 5 the last ones are smaller
+MICROBATCH = 5
 
 
 def data(shape, dtype="float32", offset=3.0, spread=2.0):
@@ -52,13 +52,13 @@ def fit(model, batches, **arguments):
     return model
 
 
-def cut(batches, size=PIECE):
-    return [piece for batch in batches for piece in problems.cut(batch, size)]
+def cut(batches, size=MICROBATCH):
+    return [microbatch for batch in batches for microbatch in problems.cut(batch, size)]
 
 
-def in_pieces(model, batches, way, **settings):
+def in_microbatches(model, batches, way, **settings):
     if way == "microbatch_size":
-        return fit(accumulate(model, microbatch_size=PIECE, **settings), batches)
+        return fit(accumulate(model, microbatch_size=MICROBATCH, **settings), batches)
     return fit(accumulate(model, accum_steps=3, **settings), cut(batches))
 
 
@@ -86,16 +86,16 @@ SHAPES = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", SHAPES)
-def test_the_full_batchs_statistics(kind, way):
+def test_the_batchs_statistics(kind, way):
     shape, settings = SHAPES[kind]
     batches = data(shape)
     reference = fit(model_of(layers.BatchNormalization(**settings), shape), batches)
     model = model_of(AccumBatchNormalization(**settings), shape)
-    assert_same(in_pieces(model, batches, way), reference)
-    # The mean of the pieces' own variances is not it.
+    assert_same(in_microbatches(model, batches, way), reference)
+    # The mean of the micro-batches' own variances is not it.
     plain = model_of(layers.BatchNormalization(**settings), shape)
     with pytest.raises(AssertionError):
-        assert_same(in_pieces(plain, batches, way, warn=False), reference, 1e-3)
+        assert_same(in_microbatches(plain, batches, way, warn=False), reference, 1e-3)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -107,7 +107,7 @@ def test_masked_steps_do_not_count(way):
         x[np.arange(5) >= r.integers(1, 6, (len(x), 1))] = 0.0
     reference = fit(model_of(layers.BatchNormalization(), (5, 6), mask=0.0), batches)
     model = model_of(AccumBatchNormalization(), (5, 6), mask=0.0)
-    assert_same(in_pieces(model, batches, way), reference)
+    assert_same(in_microbatches(model, batches, way), reference)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -126,7 +126,7 @@ def test_half_precision_inputs(policy, spread, way):
         return prepare(keras.Model(x, h))
 
     reference = trained(layers.BatchNormalization, lambda m: fit(m, batches))
-    model = trained(AccumBatchNormalization, lambda m: in_pieces(m, batches, way))
+    model = trained(AccumBatchNormalization, lambda m: in_microbatches(m, batches, way))
     # Statistics that are themselves in half precision are rounded to it.
     assert_same(model, reference, 2e-3 if policy == "float16" else 1e-6)
     assert all(np.isfinite(v).all() for v in statistics(model))
@@ -135,19 +135,19 @@ def test_half_precision_inputs(policy, spread, way):
 def test_pooling_rounds_little():
     """Of values that are far from zero the variance is small beside their squares."""
     r = np.random.default_rng(0)
-    pieces = r.normal(size=(64, 4, 3)).astype("float32") + 300
+    microbatches = r.normal(size=(64, 4, 3)).astype("float32") + 300
     pool = Pool((3,), "float32", counts=False)
-    for piece in pieces.astype("float64"):
-        pool.add(*(ops.convert_to_tensor(v, "float32") for v in measured(piece)))
+    for microbatch in microbatches.astype("float64"):
+        pool.add(*(ops.convert_to_tensor(v, "float32") for v in measured(microbatch)))
     mean, variance, count = (array_of(v) for v in pool.values())
-    values = pieces.reshape(-1, 3).astype("float64")
+    values = microbatches.reshape(-1, 3).astype("float64")
     np.testing.assert_allclose(mean, values.mean(0), rtol=1e-6)
     np.testing.assert_allclose(variance, values.var(0), rtol=1e-4)
     np.testing.assert_array_equal(count, 256)
 
 
-def measured(piece):
-    return piece.mean(0), piece.var(0), np.full(3, len(piece))
+def measured(microbatch):
+    return microbatch.mean(0), microbatch.var(0), np.full(3, len(microbatch))
 
 
 def array_of(tensor):
@@ -165,13 +165,13 @@ def test_alone_it_is_keras_own(shape):
 
 
 @pytest.mark.core
-def test_training_normalizes_each_piece_by_its_own_statistics():
+def test_training_normalizes_each_microbatch_by_its_own_statistics():
     ((x, _), _) = data((6,))
     layer = AccumBatchNormalization(accum_steps=3)
-    for i in range(0, len(x), PIECE):
-        piece = x[i : i + PIECE]
-        got = ops.convert_to_numpy(layer(piece, training=True))
-        expected = (piece - piece.mean(0)) / np.sqrt(piece.var(0) + 1e-3)
+    for i in range(0, len(x), MICROBATCH):
+        microbatch = x[i : i + MICROBATCH]
+        got = ops.convert_to_numpy(layer(microbatch, training=True))
+        expected = (microbatch - microbatch.mean(0)) / np.sqrt(microbatch.var(0) + 1e-3)
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -188,9 +188,9 @@ def test_frozen_it_infers():
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_frozen_in_a_model_in_pieces(way):
+def test_frozen_in_a_model_in_microbatches(way):
     model = model_of(AccumBatchNormalization(trainable=False), (6,))
-    in_pieces(model, data((6,)), way)
+    in_microbatches(model, data((6,)), way)
     assert not statistics(model)[0].any()
 
 
@@ -223,13 +223,13 @@ def test_a_flush_ends_an_update():
     assert_same(model, reference)
 
 
-def waiting(pieces):
-    """A model in whose update of 4 pieces of 2 examples so many wait."""
+def waiting(microbatches):
+    """A model in whose update of 4 micro-batches of 2 examples so many wait."""
     layer = AccumBatchNormalization(momentum=0.5, accum_steps=4)
     model = model_of(layer, (3,))
     model.compile(GradientAccumulateOptimizer(keras.optimizers.SGD(0.1), 4), "mse")
-    go_on(model, 0, 2 * pieces)
-    assert (model.optimizer.pending, layer.pending) == (pieces, pieces)
+    go_on(model, 0, 2 * microbatches)
+    assert (model.optimizer.pending, layer.pending) == (microbatches, microbatches)
     return model, layer
 
 
@@ -271,8 +271,8 @@ def test_loaded_it_ends_its_update_where_the_optimizer_wrapper_does(tmp_path):
 def test_in_a_loop_of_ones_own():
     ((x, _), _) = data((6,))
     layer = AccumBatchNormalization(accum_steps=4, momentum=0.0)
-    for i in range(0, len(x), PIECE):
-        layer(x[i : i + PIECE], training=True)
+    for i in range(0, len(x), MICROBATCH):
+        layer(x[i : i + MICROBATCH], training=True)
     assert not array(layer.moving_mean).any()  # three of four
     layer(x[:0], training=False)
     layer.finish_update()
@@ -291,7 +291,7 @@ def test_calls_before_training_do_not_count():
     model = model_of(AccumBatchNormalization(accum_steps=4), (6,))
     reference = fit(model_of(layers.BatchNormalization(), (6,)), data((6,)))
     model(np.full((4, 6), 100.0, "float32"), training=True)
-    assert_same(in_pieces(model, data((6,)), "microbatch_size"), reference)
+    assert_same(in_microbatches(model, data((6,)), "microbatch_size"), reference)
 
 
 def test_what_is_not_finite_does_not_stay():
@@ -307,18 +307,18 @@ def test_a_failed_update_leaves_the_statistics():
     model = model_of(AccumBatchNormalization(), (6,))
     accumulate(model, accum_steps=3)
     model.compile(keras.optimizers.SGD(0.01), "mse")
-    pieces = cut(data((6,)))
-    model.fit(Batches(pieces[:3]), verbose=0)
+    microbatches = cut(data((6,)))
+    model.fit(Batches(microbatches[:3]), verbose=0)
     before = [array(v) for v in model.variables]
 
     class Failing(Batches):
         def __getitem__(self, index):
             if index == 2:
-                raise RuntimeError("a piece that cannot be read")
+                raise RuntimeError("a micro-batch that cannot be read")
             return super().__getitem__(index)
 
     with pytest.raises(Exception, match="cannot be read"):
-        model.fit(Failing(pieces[:3]), verbose=0)
+        model.fit(Failing(microbatches[:3]), verbose=0)
     for variable, value in zip(model.variables, before, strict=True):
         np.testing.assert_array_equal(array(variable), value, err_msg=variable.path)
 
@@ -332,7 +332,9 @@ def test_a_skipped_update_leaves_the_statistics(cls, way):
     first, second = data((6,))
     second[1][-1] = np.inf
     size = (
-        {"microbatch_size": PIECE} if way == "microbatch_size" else {"accum_steps": 3}
+        {"microbatch_size": MICROBATCH}
+        if way == "microbatch_size"
+        else {"accum_steps": 3}
     )
     accumulate(model, **size, warn=cls is AccumBatchNormalization)
     optimizer = keras.optimizers.LossScaleOptimizer(
@@ -421,9 +423,9 @@ def test_renorm_by_its_formula():
 
 
 @pytest.mark.full
-def test_renorm_generalizes_as_the_full_batch():
-    """On digits in pieces of 2: 0.8 to 1.2 points less, by the backend, and seeds lie a
-    point apart (`python -m benchmarks digits`)."""
+def test_renorm_generalizes_as_the_batch():
+    """On digits in micro-batches of 2: 0.8 to 1.2 points less, by the backend, and
+    seeds lie a point apart (`python -m benchmarks digits`)."""
     pytest.importorskip("sklearn")
     from benchmarks import digits
 
@@ -440,7 +442,7 @@ def test_renorm_pools_the_same_statistics(way):
     batches = data((6,))
     reference = fit(model_of(layers.BatchNormalization(), (6,)), batches)
     model = model_of(AccumBatchNormalization(renorm=True), (6,))
-    assert_same(in_pieces(model, batches, way), reference)
+    assert_same(in_microbatches(model, batches, way), reference)
 
 
 # ------------------------------------------------------------------------- as a layer
@@ -458,7 +460,7 @@ def test_it_is_saved_as_itself(tmp_path):
         "name": "normalization",
     }
     model = model_of(AccumBatchNormalization(**settings), (6,))
-    in_pieces(model, data((6,)), "microbatch_size")
+    in_microbatches(model, data((6,)), "microbatch_size")
     model.save(tmp_path / "m.keras")
     loaded = keras.models.load_model(tmp_path / "m.keras")
     layer = loaded.get_layer("normalization")

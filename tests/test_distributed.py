@@ -78,7 +78,7 @@ def problems_on(place, left_out=lambda problem, way: False):
 @on_torch
 @pytest.mark.xdist_group("torch_fit")
 @problems_on("torch", lambda problem, _: problem.per_process)
-def test_processes_of_torchrun_give_the_full_batch(request, way, name):
+def test_processes_of_torchrun_give_the_batch(request, way, name):
     launch.one_of(request, partial(launch.torch_processes, "torch_fit.py", way))
 
 
@@ -98,7 +98,7 @@ def test_a_process_of_torchrun_that_is_killed(tmp_path):
 @on_jax
 @pytest.mark.xdist_group("jax_fit")
 @problems_on("jax")
-def test_devices_of_jax_give_the_full_batch(request, way, name):
+def test_devices_of_jax_give_the_batch(request, way, name):
     devices = 2 if way == "microbatch_size" else 4
     launch.one_of(request, partial(launch.processes, "jax_fit.py", way, devices))
 
@@ -110,17 +110,19 @@ def test_devices_of_jax(request, name):
     launch.one_of(request, partial(launch.processes, "jax_checks.py"))
 
 
-def exchanges(folder, kind, pieces):
-    process = launch.start("jax_collectives.py", folder / f"{pieces}", kind, pieces)
+def exchanges(folder, kind, microbatches):
+    process = launch.start(
+        "jax_collectives.py", folder / f"{microbatches}", kind, microbatches
+    )
     (output,) = launch.succeed([process])
     return json.loads(output.splitlines()[-1])
 
 
 @on_jax
-def test_jax_reduces_once_an_update_whatever_the_number_of_pieces(tmp_path):
-    for pieces in (1, 2, 6):
-        found = exchanges(tmp_path, "data", pieces)
-        assert found["piece"] == []
+def test_jax_reduces_once_an_update_whatever_the_number_of_microbatches(tmp_path):
+    for microbatches in (1, 2, 6):
+        found = exchanges(tmp_path, "data", microbatches)
+        assert found["microbatch"] == []
         # The gradients, the loss and what it is divided by, metrics' totals and counts.
         assert found["update"] == [["all-reduce", found["parameters"] + 6]]
 
@@ -128,12 +130,14 @@ def test_jax_reduces_once_an_update_whatever_the_number_of_pieces(tmp_path):
 @on_jax
 @pytest.mark.core
 def test_jax_reduces_once_an_update_where_variables_are_sharded(tmp_path):
-    one, three = (exchanges(tmp_path, "model", pieces) for pieces in (1, 3))
+    one, three = (exchanges(tmp_path, "model", microbatches) for microbatches in (1, 3))
     assert one["sharding"] == "P(None, 'model')"
     assert one["update"] == three["update"] != []
-    # What a layer's parts exchange in a piece is activations: less in smaller pieces.
+    # What a layer's parts exchange in a micro-batch is activations: less in smaller
+    # micro-batches.
     reduced = [
-        sum(n for kind, n in f["piece"] if kind == "all-reduce") for f in (one, three)
+        sum(n for kind, n in f["microbatch"] if kind == "all-reduce")
+        for f in (one, three)
     ]
     assert reduced[0] == 3 * reduced[1]
 
@@ -145,7 +149,7 @@ def jax_processes(script, *arguments):
 
 
 @on_jax
-def test_processes_of_jax_give_the_full_batch(tmp_path):
+def test_processes_of_jax_give_the_batch(tmp_path):
     file = tmp_path / "trained"
     launch.succeed([launch.start("jax_processes.py", 1, 0, "alone", file)])
     address = f"127.0.0.1:{launch.free_port()}"
@@ -166,7 +170,7 @@ def test_processes_of_jax_give_the_full_batch(tmp_path):
 
 @on_jax
 @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum"])
-@pytest.mark.parametrize("more", ["batches", "pieces"])
+@pytest.mark.parametrize("more", ["batches", "microbatches"])
 def test_processes_of_jax_that_have_more_than_others(more, reduction):
     launch.succeed(jax_processes("jax_uneven.py", more, reduction))
 
@@ -200,7 +204,7 @@ def test_a_process_of_jax_that_is_killed(tmp_path):
         problem.per_process or (way == "microbatch_size" and not problem.thirds)
     ),
 )
-def test_replicas_of_tensorflow_give_the_full_batch(request, way, name):
+def test_replicas_of_tensorflow_give_the_batch(request, way, name):
     start = partial(launch.processes, "tensorflow_fit.py", way, 2)
     plain_failed = launch.one_of(request, start)
     assert bool(plain_failed) is not named(name).plain_replicas, plain_failed

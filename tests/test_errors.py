@@ -353,18 +353,18 @@ def test_an_update_without_any_example(way, run_eagerly):
 
 
 @pytest.mark.parametrize("empty", [0, 3])
-def test_a_piece_without_any_example(empty):
+def test_a_microbatch_without_any_example(empty):
     """No graph of TensorFlow draws it; the others go on without."""
-    pieces = problems.cut(data(6), 2)
-    pieces.insert(empty, data(0))
+    microbatches = problems.cut(data(6), 2)
+    microbatches.insert(empty, data(0))
     model = accumulate(momentum_model(), accum_steps=4)
     if BACKEND == "tensorflow":
         before = state(model)
         with pytest.raises(ValueError, match=r"at least one example.*Received: "):
-            fit(model, iterated(pieces))
+            fit(model, iterated(microbatches))
         assert_equal(state(model), before)
         return
-    fit(model, iterated(pieces), steps_per_epoch=4)
+    fit(model, iterated(microbatches), steps_per_epoch=4)
     expected = momentum_model()
     fit(expected, *data(6), batch_size=6)
     assert_close(state(model), state(expected))
@@ -397,7 +397,7 @@ def test_data_that_ends_in_an_update_of_steps_per_epoch():
     for a, b in zip(moved(model), moved_before, strict=True):
         np.testing.assert_array_equal(a, b)
     assert not any(ops.any(v != 0) for v in model.metrics_variables)
-    # In an epoch without `steps_per_epoch` it takes the pieces that are left.
+    # In an epoch without `steps_per_epoch` it takes the micro-batches that are left.
     fit(model, (batch for batch in batches))
     assert int(model.optimizer.iterations) == 2
 
@@ -413,7 +413,8 @@ def test_arrays_that_end_before_steps_per_epoch(way):
     assert int(model.optimizer.iterations) == 2
 
 
-# ------------------------------------------------------------- exceptions in a piece
+# ------------------------------------------------------------- exceptions in a
+# micro-batch
 
 
 class BadExample(Exception):
@@ -438,7 +439,7 @@ def test_data_that_fails_in_the_middle_of_an_update(way):
     batches = problems.cut(data(), size)
 
     def generator():
-        # Two updates are whole; of the third one, half of its pieces are drawn.
+        # Two updates are whole; of the third one, half of its micro-batches are drawn.
         yield from batches
         yield from batches[: {"microbatch_size": 0, "accum_steps": 2}[way]]
         raise BadExample
@@ -495,9 +496,9 @@ FAILURES = {
     "run_eagerly",
     [pytest.param(False, marks=unless_plain_fails(EXCEPTIONS)), True],
 )
-@pytest.mark.parametrize("bad", [8, 15], ids=["first_piece", "last_piece"])
+@pytest.mark.parametrize("bad", [8, 15], ids=["first_microbatch", "last_microbatch"])
 @pytest.mark.core
-def test_an_exception_in_a_piece_leaves_the_model_as_it_was(way, run_eagerly, bad):
+def test_an_exception_in_a_microbatch_leaves_the_model_as_it_was(way, run_eagerly, bad):
     """The first update is whole; the second one has an example that fails."""
     settings, size = WAYS[way]
     model = accumulate(compiled(failing, run_eagerly=run_eagerly), **settings)
@@ -534,7 +535,7 @@ def test_an_exception_in_train_on_batch_leaves_the_model_as_it_was():
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch changes variables in place")
 @ways
 def test_a_frozen_layer_is_not_copied(way, monkeypatch):
-    """To put back after a failure, there are copies of what pieces move."""
+    """To put back after a failure, there are copies of what micro-batches move."""
     import torch
 
     settings, size = WAYS[way]

@@ -1,10 +1,10 @@
-"""Pieces give what plain Keras gives on the full batch, for every problem."""
+"""Micro-batches give what plain Keras gives on the batch, for every problem."""
 
 import numpy as np
 import problems
 import pytest
 from api import keras, ops
-from helpers import TRACED, assert_alike, in_pieces, moved, plain
+from helpers import TRACED, assert_alike, in_microbatches, moved, plain
 from versions import unless_plain_fails
 
 from gradient_accumulator import accumulate
@@ -28,10 +28,10 @@ def cases():
 
 
 @pytest.mark.parametrize(("problem", "way"), [*cases()])
-def test_pieces_equal_the_full_batch(problem, way):
+def test_microbatches_equal_the_batch(problem, way):
     reference = plain(problem.name)
     assert moved(reference) > 1e-2
-    trained = in_pieces(problem, way)
+    trained = in_microbatches(problem, way)
     assert_alike(problem, trained, reference)
 
 

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import problems
 import pytest
-from helpers import assert_same, in_pieces, moved, train
+from helpers import assert_same, in_microbatches, moved, train
 from hypothesis import given
 from hypothesis import strategies as st
 from marks import core_on
@@ -37,24 +37,26 @@ def sgd(*reductions):
 
 @st.composite
 def sizes(draw):
-    """Examples of each full batch of an epoch, and of a piece.
+    """Examples of each batch of an epoch, and of a micro-batch.
 
-    For `accum_steps` all full batches but the last have the same number of pieces.
+    For `accum_steps` all batches but the last have the same number of micro-batches.
     """
-    piece = draw(st.integers(1, 6))
+    microbatch = draw(st.integers(1, 6))
     full = draw(st.integers(1, MOST_EXAMPLES))
     updates = draw(st.integers(1, 3))
     last = draw(st.integers(1, full))
-    return [full] * updates + [last], piece
+    return [full] * updates + [last], microbatch
 
 
-def check(problem, way, piece):
+def check(problem, way, microbatch):
     reference = train(problem, problem.batches())
-    assert_same(in_pieces(problem, way, piece, warn=False), reference)
+    assert_same(in_microbatches(problem, way, microbatch, warn=False), reference)
     return reference
 
 
-def problem_of(build, batches, piece, reduction, loss, pieces=None, metrics=True):
+def problem_of(
+    build, batches, microbatch, reduction, loss, microbatches=None, metrics=True
+):
     return problems.Problem(
         "drawn",
         build,
@@ -64,7 +66,7 @@ def problem_of(build, batches, piece, reduction, loss, pieces=None, metrics=True
             **({"metrics": ["mae"], "weighted_metrics": ["mse"]} if metrics else {}),
         },
         optimizer=lambda: sgd(reduction),
-        pieces=pieces or (lambda batch: problems.cut(batch, piece)),
+        microbatches=microbatches or (lambda batch: problems.cut(batch, microbatch)),
         epochs=1,
     )
 
@@ -91,7 +93,7 @@ ways = pytest.mark.parametrize("way", ["microbatch_size", "accum_steps"])
 )
 @core_on("torch")
 def test_vectors(way, sizes, reduction, loss, weights):
-    counts, piece = sizes
+    counts, microbatch = sizes
     batches = problems.each_size(
         lambda r, n: (
             problems.normal(r, n, problems.FEATURES),
@@ -101,8 +103,8 @@ def test_vectors(way, sizes, reduction, loss, weights):
     )
     if weights is not None:
         batches = [(x, y, np.float32(weights[: len(y)])) for x, y in batches]
-    problem = problem_of(problems.mlp(2), batches, piece, reduction, loss)
-    reference = check(problem, way, piece)
+    problem = problem_of(problems.mlp(2), batches, microbatch, reduction, loss)
+    reference = check(problem, way, microbatch)
     if weights is None:
         assert moved(reference) > 1e-4
 
@@ -121,8 +123,8 @@ def test_vectors(way, sizes, reduction, loss, weights):
 )
 @core_on("torch")
 def test_masked_sequences(way, sizes, reduction, loss, lengths, weights, trim):
-    """Rows of any length, also empty ones, and pieces cut to their longest row."""
-    counts, piece = sizes
+    """Rows of any length, also none, and micro-batches cut to their longest row."""
+    counts, microbatch = sizes
 
     def make(r, n):
         x = r.integers(1, problems.TOKENS, (n, problems.STEPS)).astype("int32")
@@ -130,8 +132,8 @@ def test_masked_sequences(way, sizes, reduction, loss, lengths, weights, trim):
         y = problems.normal(r, n, problems.STEPS, 2)
         return (x, y) if weights is None else (x, y, of_every_step(weights[:n]))
 
-    def pieces(batch):
-        return [shortened(each) for each in problems.cut(batch, piece)]
+    def microbatches(batch):
+        return [shortened(each) for each in problems.cut(batch, microbatch)]
 
     def shortened(each):
         longest = max(int((each[0] > 0).sum(axis=1).max()), 1) if trim else None
@@ -140,14 +142,14 @@ def test_masked_sequences(way, sizes, reduction, loss, lengths, weights, trim):
     problem = problem_of(
         problems.tagger,
         problems.each_size(make, counts),
-        piece,
+        microbatch,
         reduction,
         loss,
-        pieces=pieces if way == "accum_steps" else None,
+        microbatches=microbatches if way == "accum_steps" else None,
         # Keras's metrics are means over an example's steps first, padding included.
         metrics=not trim,
     )
-    check(problem, way, piece)
+    check(problem, way, microbatch)
 
 
 @ways
@@ -167,7 +169,7 @@ def test_masked_sequences(way, sizes, reduction, loss, lengths, weights, trim):
 )
 @core_on("torch")
 def test_two_outputs(way, sizes, reductions, lengths, weights, loss_weights):
-    counts, piece = sizes
+    counts, microbatch = sizes
     of_steps, of_whole = (np.float32(column) for column in zip(*weights, strict=True))
 
     def make(r, n):
@@ -185,7 +187,7 @@ def test_two_outputs(way, sizes, reductions, lengths, weights, loss_weights):
         lambda: problems.each_size(make, counts),
         arguments=problems.two_losses(*reductions, loss_weights=list(loss_weights)),
         optimizer=lambda: sgd(*reductions),
-        pieces=lambda batch: problems.cut(batch, piece),
+        microbatches=lambda batch: problems.cut(batch, microbatch),
         epochs=1,
     )
-    check(problem, way, piece)
+    check(problem, way, microbatch)

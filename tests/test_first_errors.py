@@ -37,26 +37,26 @@ def variable(shape=(3, 2), value=VALUE):
 
 
 def value_and_grad(loss, weight=None, **arguments):
-    """The function for one variable; `loss(value of it, piece)`."""
+    """The function for one variable; `loss(value of it, microbatch)`."""
     weight = variable() if weight is None else weight
     if BACKEND == "jax":
         given = [weight.value]
 
-        def loss_fn(values, piece):
-            return loss(values[0], piece)
+        def loss_fn(values, microbatch):
+            return loss(values[0], microbatch)
 
     else:
         given = [weight]
 
-        def loss_fn(piece):
-            return loss(weight.value, piece)
+        def loss_fn(microbatch):
+            return loss(weight.value, microbatch)
 
     function = accumulated_value_and_grad(loss_fn, microbatch_size=2, **arguments)
     return lambda batch: function(given, batch)
 
 
-def mean(weight, piece):
-    return ops.mean(ops.matmul(piece, weight))
+def mean(weight, microbatch):
+    return ops.mean(ops.matmul(microbatch, weight))
 
 
 def examples(count=4):
@@ -164,9 +164,9 @@ def test_the_function_takes_a_generator():
     weight = variable()
     given = weight.value if BACKEND == "jax" else weight
     loss = (
-        (lambda values, piece: mean(values[0], piece))
+        (lambda values, microbatch: mean(values[0], microbatch))
         if BACKEND == "jax"
-        else lambda piece: mean(weight.value, piece)
+        else lambda microbatch: mean(weight.value, microbatch)
     )
     function = accumulated_value_and_grad(loss, microbatch_size=2)
     expected = function([given], examples())
@@ -310,15 +310,15 @@ def test_what_is_received():
 # ----------------------------------------------------------- the function: its losses
 
 
-def ignored_means(weight, piece):
+def ignored_means(weight, microbatch):
     """A mean over the examples that are not 0."""
-    kept = ops.cast(piece[:, 0] != 0, "float32")
-    return ops.sum(ops.matmul(piece, weight)[:, 0] * kept) / ops.sum(kept)
+    kept = ops.cast(microbatch[:, 0] != 0, "float32")
+    return ops.sum(ops.matmul(microbatch, weight)[:, 0] * kept) / ops.sum(kept)
 
 
-def ignored_pairs(weight, piece):
-    kept = ops.cast(piece[:, 0] != 0, "float32")
-    return ops.sum(ops.matmul(piece, weight)[:, 0] * kept), ops.sum(kept)
+def ignored_pairs(weight, microbatch):
+    kept = ops.cast(microbatch[:, 0] != 0, "float32")
+    return ops.sum(ops.matmul(microbatch, weight)[:, 0] * kept), ops.sum(kept)
 
 
 def test_the_mean_over_nothing_warns_and_names_the_pair():
@@ -359,7 +359,8 @@ def test_compiled_functions_do_not_look():
 
         function = jax.jit(
             accumulated_value_and_grad(
-                lambda values, piece: ignored_means(values[0], piece), microbatch_size=2
+                lambda values, microbatch: ignored_means(values[0], microbatch),
+                microbatch_size=2,
             )
         )
         value, _ = function([variable().value], batch)
@@ -431,7 +432,9 @@ def test_a_loss_that_is_none(returned):
 
 @pytest.mark.skipif(BACKEND != "torch", reason="others convert what they are given")
 def test_a_loss_of_arrays_that_are_not_pytorchs():
-    function = accumulated_value_and_grad(lambda piece: piece.mean(), microbatch_size=2)
+    function = accumulated_value_and_grad(
+        lambda microbatch: microbatch.mean(), microbatch_size=2
+    )
     with pytest.raises(TypeError, match=r"tensor of PyTorch's.*Received: <float32"):
         function([variable()], np.ones((4, 3), "float32"))
 
@@ -710,7 +713,7 @@ def trained_gan(wrap, size, flush=lambda *optimizers: []):
 
 
 def test_the_gan_of_the_examples():
-    """Full batches of 8, 8 and 4; two optimizers that the model holds."""
+    """Batches of 8, 8 and 4; two optimizers that the model holds."""
     before, reference, plain = trained_gan(lambda optimizer: optimizer, 8)
     _, ours, optimizers = trained_gan(
         lambda optimizer: GradientAccumulateOptimizer(optimizer, 4),

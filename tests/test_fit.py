@@ -1,4 +1,4 @@
-"""`fit` in pieces, with all that Keras's `fit` takes, and the methods beside it."""
+"""`fit` in micro-batches, with all that Keras's takes, and the methods beside it."""
 
 import keras
 import numpy as np
@@ -9,8 +9,8 @@ from fitting import (
     BACKEND,
     COUNT,
     FULL,
-    PIECE,
-    PIECES,
+    MICROBATCH,
+    MICROBATCHES,
     SOURCES,
     UPDATES,
     WAYS,
@@ -234,7 +234,7 @@ def sizes_seen(way, count=10, traced=False, **settings):
     return seen
 
 
-def test_the_model_sees_pieces_one_after_the_other():
+def test_the_model_sees_microbatches_one_after_the_other():
     eager = {"run_eagerly": True}
     assert sizes_seen(None, **eager) == [8, 2]
     assert sizes_seen("microbatch_size", **eager) == [4, 4, 2]
@@ -242,7 +242,7 @@ def test_the_model_sees_pieces_one_after_the_other():
 
 
 @pytest.mark.core
-def test_the_model_never_sees_the_full_batch():
+def test_the_model_never_sees_the_batch():
     for way in WAYS:
         assert FULL not in sizes_seen(way, traced=True)
 
@@ -250,8 +250,8 @@ def test_the_model_never_sees_the_full_batch():
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")  # plain Keras too
 @pytest.mark.parametrize("steps", [None, COUNT])
 @pytest.mark.core
-def test_pieces_are_drawn_when_it_is_their_turn(steps):
-    """Nothing has to know all of this model's pieces before the first one."""
+def test_microbatches_are_drawn_when_it_is_their_turn(steps):
+    """Nothing has to know all of this model's micro-batches before the first one."""
     drawn, ahead = [], []
 
     def note():
@@ -298,19 +298,19 @@ def test_pieces_are_drawn_when_it_is_their_turn(steps):
     assert max(ahead) <= 3  # Keras and its backends draw a little ahead
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="others compile the piece")
+@pytest.mark.skipif(BACKEND != "torch", reason="others compile the micro-batch")
 @ways
-def test_a_pieces_activations_are_gone_before_the_next(way):
+def test_a_microbatches_activations_are_gone_before_the_next(way):
     alive = []
     model = compiled(way, lambda: counting_activations(alive))
     x, y = data()
     with collector(young=10**6):
         fit(model, x, y, batch_size=size(way))
-    assert alive == [0] * PIECES
+    assert alive == [0] * MICROBATCHES
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="others compile the piece")
-def test_activations_are_gone_of_passes_that_tell_what_pieces_are_worth():
+@pytest.mark.skipif(BACKEND != "torch", reason="others compile the micro-batch")
+def test_activations_are_gone_of_passes_that_tell_what_microbatches_are_worth():
     """Nothing else tells where a loss is the user's own, and not all that there is."""
     alive = []
 
@@ -331,7 +331,7 @@ def test_activations_are_gone_of_passes_that_tell_what_pieces_are_worth():
     x, y = data(FULL)
     with collector(young=10**6):
         fit(model, x, y, sample_weight=np.arange(FULL), batch_size=FULL)
-    assert alive == [0] * len(alive) and len(alive) >= 2 * FULL // PIECE
+    assert alive == [0] * len(alive) and len(alive) >= 2 * FULL // MICROBATCH
 
 
 class Held:
@@ -344,10 +344,12 @@ class Held:
         Held.alive -= 1
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="others compile the piece")
+@pytest.mark.skipif(BACKEND != "torch", reason="others compile the micro-batch")
 @ways
 def test_the_users_cycles_are_collected_while_it_trains(way):
-    """Python's collector still looks at objects that lived for longer than a piece."""
+    """Python's collector still looks at objects that lived for longer than a
+    micro-batch.
+    """
     alive = []
     Held.alive = 0
 
@@ -359,7 +361,7 @@ def test_the_users_cycles_are_collected_while_it_trains(way):
             alive.append(Held.alive)
             yield held.arrays
 
-    with collector(older=1):  # sooner than it would: a piece makes few objects
+    with collector(older=1):  # sooner than it would: a micro-batch makes few objects
         fit(compiled(way), batches(), steps_per_epoch=400)
     assert max(alive) < 200
 
@@ -367,7 +369,7 @@ def test_the_users_cycles_are_collected_while_it_trains(way):
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="a TensorFlow graph")
 @ways
 @pytest.mark.core
-def test_what_pieces_are_worth_takes_no_forward_pass(way):
+def test_what_microbatches_are_worth_takes_no_forward_pass(way):
     """Cross-entropy asserts that the predictions' shape is right, which needs them."""
     import tensorflow as tf
 
@@ -393,10 +395,10 @@ def test_what_pieces_are_worth_takes_no_forward_pass(way):
     y = np.arange(COUNT) % (problems.CLASSES + 1) - 1
     with quickly.optimized_graphs():
         fit(model, x, y, batch_size=size(way))
-    assert len(passes) == PIECES
+    assert len(passes) == MICROBATCHES
 
 
-def test_a_piece_larger_than_the_batch_is_one_piece():
+def test_a_microbatch_larger_than_the_batch_is_one_microbatch():
     results = []
     for microbatch_size in (None, 100):
         model = compiled()
@@ -408,12 +410,12 @@ def test_a_piece_larger_than_the_batch_is_one_piece():
 
 
 @pytest.mark.core
-def test_more_accum_steps_than_pieces_is_one_update_an_epoch():
+def test_more_accum_steps_than_microbatches_is_one_update_an_epoch():
     x, y = data()
     reference = compiled()
     fit(reference, x, y, batch_size=COUNT, epochs=2)
     model = accumulate(compiled(), accum_steps=100, warn=False)
-    fit(model, x, y, batch_size=PIECE, epochs=2)
+    fit(model, x, y, batch_size=MICROBATCH, epochs=2)
     assert int(model.optimizer.iterations) == 2
     assert_close(arrays(model.weights), arrays(reference.weights))
 

@@ -1,4 +1,4 @@
-"""Arrays in `fit`: of large ones pieces are drawn, and full batches never are."""
+"""Arrays in `fit`: of large ones micro-batches are drawn, and batches never are."""
 
 import gc
 import weakref
@@ -11,7 +11,7 @@ from fitting import (
     BACKEND,
     COUNT,
     FULL,
-    PIECE,
+    MICROBATCH,
     both,
     compiled,
     data,
@@ -69,7 +69,7 @@ def trained_on_arrays(way, count, **arguments):
 @pytest.mark.parametrize("shuffle", [False, True, "batch"])
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")  # plain Keras too
 def test_arrays_are_in_the_order_of_plain_training(shuffle, arguments):
-    """Also where pieces are drawn from them, and no full batch is."""
+    """Also where micro-batches are drawn from them, and no batch is."""
     trained, plain = [
         trained_on_arrays(way, 21, shuffle=shuffle, **arguments)
         for way in ("microbatch_size", None)
@@ -151,7 +151,7 @@ def test_arrays_are_not_held_after_training():
 
 
 @pytest.mark.core
-def test_shuffled_arrays_in_pieces():
+def test_shuffled_arrays_in_microbatches():
     """The order is that of all examples, however many `fit` gets at a time."""
     trained, plain = [
         trained_on_arrays(way, COUNT, shuffle=True) for way in ("accum_steps", None)
@@ -184,7 +184,7 @@ def test_kinds_of_arrays(kind):
     "eagerly", [False] if BACKEND == "tensorflow" else [False, True]
 )
 @pytest.mark.core
-def test_no_full_batch_is_made_of_arrays(monkeypatch, eagerly):
+def test_no_batch_is_made_of_arrays(monkeypatch, eagerly):
     taken = []
 
     def note(rows):
@@ -216,8 +216,10 @@ def test_no_full_batch_is_made_of_arrays(monkeypatch, eagerly):
     # The model may be built from one example, on JAX from a micro-batch, and with older
     # Keras the next one is drawn then too.
     built_from = sum(n for n in taken if n > 1) - 2 * 20
-    assert built_from in ((2 * PIECE, 4 * PIECE) if BACKEND == "jax" else (0,))
-    assert max(taken) == PIECE
+    assert built_from in (
+        (2 * MICROBATCH, 4 * MICROBATCH) if BACKEND == "jax" else (0,)
+    )
+    assert max(taken) == MICROBATCH
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="the others know all shapes")
@@ -241,5 +243,8 @@ def test_no_more_than_a_micro_batch_goes_through_the_model(source):
 
     given = source(FULL)
     given = given if isinstance(given, dict) else {"x": given}
-    fit(accumulate(compiled(None, build), microbatch_size=PIECE, warn=False), **given)
-    assert max(sizes) == PIECE
+    fit(
+        accumulate(compiled(None, build), microbatch_size=MICROBATCH, warn=False),
+        **given,
+    )
+    assert max(sizes) == MICROBATCH

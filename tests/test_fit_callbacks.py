@@ -1,4 +1,4 @@
-"""Keras's callbacks, in pieces."""
+"""Keras's callbacks, in micro-batches."""
 
 import csv
 

@@ -1,4 +1,4 @@
-"""Dropout in pieces: seeds and masks."""
+"""Dropout in micro-batches: seeds and masks."""
 
 import keras
 import numpy as np
@@ -34,20 +34,26 @@ def with_dropout():
 
 @ways
 @pytest.mark.core
-def test_pieces_draw_different_dropout_masks(way):
+def test_microbatches_draw_different_dropout_masks(way):
     model = compiled(way, with_dropout)
-    pieces = 4
+    microbatches = 4
     if way == "accum_steps":
-        accumulate(model, accum_steps=pieces)
+        accumulate(model, accum_steps=microbatches)
         batch_size = 1
     else:
         accumulate(model, microbatch_size=1)
-        batch_size = pieces
-    # One example of ones a piece: a column's total counts the pieces that kept it.
-    fit(model, np.ones((pieces, 256)), np.ones((pieces, 1)), batch_size=batch_size)
+        batch_size = microbatches
+    # One example of ones a micro-batch: a column's total counts the micro-batches that
+    # kept it.
+    fit(
+        model,
+        np.ones((microbatches, 256)),
+        np.ones((microbatches, 1)),
+        batch_size=batch_size,
+    )
     total = ops.convert_to_numpy(model.get_layer("masks").total)
     kept = set(np.round(total / 2).astype(int))
-    assert kept == set(range(pieces + 1))
+    assert kept == set(range(microbatches + 1))
 
 
 @ways

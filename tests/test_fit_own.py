@@ -10,7 +10,7 @@ from fitting import (
     BACKEND,
     COUNT,
     FULL,
-    PIECE,
+    MICROBATCH,
     SOURCES,
     UPDATES,
     both,
@@ -68,7 +68,7 @@ def test_no_update_crosses_an_epochs_end_in_a_fit_of_its_own(own):
     def forever():
         nonlocal taken
         while True:
-            for batch in problems.cut(data(), PIECE):
+            for batch in problems.cut(data(), MICROBATCH):
                 taken += 1
                 yield batch
 
@@ -218,12 +218,12 @@ def test_own_fit_is_given_callbacks_where_it_wants_them():
     x, y = data()
     for own in OWN_FITS:
         model = compiled("accum_steps", with_fit(own))
-        model.fit(x, y, batch_size=PIECE, callbacks=callback, verbose=0, epochs=1)
+        model.fit(x, y, batch_size=MICROBATCH, callbacks=callback, verbose=0, epochs=1)
         model = compiled("accum_steps", with_fit(own))
         if own is not fit_of_keywords:
-            model.fit(x, y, PIECE, verbose=0, epochs=1, callbacks=[callback])
+            model.fit(x, y, MICROBATCH, verbose=0, epochs=1, callbacks=[callback])
     model = compiled("accum_steps", with_fit(fit_of_anything))
-    model.fit(x, y, PIECE, 1, 0, [callback])
+    model.fit(x, y, MICROBATCH, 1, 0, [callback])
     assert seen == [0] * 6
 
 
@@ -240,7 +240,7 @@ def test_own_fit_that_hands_on_no_callbacks():
     x, y = data()
     for own in takes_none, drops_them:
         plain, model = compiled(None), compiled("accum_steps", with_fit(own))
-        for each, batch_size in (plain, FULL), (model, PIECE):
+        for each, batch_size in (plain, FULL), (model, MICROBATCH):
             keras.utils.set_random_seed(0)  # of the order
             each.fit(x, y, batch_size=batch_size)
         assert_close(arrays(model.weights), arrays(plain.weights))

@@ -1,4 +1,4 @@
-"""Which pieces make an update, where an epoch ends, and what is counted."""
+"""Which micro-batches make an update, where an epoch ends, and what is counted."""
 
 import keras
 import numpy as np
@@ -7,8 +7,8 @@ import pytest
 from fitting import (
     BACKEND,
     FULL,
-    PIECE,
-    PIECES,
+    MICROBATCH,
+    MICROBATCHES,
     UPDATES,
     Record,
     both,
@@ -26,13 +26,13 @@ from gradient_accumulator import accumulate
 
 
 @pytest.mark.core
-def test_an_epochs_last_update_takes_the_pieces_that_are_left():
-    """Five pieces, three an update: the second one of each epoch has two."""
-    x, y = data(5 * PIECE)
+def test_an_epochs_last_update_takes_the_microbatches_that_are_left():
+    """Five micro-batches, three an update: the second one of each epoch has two."""
+    x, y = data(5 * MICROBATCH)
     reference = compiled()
-    fit(reference, x, y, batch_size=3 * PIECE, epochs=2)
+    fit(reference, x, y, batch_size=3 * MICROBATCH, epochs=2)
     model = accumulate(compiled(), accum_steps=3)
-    fit(model, x, y, batch_size=PIECE, epochs=2)
+    fit(model, x, y, batch_size=MICROBATCH, epochs=2)
     assert int(model.optimizer.iterations) == 4
     assert_close(arrays(model.weights), arrays(reference.weights))
 
@@ -53,13 +53,15 @@ EXECUTIONS = [1] if BACKEND == "torch" else [1, 3]  # Keras has no others there
 @pytest.mark.parametrize("source", ["arrays", "py_dataset", "infinite_generator"])
 @core_on("jax", "torch")
 def test_steps_per_epoch_that_are_no_whole_updates(source, executions):
-    """Epochs of seven pieces, two an update: the fourth has one, and none is lost."""
-    x, y = data(14 * PIECE)
-    batches = problems.cut((x, y), PIECE)
+    """Epochs of seven micro-batches, two an update: the fourth has one, and none is
+    lost.
+    """
+    x, y = data(14 * MICROBATCH)
+    batches = problems.cut((x, y), MICROBATCH)
     several = {} if executions == 1 else {"steps_per_execution": executions}
     model = accumulate(compiled(**several), accum_steps=2)
     given = {
-        "arrays": lambda: {"x": x, "y": y, "batch_size": PIECE},
+        "arrays": lambda: {"x": x, "y": y, "batch_size": MICROBATCH},
         "py_dataset": lambda: {"x": Batches(batches)},
         "infinite_generator": lambda: {"x": forever(batches)},
     }[source]()
@@ -73,7 +75,7 @@ def test_steps_per_epoch_that_are_no_whole_updates(source, executions):
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras has one step an execution there")
-def test_full_batches_that_are_no_whole_executions():
+def test_batches_that_are_no_whole_executions():
     x, y = data(8 * FULL)
     model = compiled("microbatch_size", steps_per_execution=3)
     fit(model, x, y, batch_size=FULL, steps_per_epoch=4, epochs=2)
@@ -85,13 +87,15 @@ def test_full_batches_that_are_no_whole_executions():
 
 @pytest.mark.core
 def test_data_of_known_length_that_ends_in_an_update_of_steps_per_epoch():
-    """As in an epoch without `steps_per_epoch`: it takes the pieces that are left."""
-    x, y = data(7 * PIECE)
+    """As in an epoch without `steps_per_epoch`: it takes the micro-batches that are
+    left.
+    """
+    x, y = data(7 * MICROBATCH)
     model = accumulate(compiled(), accum_steps=3)
     with pytest.warns(UserWarning, match="asks for 8 batches, and 7 were left"):
-        fit(model, x, y, batch_size=PIECE, steps_per_epoch=8)
+        fit(model, x, y, batch_size=MICROBATCH, steps_per_epoch=8)
     reference = compiled()
-    fit(reference, x, y, batch_size=3 * PIECE)
+    fit(reference, x, y, batch_size=3 * MICROBATCH)
     assert int(model.optimizer.iterations) == 3
     assert_close(arrays(model.weights), arrays(reference.weights))
 
@@ -102,7 +106,7 @@ def test_batch_callbacks_run_once_an_update(way):
     record = Record()
     model = compiled(way, metrics=["mae"])
     fit(model, **of_arrays(size(way)), callbacks=[record])
-    stride = {"microbatch_size": 1, "accum_steps": FULL // PIECE}[way]
+    stride = {"microbatch_size": 1, "accum_steps": FULL // MICROBATCH}[way]
     assert record.begins == [stride * i for i in range(UPDATES)]
     assert record.ends == [stride * i + stride - 1 for i in range(UPDATES)]
     assert record.params["steps"] == stride * UPDATES
@@ -125,12 +129,12 @@ def test_logs_of_every_update_equal_plain_keras(way):
 
 
 @pytest.mark.core
-def test_progress_bar_counts_pieces(capsys):
+def test_progress_bar_counts_microbatches(capsys):
     model = compiled("accum_steps")
-    fit(model, **of_arrays(PIECE), verbose=2)
-    fit(model, **of_arrays(PIECE), verbose=1)
+    fit(model, **of_arrays(MICROBATCH), verbose=2)
+    fit(model, **of_arrays(MICROBATCH), verbose=1)
     shown = capsys.readouterr().out
-    assert f"{PIECES}/{PIECES}" in shown
+    assert f"{MICROBATCHES}/{MICROBATCHES}" in shown
     assert f"/{UPDATES} " not in shown
 
 

@@ -13,7 +13,7 @@ import pytest
 from fitting import (
     COUNT,
     FULL,
-    PIECE,
+    MICROBATCH,
     Record,
     compiled,
     data,
@@ -45,7 +45,7 @@ class EvaluatesFirst(problems.Written):
 def functional():
     x = keras.Input((problems.FEATURES,))
     y = keras.layers.Dense(problems.CLASSES)(x)
-    return GradientAccumulateModel(inputs=x, outputs=y, accum_steps=FULL // PIECE)
+    return GradientAccumulateModel(inputs=x, outputs=y, accum_steps=FULL // MICROBATCH)
 
 
 # How each is made, how it accumulates, and the batches that it is given.
@@ -78,9 +78,9 @@ def test_threads_whose_set_up_overlaps():
             return super().num_batches
 
     def given(kind):
-        batch_size = {"accum_steps": PIECE}.get(KINDS[kind][1], FULL)
+        batch_size = {"accum_steps": MICROBATCH}.get(KINDS[kind][1], FULL)
         if kind == "GradientAccumulateModel":
-            batch_size = PIECE
+            batch_size = MICROBATCH
         return problems.cut(data(), batch_size)
 
     def model_of(kind):
@@ -164,7 +164,7 @@ def test_nothing_of_keras_is_replaced(way):
 
 def test_what_is_left_at_an_epochs_end_is_counted(capsys):
     """Keras does not know how much there will be, and counts no more than there was."""
-    batches = problems.cut(data(19 * PIECE), PIECE)
+    batches = problems.cut(data(19 * MICROBATCH), MICROBATCH)
     model = accumulate(compiled(), accum_steps=8)
     record = Record()
     with warnings.catch_warnings():

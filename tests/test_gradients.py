@@ -1,4 +1,4 @@
-"""`accumulated_value_and_grad` gives the full batch's loss and gradients."""
+"""`accumulated_value_and_grad` gives the batch's loss and gradients."""
 
 import dataclasses
 
@@ -36,23 +36,25 @@ def network():
 
 
 def of_backend(function):
-    """On JAX `function(variables, piece, ...)`, elsewhere `function(piece, ...)`."""
+    """On JAX `function(variables, microbatch, ...)`, elsewhere `function(microbatch,
+    ...)`.
+    """
     if BACKEND == "jax":
         return function
     return lambda *args, **kwargs: function(None, *args, **kwargs)
 
 
 def mean(predict):
-    def loss(variables, piece):
-        x, y, _ = piece
+    def loss(variables, microbatch):
+        x, y, _ = microbatch
         return ops.mean(ops.square(predict(variables, x) - y))
 
     return of_backend(loss)
 
 
 def weighted(predict):
-    def loss(variables, piece):
-        x, y, weights = piece
+    def loss(variables, microbatch):
+        x, y, weights = microbatch
         errors = ops.mean(ops.square(predict(variables, x) - y), axis=-1)
         return ops.sum(errors * weights), ops.sum(weights)
 
@@ -101,7 +103,7 @@ def assert_same(got, expected):
 
 
 def full_batch(loss, variables, data):
-    """The whole batch as one piece, by the backend alone."""
+    """The whole batch as one micro-batch, by the backend alone."""
     if BACKEND == "jax":
         import jax
 
@@ -138,28 +140,30 @@ def compiled(function):
 @pytest.mark.parametrize("within", ["eager", "compiled"])
 @given(count=st.integers(2, 13), size=st.integers(1, 14), seed=st.integers(0, 9))
 @pytest.mark.core
-def test_pieces_equal_the_full_batch(kind, within, count, size, seed):
+def test_microbatches_equal_the_batch(kind, within, count, size, seed):
     variables, predict = network()
-    of_pieces, of_all = LOSSES[kind]
+    of_microbatches, of_all = LOSSES[kind]
     data = batch(count, seed)
-    function = accumulated_value_and_grad(of_pieces(predict), microbatch_size=size)
+    function = accumulated_value_and_grad(
+        of_microbatches(predict), microbatch_size=size
+    )
     if within == "compiled":
         function = compiled(function)
     got = function(variables, data)
     assert_same(got, full_batch(of_all(predict), variables, data))
 
 
-def test_averaging_pieces_is_wrong_where_they_are_not_worth_the_same():
+def test_averaging_microbatches_is_wrong_where_they_are_not_worth_the_same():
     """What a counter around an optimizer does with a token-weighted loss."""
     variables, predict = network()
     data = batch(9)
     full = numbers(*full_batch(whole_weighted(predict), variables, data))[1]
-    pieces = [tuple(a[i : i + 3] for a in data) for i in (0, 3, 6)]
-    weights = [float(ops.sum(w)) for _, _, w in pieces]
+    microbatches = [tuple(a[i : i + 3] for a in data) for i in (0, 3, 6)]
+    weights = [float(ops.sum(w)) for _, _, w in microbatches]
     assert len(set(weights)) == 3
     each = [
-        numbers(*full_batch(whole_weighted(predict), variables, piece))[1]
-        for piece in pieces
+        numbers(*full_batch(whole_weighted(predict), variables, microbatch))[1]
+        for microbatch in microbatches
     ]
     averaged = [np.mean(gs, axis=0) for gs in zip(*each)]
     off = max(abs(a - b).max() / abs(b).max() for a, b in zip(averaged, full))
@@ -172,11 +176,11 @@ def test_averaging_pieces_is_wrong_where_they_are_not_worth_the_same():
 
 @pytest.mark.parametrize("within", ["eager", "compiled"])
 @pytest.mark.core
-def test_aux_of_examples_is_joined_and_of_pieces_listed(within):
+def test_aux_of_examples_is_joined_and_of_microbatches_listed(within):
     variables, predict = network()
 
-    def loss(variables, piece):
-        x, y, _ = piece
+    def loss(variables, microbatch):
+        x, y, _ = microbatch
         predictions = predict(variables, x)
         value = ops.mean(ops.square(predictions - y))
         return value, {"predictions": predictions, "loss": value}
@@ -203,11 +207,11 @@ def test_aux_of_examples_is_joined_and_of_pieces_listed(within):
 
 @pytest.mark.parametrize("within", ["eager", "compiled"])
 @pytest.mark.core
-def test_further_arguments_go_to_every_piece(within):
+def test_further_arguments_go_to_every_microbatch(within):
     variables, predict = network()
 
-    def loss(variables, piece, factor, power=1.0):
-        x, y, _ = piece
+    def loss(variables, microbatch, factor, power=1.0):
+        x, y, _ = microbatch
         return ops.mean(ops.square(predict(variables, x) - y)) * factor**power
 
     def run(variables, data):
@@ -240,9 +244,9 @@ def test_half_precision_sums_in_float32(accum_dtype, total):
     variable = keras.Variable(ops.ones((1,), "bfloat16"), dtype="bfloat16")
     variables = [variable.value] if BACKEND == "jax" else [variable]
 
-    def loss(variables, piece):
+    def loss(variables, microbatch):
         weight = variable.value if variables is None else variables[0]
-        return ops.sum(weight * ops.cast(piece, "bfloat16")), 1 / 64
+        return ops.sum(weight * ops.cast(microbatch, "bfloat16")), 1 / 64
 
     x = np.ones((64, 1), "float32")
     x[0] = 256
@@ -273,8 +277,8 @@ def test_grad_is_left_as_it_was():
     model = torch.nn.Linear(6, 3)
     model.weight.grad = before = torch.ones(3, 6)
 
-    def loss(piece):
-        x, y, _ = piece
+    def loss(microbatch):
+        x, y, _ = microbatch
         if x.shape[0] == 1:
             raise RuntimeError("a bad example")
         return torch.nn.functional.mse_loss(model(x), y)
@@ -295,7 +299,7 @@ def test_grad_of_other_parameters_is_left_alone():
 
     ours, other = torch.nn.Linear(6, 3), torch.nn.Linear(3, 1)
     function = accumulated_value_and_grad(
-        lambda piece: other(ours(piece[0])).mean(), microbatch_size=3
+        lambda microbatch: other(ours(microbatch[0])).mean(), microbatch_size=3
     )
     function(ours.parameters(), batch(6))
     assert all(p.grad is None for p in [*ours.parameters(), *other.parameters()])
@@ -308,10 +312,10 @@ def test_denominators_in_half_precision(dtype, count):
     variable = keras.Variable(np.ones(1, "float32"))
     variables = [variable.value] if BACKEND == "jax" else [variable]
 
-    def loss(variables, piece):
+    def loss(variables, microbatch):
         weight = variable.value if variables is None else variables[0]
-        mask = ops.cast(piece, dtype)
-        return ops.sum(weight * piece), ops.sum(mask)
+        mask = ops.cast(microbatch, dtype)
+        return ops.sum(weight * microbatch), ops.sum(mask)
 
     data = ops.ones((count, 32))
     function = accumulated_value_and_grad(of_backend(loss), microbatch_size=7)
@@ -327,17 +331,17 @@ def test_any_argument_and_any_pytree_on_jax():
 
     @jax.tree_util.register_dataclass
     @dataclasses.dataclass
-    class Piece:
+    class Microbatch:
         x: jax.Array
 
-    def loss(variables, piece, function, double=False):
-        value = ops.mean(function(piece.x) * variables["scale"])
+    def loss(variables, microbatch, function, double=False):
+        value = ops.mean(function(microbatch.x) * variables["scale"])
         return value * 2 if double else value
 
     x = np.arange(5, dtype="float32")
     function = accumulated_value_and_grad(loss, microbatch_size=2)
     for run in function, jax.jit(function, static_argnums=2, static_argnames="double"):
-        value, gradients = run({"scale": 3.0}, Piece(x), ops.square, double=True)
+        value, gradients = run({"scale": 3.0}, Microbatch(x), ops.square, double=True)
         np.testing.assert_allclose(value, 36, rtol=1e-6)
         np.testing.assert_allclose(gradients["scale"], 12, rtol=1e-6)
 
@@ -346,10 +350,10 @@ def test_any_argument_and_any_pytree_on_jax():
 def test_floats_are_traced_and_what_shapes_are_made_of_is_static_on_jax():
     traces = []
 
-    def loss(variables, piece, beta, width, squared=False, *, unit="one"):
+    def loss(variables, microbatch, beta, width, squared=False, *, unit="one"):
         traces.append(width)
         factor = {"one": 1.0, "two": 2.0}[unit]
-        value = ops.mean(piece * ops.ones((width,)) * variables["scale"]) * beta
+        value = ops.mean(microbatch * ops.ones((width,)) * variables["scale"]) * beta
         return factor * (value**2 if squared else value).real
 
     function = accumulated_value_and_grad(loss, microbatch_size=2)
@@ -371,7 +375,7 @@ def test_floats_are_traced_and_what_shapes_are_made_of_is_static_on_jax():
 @pytest.mark.parametrize("within", ["eager", "compiled"])
 @pytest.mark.parametrize("kind", ["typed", "raw"])
 def test_a_random_key_for_each_example_on_jax(within, kind):
-    """As the docstring shows: the masks are those of the full batch."""
+    """As the docstring shows: the masks are those of the batch."""
     import jax
 
     new = {"typed": jax.random.key, "raw": jax.random.PRNGKey}[kind]
@@ -379,8 +383,8 @@ def test_a_random_key_for_each_example_on_jax(within, kind):
     def apply(params, x, key):
         return params["scale"] * x * jax.random.bernoulli(key, 0.5, x.shape)
 
-    def loss(params, piece, shared=None):
-        x, y, keys = piece
+    def loss(params, microbatch, shared=None):
+        x, y, keys = microbatch
         if shared is not None:
             keys = jax.random.split(shared, len(x))
         predictions = jax.vmap(apply, (None, 0, 0))(params, x, keys)
@@ -397,7 +401,7 @@ def test_a_random_key_for_each_example_on_jax(within, kind):
     np.testing.assert_allclose(value, full, rtol=1e-6)
     np.testing.assert_allclose(gradients["scale"], reference["scale"], rtol=1e-6)
     assert len(np.unique(masked, axis=0)) == 8
-    # What it says of a key that all pieces have.
+    # What it says of a key that all micro-batches have.
     (_, masked), _ = function(params, data, new(1))
     assert len(np.unique(masked, axis=0)) == 2
 
@@ -431,7 +435,9 @@ def test_bad_arguments(arguments, error, message):
 def test_losses_that_are_none(returned, has_aux):
     variables, predict = network()
     function = accumulated_value_and_grad(
-        of_backend(lambda variables, piece: returned(predict(variables, piece[0]))),
+        of_backend(
+            lambda variables, microbatch: returned(predict(variables, microbatch[0]))
+        ),
         microbatch_size=2,
         has_aux=has_aux,
     )
@@ -467,7 +473,7 @@ def test_arrays_with_different_numbers_of_examples():
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="others' functions are pure, or traced")
-def test_a_pieces_activations_are_gone_before_the_next():
+def test_a_microbatches_activations_are_gone_before_the_next():
     alive = []
     model = counting_activations(alive)
     loss = mean(lambda _, x: model(x, training=True))

@@ -1,4 +1,4 @@
-"""Training loops of one's own: what users write, against the full batch and peers."""
+"""Training loops of one's own: what users write, against the batch and peers."""
 
 import keras
 import numpy as np
@@ -40,11 +40,11 @@ class GAN(keras.Model):
     """Its `train_step` is its own.
 
     Args:
-        microbatch_size: Number of examples in a piece, to accumulate as a function;
-            None if the optimizers do, or nothing.
+        microbatch_size: Number of examples in a micro-batch, to accumulate as a
+            function; None if the optimizers do, or nothing.
 
     With a function the generator is trained against the discriminator that has just
-    been updated, on the same full batch. Optimizers that accumulate update in a call
+    been updated, on the same batch. Optimizers that accumulate update in a call
     of their own, so that there both gradients come before both updates.
     """
 
@@ -67,14 +67,14 @@ class GAN(keras.Model):
         of_discriminator.build(self.discriminator.trainable_variables)
         of_generator.build(self.generator.trainable_variables)
 
-    def discriminator_loss(self, piece):
-        real, noise = piece
+    def discriminator_loss(self, microbatch):
+        real, noise = microbatch
         fake_score = self.discriminator(self.generator(noise))
         real_score = self.discriminator(real)
         return ops.mean(ops.softplus(-real_score)) + ops.mean(ops.softplus(fake_score))
 
-    def generator_loss(self, piece):
-        _, noise = piece
+    def generator_loss(self, microbatch):
+        _, noise = microbatch
         return ops.mean(ops.softplus(-self.discriminator(self.generator(noise))))
 
     def train_step(self, data):
@@ -158,13 +158,13 @@ class JAXGAN(GAN):
         parts = self.parts()
         (network, loss, _), (other, _, _) = parts[i], parts[1 - i]
 
-        def value(trainable, piece):
+        def value(trainable, microbatch):
             mapping = [
                 *zip(network.trainable_variables, trainable),
                 *zip(other.trainable_variables, state[1 - i][0]),
             ]
             with keras.StatelessScope(state_mapping=mapping):
-                return loss(piece)
+                return loss(microbatch)
 
         if self.microbatch_size is None:
             return jax.grad(value)(state[i][0], batch)
@@ -271,7 +271,7 @@ def test_flush_in_a_tf_function():
 
 
 def tokens_and_labels():
-    """Sequences of different lengths: pieces differ in what they are worth."""
+    """Sequences of different lengths: micro-batches differ in what they are worth."""
     r = np.random.default_rng(0)
     tokens = problems.tokens(r, 12)
     labels = r.normal(size=(12, problems.STEPS)).astype("float32")
@@ -286,15 +286,15 @@ def jax_parameters():
     }
 
 
-def jax_sum(parameters, piece):
-    tokens, labels, mask = piece
+def jax_sum(parameters, microbatch):
+    tokens, labels, mask = microbatch
     hidden = ops.tanh(ops.take(parameters["embedding"], tokens, axis=0))
     errors = ops.square((hidden @ parameters["kernel"])[..., 0] - labels)
     return ops.sum(errors * mask), ops.sum(mask)
 
 
-def jax_mean(parameters, piece):
-    numerator, denominator = jax_sum(parameters, piece)
+def jax_mean(parameters, microbatch):
+    numerator, denominator = jax_sum(parameters, microbatch)
     return numerator / denominator
 
 
@@ -329,7 +329,7 @@ def test_optax_beside_multi_steps_and_microbatching(weighted):
     batch = tokens_and_labels()
     if not weighted:
         batch = (batch[0], batch[1], np.ones_like(batch[2]))
-    pieces = [tuple(a[i : i + 4] for a in batch) for i in (0, 4, 8)]
+    microbatches = [tuple(a[i : i + 4] for a in batch) for i in (0, 4, 8)]
     before = jax.tree.leaves(jax_parameters())
     adam = optax.chain(optax.clip_by_global_norm(0.3), optax.adam(0.05, eps=1e-2))
     reference = jax_loop(adam, jax.grad(jax_mean), [batch])
@@ -347,11 +347,11 @@ def test_optax_beside_multi_steps_and_microbatching(weighted):
         accumulator=optax.microbatching.AccumulationType.MEAN,
     )
     peers = (
-        jax_loop(optax.MultiSteps(adam, 3), jax.grad(jax_mean), pieces),
+        jax_loop(optax.MultiSteps(adam, 3), jax.grad(jax_mean), microbatches),
         jax_loop(adam, microbatched, [batch]),
     )
     for peer in peers:
-        if weighted:  # every piece counts as much as any, whatever its tokens
+        if weighted:  # every micro-batch counts as much as any, whatever its tokens
             with pytest.raises(AssertionError):
                 assert_equal_weights(peer, reference, before, tolerance=1e-2)
         else:
@@ -398,7 +398,7 @@ def test_a_jitted_loop_with_stateless_apply_and_flush():
 @pytest.mark.parametrize("around", [False, True])
 def test_the_compiled_program_updates_in_a_branch_only(around):
     """The optimizer's square roots are in the loop that runs once an update, or never;
-    Keras's own accumulation computes them on every piece."""
+    Keras's own accumulation computes them on every micro-batch."""
     import jax
 
     def entry_and_rest(optimizer):
@@ -446,8 +446,8 @@ def torch_model():
     )
 
 
-def torch_sum(model, piece):
-    tokens, labels, mask = piece
+def torch_sum(model, microbatch):
+    tokens, labels, mask = microbatch
     errors = (model(tokens)[..., 0] - labels) ** 2
     return (errors * mask).sum(), mask.sum()
 
@@ -468,10 +468,10 @@ def test_torch_beside_accelerate(weighted):
     batch = torch_batch()
     if not weighted:
         batch = (batch[0], batch[1], torch.ones_like(batch[2]))
-    pieces = [tuple(a[i : i + 4] for a in batch) for i in (0, 4, 8)]
+    microbatches = [tuple(a[i : i + 4] for a in batch) for i in (0, 4, 8)]
 
-    def mean(model, piece):
-        numerator, denominator = torch_sum(model, piece)
+    def mean(model, microbatch):
+        numerator, denominator = torch_sum(model, microbatch)
         return numerator / denominator
 
     def trained(run):
@@ -490,7 +490,7 @@ def test_torch_beside_accelerate(weighted):
     def ours(model, optimizer):
         loss = torch_sum if weighted else mean
         function = accumulated_value_and_grad(
-            lambda piece: loss(model, piece), microbatch_size=4
+            lambda microbatch: loss(model, microbatch), microbatch_size=4
         )
         parameters = list(model.parameters())
         _, gradients = function(parameters, batch)
@@ -502,9 +502,9 @@ def test_torch_beside_accelerate(weighted):
 
     def accelerated(model, optimizer):
         optimizer = accelerator.prepare(optimizer)
-        for piece in pieces:
+        for microbatch in microbatches:
             with accelerator.accumulate(model):
-                accelerator.backward(mean(model, piece))
+                accelerator.backward(mean(model, microbatch))
                 optimizer.step()
                 optimizer.zero_grad()
 
@@ -512,20 +512,23 @@ def test_torch_beside_accelerate(weighted):
     _, got = trained(ours)
     assert_equal_weights(got, reference, before)
     _, peer = trained(accelerated)
-    if weighted:  # every piece counts as much as any, whatever its number of tokens
+    if (
+        weighted
+    ):  # every micro-batch counts as much as any, whatever its number of tokens
         with pytest.raises(AssertionError):
             assert_equal_weights(peer, reference, before, tolerance=1e-2)
     else:
         assert_equal_weights(peer, reference, before)
 
 
-# --------------------------------------- on all backends: what a piece is worth, told
+# --------------------------------------- on all backends: what a micro-batch is worth,
+# told
 
 
 def test_weights_of_tokens_make_a_custom_loop_exact():
     x, y, mask = tokens_and_labels()
     batch = tuple(ops.convert_to_tensor(a) for a in (x, y, mask))
-    pieces = [tuple(a[i : i + 4] for a in batch) for i in (0, 4, 8)]
+    microbatches = [tuple(a[i : i + 4] for a in batch) for i in (0, 4, 8)]
 
     def trained(optimizer, batches, weigh):
         model = problems.of_tokens(problems.dense_steps(1), mask_zero=False)()
@@ -534,27 +537,29 @@ def test_weights_of_tokens_make_a_custom_loop_exact():
         optimizer.build(variables)
         fixed = [v.value for v in model.non_trainable_variables]
 
-        def loss(piece, predictions):
-            _, labels, mask = piece
+        def loss(microbatch, predictions):
+            _, labels, mask = microbatch
             errors = ops.square(predictions[..., 0] - labels)
             return ops.sum(errors * mask), ops.sum(mask)
 
         if BACKEND == "jax":
 
-            def loss_fn(values, piece):
-                return loss(piece, model.stateless_call(values, fixed, piece[0])[0])
+            def loss_fn(values, microbatch):
+                return loss(
+                    microbatch, model.stateless_call(values, fixed, microbatch[0])[0]
+                )
 
         else:
 
-            def loss_fn(piece):
-                return loss(piece, model(piece[0]))
+            def loss_fn(microbatch):
+                return loss(microbatch, model(microbatch[0]))
 
         gradients_of = accumulated_value_and_grad(loss_fn, microbatch_size=12)
         for _ in range(3):
-            for piece in batches:
+            for microbatch in batches:
                 values = [v.value for v in variables] if BACKEND == "jax" else variables
-                _, gradients = gradients_of(values, piece)
-                weight = {"weight": ops.sum(piece[2])} if weigh else {}
+                _, gradients = gradients_of(values, microbatch)
+                weight = {"weight": ops.sum(microbatch[2])} if weigh else {}
                 if BACKEND == "torch":
                     import torch
 
@@ -566,6 +571,6 @@ def test_weights_of_tokens_make_a_custom_loop_exact():
 
     before, reference = trained(adam(clipnorm=0.1), [batch], weigh=False)
     wrapped = GradientAccumulateOptimizer(adam(clipnorm=0.1), 3)
-    _, ours = trained(wrapped, pieces, weigh=True)
+    _, ours = trained(wrapped, microbatches, weigh=True)
     assert_equal_weights(ours, reference, before)
     assert wrapped.pending == 0

@@ -7,7 +7,7 @@ import numpy as np
 import problems
 import pytest
 from fitting import BACKEND, fit, ways
-from helpers import arrays, assert_same, in_pieces, train
+from helpers import arrays, assert_same, in_microbatches, train
 from hypothesis import given
 from hypothesis import strategies as st
 from keras import layers, ops
@@ -100,7 +100,7 @@ def test_a_micro_batch_of_the_whole_batch_has_its_masks(way, mask, model):
         masked_by(*MAKERS[mask], **settings),
         lambda: batches,
         optimizer=lambda: sgd(learning_rate=0.02),
-        pieces=lambda batch: [batch],
+        microbatches=lambda batch: [batch],
     )
     whole = max(len(x) for x, _ in batches)
     if way == "accum_steps":
@@ -112,7 +112,7 @@ def test_a_micro_batch_of_the_whole_batch_has_its_masks(way, mask, model):
             lambda model: accumulate(model, accum_steps=2, warn=False),
         )
     else:
-        trained = in_pieces(problem, way, whole, warn=False)
+        trained = in_microbatches(problem, way, whole, warn=False)
     assert_same(trained, train(problem, problem.batches()))
 
 
@@ -282,5 +282,5 @@ def test_drawn_graphs(way, graph, reduction, lengths):
         ),
         epochs=1,
     )
-    trained = in_pieces(problem, way)
+    trained = in_microbatches(problem, way)
     assert_same(trained, train(problem, problem.batches()))

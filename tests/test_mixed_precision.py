@@ -1,4 +1,4 @@
-"""Half precision in pieces: no further off than half precision on the full batch."""
+"""Half precision in micro-batches: no further off than half precision on the batch."""
 
 import keras
 import numpy as np
@@ -82,8 +82,8 @@ class Trained:
             scale = 1 / np.sqrt(weight.shape[0]) if len(weight.shape) > 1 else 0
             weight.assign(scale * r.normal(size=weight.shape))
         batch = tuple(array[examples] for array in data())
-        pieces = cut(batch, 8) if self.way == "accum_steps" else [batch]
-        self.model.fit(Batches(pieces * 10), verbose=0, shuffle=False)
+        microbatches = cut(batch, 8) if self.way == "accum_steps" else [batch]
+        self.model.fit(Batches(microbatches * 10), verbose=0, shuffle=False)
         return flat(self.model)
 
 
@@ -138,7 +138,7 @@ def bfloat16_update(spread, size=None, examples=slice(None), **settings):
 
 @pytest.mark.parametrize("spread", [0.0, 0.1, 1.0])
 @pytest.mark.core
-def test_sixty_four_pieces_in_bfloat16(spread):
+def test_sixty_four_microbatches_in_bfloat16(spread):
     full = bfloat16_update(spread)
 
     def off(**settings):
@@ -160,7 +160,9 @@ def values(model, optimizer):
 
 
 def overflowing():
-    """Of the second of four pieces one example's scaled gradient overflows float16."""
+    """Of the second of four micro-batches one example's scaled gradient overflows
+    float16.
+    """
     x, y = data(16)
     y[5] = 1e5
     return x, y
@@ -184,10 +186,10 @@ def test_one_overflow_skips_the_update(normalization, own_scaler, way):
     assert isinstance(scaler, keras.optimizers.LossScaleOptimizer)
 
     def fit(batch):
-        pieces = [batch]
+        microbatches = [batch]
         if way == "accum_steps":
-            pieces = cut(batch, 4)
-        model.fit(Batches(pieces), verbose=0, shuffle=False)
+            microbatches = cut(batch, 4)
+        model.fit(Batches(microbatches), verbose=0, shuffle=False)
 
     fit(data(16))
     before = values(model, scaler)
@@ -259,8 +261,8 @@ def test_a_skipped_update_takes_back_what_layers_that_count_moved(around, flushe
 
     def fit(batch):
         callbacks = [FlushGradients()] if flushed else []
-        pieces = cut(batch, 4)
-        model.fit(Batches(pieces), verbose=0, shuffle=False, callbacks=callbacks)
+        microbatches = cut(batch, 4)
+        model.fit(Batches(microbatches), verbose=0, shuffle=False, callbacks=callbacks)
 
     examples = 12 if flushed else 16
     (layer,) = (x for x in model.layers if isinstance(x, AccumBatchNormalization))

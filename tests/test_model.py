@@ -337,7 +337,7 @@ def test_a_model_that_accumulates_is_saved_as_a_plain_one(way, tmp_path):
 
 @ways
 @core_on("jax", "torch")
-def test_gradient_accumulate_model_equals_the_full_batch(way):
+def test_gradient_accumulate_model_equals_the_batch(way):
     reference = compile_(problems.mlp()())
     expected = fit(reference, epochs=3).history
     model = compile_(ours(way))
@@ -532,7 +532,7 @@ def saved_and_loaded(model):
     ],
     ids=["from_config", "clone_model", "saved"],
 )
-def test_a_subclass_goes_on_training_in_pieces_when_it_is_copied(way, copy, kind):
+def test_a_subclass_goes_on_training_in_microbatches_when_it_is_copied(way, copy, kind):
     if kind is WithCall:
         model = kind(**way)
         model(data()[0])

@@ -10,7 +10,18 @@ import keras
 import numpy as np
 import problems
 import pytest
-from fitting import COUNT, FULL, PIECE, SOURCES, WAYS, compiled, data, fit, size, ways
+from fitting import (
+    COUNT,
+    FULL,
+    MICROBATCH,
+    SOURCES,
+    WAYS,
+    compiled,
+    data,
+    fit,
+    size,
+    ways,
+)
 from helpers import arrays, assert_close
 from keras import layers, ops
 from marks import core_on
@@ -410,12 +421,12 @@ def test_a_microbatch_as_large_as_every_batch_of_small_arrays():
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_more_accum_steps_than_an_epoch_has(source):
-    model = accumulate(compiled(), accum_steps=COUNT // PIECE + 1)
-    given = SOURCES[source](PIECE)
+    model = accumulate(compiled(), accum_steps=COUNT // MICROBATCH + 1)
+    given = SOURCES[source](MICROBATCH)
     given = given if isinstance(given, dict) else {"x": given}
     (message,) = told(lambda: fit(model, **given, epochs=2))
-    assert f"`accum_steps={COUNT // PIECE + 1}`" in message
-    assert f"had {COUNT // PIECE}," in message
+    assert f"`accum_steps={COUNT // MICROBATCH + 1}`" in message
+    assert f"had {COUNT // MICROBATCH}," in message
 
 
 @pytest.mark.parametrize(
@@ -652,13 +663,13 @@ def test_what_a_copy_of_a_model_does(copy, kind, way, tmp_path):
     model = made(way, kind)
     updates(model, way)
     copied = copy(model, tmp_path)
-    in_pieces, plain = COUNT // FULL, COUNT // size(way)
+    in_microbatches, plain = COUNT // FULL, COUNT // size(way)
     if kind == "accumulate":
         assert not hasattr(copied, "accumulation")
         assert updates(copied, way) == plain
         accumulate(copied, **WAYS[way][0])
     assert copied.accumulation == model.accumulation
-    assert updates(copied, way) == in_pieces
+    assert updates(copied, way) == in_microbatches
 
 
 @ways

@@ -1,4 +1,4 @@
-"""`GradientAccumulateOptimizer`: pieces of one worth give what the full batch gives."""
+"""`GradientAccumulateOptimizer`: equal micro-batches give what the batch gives."""
 
 import functools
 import warnings
@@ -48,15 +48,17 @@ def around(optimizer, steps):
 @pytest.mark.core
 def test_a_loss_scale_optimizer_around(name):
     problem = named(name)
-    batch, pieces = even(problem)
+    batch, microbatches = even(problem)
     reference = train(problem, [batch])
-    wrapped = with_optimizer(problem, lambda o: around(o, len(pieces)))
-    assert_same(train(wrapped, pieces), reference)
+    wrapped = with_optimizer(problem, lambda o: around(o, len(microbatches)))
+    assert_same(train(wrapped, microbatches), reference)
 
 
 @pytest.mark.parametrize("order", ["inside", "around"])
 @pytest.mark.core
-def test_an_overflow_in_one_piece_skips_the_update_and_lowers_the_scale_once(order):
+def test_an_overflow_in_one_microbatch_skips_the_update_and_lowers_the_scale_once(
+    order,
+):
     inner = keras.optimizers.SGD(0.1)
     if order == "inside":
         scaler = keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0)
@@ -68,8 +70,8 @@ def test_an_overflow_in_one_piece_skips_the_update_and_lowers_the_scale_once(ord
         )
     weight = keras.Variable(np.ones(2, "float32"))
     optimizer.build([weight])
-    for piece in [1.0, np.inf, 1.0]:
-        step(optimizer, [np.full(2, 8 * piece, "float32")], [weight])
+    for microbatch in [1.0, np.inf, 1.0]:
+        step(optimizer, [np.full(2, 8 * microbatch, "float32")], [weight])
     assert_close({"w": array(weight)}, {"w": np.ones(2)})
     assert float(scaler.dynamic_scale.numpy()) == 4
     assert int(array(scaler.iterations)) == 0
@@ -253,7 +255,7 @@ def test_nothing_of_the_inner_optimizer_runs_before():
 
 
 @pytest.mark.parametrize("left", [1, 2])
-def test_flush_weighs_by_the_pieces_that_there_were(left):
+def test_flush_weighs_by_the_microbatches_that_there_were(left):
     weight, reference = (keras.Variable(np.ones(4, "float32")) for _ in range(2))
     optimizer = GradientAccumulateOptimizer(ADAM(), 3)
     plain = ADAM()
@@ -286,7 +288,7 @@ def test_reset_forgets():
 @pytest.mark.parametrize("scaled", [False, True])
 @core_on("jax", "torch")
 def test_flush_gradients_at_each_epochs_end(validation, scaled):
-    """20 examples: full batches of 8, 8 and 4, pieces of 2."""
+    """20 examples: batches of 8, 8 and 4, micro-batches of 2."""
     extra = {"validation_data": whole(8)} if validation else {}
     plain = model_of(ADAM())
     expected = fit(plain, 8, count=20, **extra)
@@ -301,7 +303,7 @@ def test_flush_gradients_at_each_epochs_end(validation, scaled):
             np.testing.assert_allclose(got[name], expected[name], rtol=1e-5)
 
 
-def test_without_flushing_pieces_wait_for_the_next_epoch():
+def test_without_flushing_microbatches_wait_for_the_next_epoch():
     ours = model_of(GradientAccumulateOptimizer(keras.optimizers.SGD(0.1), 4))
     fit(ours, 2, count=20, epochs=1)
     assert ours.optimizer.pending == 2
@@ -347,7 +349,7 @@ def test_plain_variables():
 @pytest.mark.parametrize("reduction", ["MEAN", "SUM"])
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.core
-def test_a_weight_tells_what_a_piece_is_worth(reduction, steps):
+def test_a_weight_tells_what_a_microbatch_is_worth(reduction, steps):
     r = np.random.default_rng(0)
     gradients = r.normal(size=(steps, 4)).astype("float32")
     weights = [2.0, 0, ops.convert_to_tensor(5.0)][-steps:]
@@ -362,7 +364,7 @@ def test_a_weight_tells_what_a_piece_is_worth(reduction, steps):
     assert_close({"w": array(weight)}, {"w": 1 - expected})
 
 
-def test_pieces_without_weight_are_an_update_of_zero():
+def test_microbatches_without_weight_are_an_update_of_zero():
     weight = keras.Variable(np.ones(4, "float32"))
     optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), 2)
     optimizer.build([weight])
@@ -377,14 +379,14 @@ def test_pieces_without_weight_are_an_update_of_zero():
 @pytest.mark.parametrize("none", [0.0, "tensor"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_mean_over_nothing_counts_for_nothing(reduction, steps, none, dtype):
-    """The gradient of a piece that is all padding is 0 / 0."""
+    """The gradient of a micro-batch that is all padding is 0 / 0."""
     none = ops.zeros(()) if none == "tensor" else none
     weight = keras.Variable(np.ones(4, "float32"), dtype=dtype)
     optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), steps, reduction)
     optimizer.build([weight])
     nothing = np.array([np.nan, np.inf, -np.inf, 1], "float32")
-    pieces = [(np.ones(4), 2.0), (nothing, none), (nothing, none)]
-    for gradient, each in pieces[-steps:]:
+    microbatches = [(np.ones(4), 2.0), (nothing, none), (nothing, none)]
+    for gradient, each in microbatches[-steps:]:
         gradient = ops.cast(gradient, dtype)
         step(optimizer, [gradient], [weight], weight=each)
     moved = {"MEAN": 1, "SUM": 2}[reduction] if steps == 3 else 0
@@ -392,22 +394,22 @@ def test_the_mean_over_nothing_counts_for_nothing(reduction, steps, none, dtype)
     np.testing.assert_array_equal(np.asarray(array(weight), "float32"), expected)
 
 
-def test_what_is_not_finite_of_a_piece_with_weight_is_seen():
+def test_what_is_not_finite_of_a_microbatch_with_weight_is_seen():
     scaler = keras.optimizers.LossScaleOptimizer(
         keras.optimizers.SGD(1.0), initial_scale=8.0
     )
     optimizer = GradientAccumulateOptimizer(scaler, 2)
     weight = keras.Variable(np.ones(4, "float32"))
     optimizer.build([weight])
-    for piece, worth in (np.nan, 1.0), (np.nan, 0.0):
-        step(optimizer, [np.full(4, piece, "float32")], [weight], weight=worth)
+    for microbatch, worth in (np.nan, 1.0), (np.nan, 0.0):
+        step(optimizer, [np.full(4, microbatch, "float32")], [weight], weight=worth)
     np.testing.assert_array_equal(array(weight), np.ones(4))
     assert float(scaler.dynamic_scale.numpy()) == 4
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="slices are TensorFlow's")
 @pytest.mark.parametrize("steps", [1, 2])
-def test_slices_of_a_piece_without_weight(steps):
+def test_slices_of_a_microbatch_without_weight(steps):
     import tensorflow as tf
 
     weight = keras.Variable(np.ones((3, 2), "float32"))
@@ -724,7 +726,7 @@ def test_compiled_functions_with_gradients_of_other_variables(flushed):
         value = value / 2 - 0.5  # the decay, and the mean of 1 and 0
         for variable in variables:
             np.testing.assert_allclose(array(variable), value)
-    if not flushed:  # what had no gradient of any piece is left alone
+    if not flushed:  # what had no gradient of any micro-batch is left alone
         of_a()
         of_a()
         np.testing.assert_allclose(array(a), value / 2 - 1)
@@ -786,7 +788,7 @@ def two_variables():
 
 
 @pytest.mark.core
-def test_variables_that_change_while_pieces_wait():
+def test_variables_that_change_while_microbatches_wait():
     optimizer, (a, b) = two_variables()
     gradient = ops.ones((2,))
     optimizer.apply([gradient], [a])

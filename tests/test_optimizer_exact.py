@@ -59,21 +59,23 @@ def cases(reduction):
 
 
 @pytest.mark.parametrize("problem", [*cases("MEAN")])
-def test_pieces_equal_the_full_batch(problem):
-    batch, pieces = even(problem)
+def test_microbatches_equal_the_batch(problem):
+    batch, microbatches = even(problem)
     plain = problem
     if MERGED and problem.repeated_rows:
         plain = with_optimizer(problem, merging)
     reference = train(plain, [batch])
     assert moved(reference) > 1e-2 or problem.skips_first
-    trained = train(accumulating(problem, len(pieces)), pieces)
+    trained = train(accumulating(problem, len(microbatches)), microbatches)
     assert_alike(problem, trained, reference)
 
 
 @pytest.mark.parametrize("problem", [*cases("SUM")])
 def test_sums_add_up(problem):
-    batch, pieces = even(problem)
+    batch, microbatches = even(problem)
     reference = train(problem, [batch])
-    trained = train(accumulating(problem, len(pieces), reduction="SUM"), pieces)
-    trained.history = reference.history  # Keras's mean over pieces
+    trained = train(
+        accumulating(problem, len(microbatches), reduction="SUM"), microbatches
+    )
+    trained.history = reference.history  # Keras's mean over micro-batches
     assert_same(trained, reference, problem.floatx)

@@ -59,5 +59,7 @@ def sizes_of_slices(even):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
 def test_slices_of_a_known_number_are_in_memory_once():
-    assert sizes_of_slices(even=True) < 1.4
-    assert sizes_of_slices(even=False) > 1.6  # the measure sees what it is for
+    once = sizes_of_slices(even=True)
+    assert once < 1.4
+    # They are twice where their number is not known: the measure sees what it is for.
+    assert once < 0.8 * sizes_of_slices(even=False)

@@ -35,7 +35,7 @@ def main():
     from gradient_accumulator import accumulate
 
     training, validation = digits.data()
-    # Each device cuts its share of a batch in pieces of 4.
+    # Each device cuts its share of a batch in micro-batches of 4.
     model = accumulate(digits.classifier(), microbatch_size=4)
     x, y = (
         digits.share(array, arguments.processes, arguments.index) for array in training

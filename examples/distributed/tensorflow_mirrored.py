@@ -48,7 +48,7 @@ def main():
     keras.utils.set_random_seed(0)
     training, validation = digits.data()
     with distribution.scope():
-        # Each replica cuts its share of a batch in pieces of 4.
+        # Each replica cuts its share of a batch in micro-batches of 4.
         model = accumulate(digits.classifier(), microbatch_size=4)
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = (

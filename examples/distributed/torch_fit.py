@@ -24,7 +24,7 @@ def main():
     rank, count = dist.get_rank(), dist.get_world_size()
 
     training, validation = digits.data()
-    # Each process cuts its share of a batch in pieces of 4.
+    # Each process cuts its share of a batch in micro-batches of 4.
     model = accumulate(digits.classifier(), microbatch_size=4)
     x, y = (digits.share(array, count, rank) for array in training)
     callbacks = []

@@ -37,11 +37,11 @@ def main():
         module = DistributedDataParallel(module)
     optimizer = torch.optim.Adam(module.parameters(), 2e-3)
 
-    def loss_fn(piece):
-        x, y = piece
+    def loss_fn(microbatch):
+        x, y = microbatch
         return torch.nn.functional.cross_entropy(module(x), y)
 
-    # Gradients are reduced once an update, with its last piece.
+    # Gradients are reduced once an update, with its last micro-batch.
     value_and_grad = accumulated_value_and_grad(
         loss_fn, microbatch_size=4, module=module
     )

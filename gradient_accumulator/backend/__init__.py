@@ -1,4 +1,6 @@
-"""The loop over pieces, one file a backend; only the active backend's is imported."""
+"""The loop over micro-batches, one file a backend; only the active backend's is
+imported.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ def active() -> ModuleType:
     name = keras.backend.backend()
     if name not in ("tensorflow", "jax", "torch"):
         raise NotImplementedError(
-            "Training in pieces needs a Keras backend that trains: set KERAS_BACKEND "
-            "to 'tensorflow', 'jax' or 'torch' before Keras is imported. "
-            f"Received: keras.backend.backend()={name!r}"
+            "Training in micro-batches needs a Keras backend that trains: set "
+            "KERAS_BACKEND to 'tensorflow', 'jax' or 'torch' before Keras is "
+            f"imported. Received: keras.backend.backend()={name!r}"
         )
     return importlib.import_module(f"{__name__}.{name}")

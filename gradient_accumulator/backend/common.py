@@ -24,13 +24,14 @@ def new_accumulator(optimizer: Any, variable: keras.Variable, dtype: str):
 
 @contextmanager
 def added(add: Callable, pairs: list, factor: Any, take_back: bool) -> Iterator[None]:
-    """Around the update that a piece, added to its sums before, may be the last of.
+    """Around the update that a micro-batch, added to its sums before, may be the last
+    of.
 
     Args:
         add: Adds gradients, times `factor`, to accumulators.
         pairs: Accumulators and gradients.
         factor: What the gradients are multiplied by.
-        take_back: Whether to subtract the piece again where its update fails.
+        take_back: Whether to subtract the micro-batch again where its update fails.
     """
     add(pairs, factor)
     try:

@@ -36,7 +36,7 @@ def normalizations(model: keras.Model) -> list:
 
 
 def pooling_layers(model: keras.Model) -> list:
-    """Those of them that pool the statistics of an update's pieces."""
+    """Those of them that pool the statistics of an update's micro-batches."""
     layers = normalizations(model)
     return [x for x in layers if isinstance(x, AccumBatchNormalization)]
 
@@ -97,7 +97,7 @@ class Statistics:
     def __init__(self, model: keras.Model):
         self.optimizer: Any = model.optimizer
         self.pools = update_layers(model)
-        # What no pool of an update's pieces moves, but every piece.
+        # What no pool of an update's micro-batches moves, but every micro-batch.
         self.moving = [
             variable
             for layer in normalizations(model)
@@ -114,7 +114,9 @@ class Statistics:
         # layers of one's own keep. In training no normalization reads its statistics.
         pooled = [v for layer in self.pools for v in layer.variables]
         known = {id(v) for v in (*self.moving, *self.rewound, *pooled)}
-        self.carried = [v for v in trainer.moved_by_pieces(model) if id(v) not in known]
+        self.carried = [
+            v for v in trainer.moved_by_microbatches(model) if id(v) not in known
+        ]
 
     @contextmanager
     def pooling(self) -> Iterator[None]:
@@ -125,7 +127,7 @@ class Statistics:
             yield
 
     def before(self) -> Any:
-        """What `finish` needs from before the update's first piece."""
+        """What `finish` needs from before the update's first micro-batch."""
         mark = trainer.mark(self.optimizer) if self.variables else None
         if mark is None:
             return None

@@ -90,7 +90,7 @@ def model_parallel():
 
 @check
 def accumulators():
-    """What a device holds of the sums while pieces are added."""
+    """What a device holds of the sums while micro-batches are added."""
     from gradient_accumulator.backend.jax import update
 
     held = {}
@@ -144,7 +144,7 @@ def clipped():
 
 @check
 def normalization():
-    """By the statistics of all devices' examples of a piece, as in plain Keras."""
+    """By the statistics of all devices' examples of a micro-batch, as in Keras."""
     for layer in (
         layers.BatchNormalization,
         AccumBatchNormalization,
@@ -158,12 +158,12 @@ def normalization():
         fit(pooled, accum_steps=4)
         keras.distribution.set_distribution(keras.distribution.DataParallel())
         model = build(layer(momentum=0.5))
-        fit(model, microbatch_size=FULL // 4)  # one piece, a part on each device
-        compare(f"{layer}, one piece", model, reference, before)
+        fit(model, microbatch_size=FULL // 4)  # one micro-batch, a part on each device
+        compare(f"{layer}, one micro-batch", model, reference, before)
         if layer is AccumBatchNormalization:
             model = build(layer(momentum=0.5))
             fit(model, accum_steps=4)
-            compare(f"{layer}, four pieces", model, pooled, before)
+            compare(f"{layer}, four micro-batches", model, pooled, before)
 
 
 class Largest(keras.metrics.Metric):

@@ -1,9 +1,9 @@
 """Prints what devices exchange in each program that XLA compiled for an update.
 
-Arguments: a folder for XLA's files, "data" or "model" parallel, and the pieces of an
-update. Prints JSON: of programs that add a piece, and that do what is done once, the
-exchanges, each as its kind and its number of values on a device.
-"""
+Arguments: a folder for XLA's files, "data" or "model" parallel, and the micro-batches
+    of an
+update. Prints JSON: of programs that add a micro-batch, and that do what is done once,
+the exchanges, each as its kind and its number of values on a device."""
 
 import json
 import math
@@ -54,7 +54,7 @@ def exchanges(text):
     return found
 
 
-def main(kind, pieces):
+def main(kind, microbatches):
     keras.distribution.set_distribution(distribution(kind))
     model = keras.Sequential(
         [
@@ -70,16 +70,16 @@ def main(kind, pieces):
     y = r.normal(size=(48, 16, 5)).astype("float32")
     model.compile(keras.optimizers.Adam(global_clipnorm=0.1), "mse", metrics=["mae"])
     devices = 4 if kind == "data" else 2
-    accumulate(model, microbatch_size=24 // devices // pieces)
+    accumulate(model, microbatch_size=24 // devices // microbatches)
     model.fit(x, y, batch_size=24, verbose=0, shuffle=False)
-    found = {"piece": [], "update": [], "parameters": model.count_params()}
+    found = {"microbatch": [], "update": [], "parameters": model.count_params()}
     for file in FOLDER.glob("*after_optimizations.txt"):
         text = file.read_text()
         if "accumulate_gradients" in text:
-            found["piece"] += exchanges(text)
+            found["microbatch"] += exchanges(text)
         elif "reduce_gradients" in text or "apply_gradients" in text:
             found["update"] += exchanges(text)
-    # A program for each size of pieces; here all have one.
+    # A program for each size of micro-batches; here all have one.
     if kind == "model":
         kernel = model.get_layer("wide").kernel.value
         found["sharding"] = str(kernel.sharding.spec)

@@ -1,4 +1,5 @@
-"""Devices of one process: trains problems in pieces and as plain Keras does there.
+"""Devices of one process: trains problems in micro-batches and as plain Keras does
+there.
 
 Arguments: how data is handed in, the number of devices, then the names of problems.
 """
@@ -16,7 +17,7 @@ from problems import cut
 
 from gradient_accumulator import accumulate
 
-PIECE = 4  # examples, of which each device has as many
+MICROBATCH = 4  # examples, of which each device has as many
 
 
 def divisible(batches):
@@ -33,13 +34,18 @@ def main(way, count, *names):
     def compare(name):
         problem = named(name)
         batches = divisible(problem.batches())
-        pieces = [piece for batch in batches for piece in cut(batch, PIECE)]
+        microbatches = [
+            microbatch for batch in batches for microbatch in cut(batch, MICROBATCH)
+        ]
         reference = train(problem, batches)
         if way == "microbatch_size":
-            # Of each device's examples: the last piece of 6 of them is smaller.
-            size, data = PIECE, batches
+            # Of each device's examples: the last micro-batch of 6 of them is smaller.
+            size, data = MICROBATCH, batches
         else:
-            size, data = max(len(cut(batch, PIECE)) for batch in batches), pieces
+            size, data = (
+                max(len(cut(batch, MICROBATCH)) for batch in batches),
+                microbatches,
+            )
         trained = train(problem, data, lambda model: accumulate(model, **{way: size}))
         assert_same(trained, reference)
         keras.backend.clear_session()

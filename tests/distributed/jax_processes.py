@@ -1,4 +1,4 @@
-"""A process of `jax.distributed`, or the only one, which trains on full batches.
+"""A process of `jax.distributed`, or the only one, which trains on batches.
 
 Arguments: the number of processes, this one's, their address, and a file for what
 training leaves.

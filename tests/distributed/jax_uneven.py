@@ -1,4 +1,5 @@
-"""A process of `jax.distributed` that has more batches, or pieces, than the other.
+"""A process of `jax.distributed` that has more batches, or micro-batches, than the
+other.
 
 Arguments: this one's number, their address, what there is more of, and a loss.
 """
@@ -28,10 +29,10 @@ def main(more, reduction):
     model = keras.Sequential([layers.Input((6,)), layers.Dense(3)])
     model.compile("sgd", keras.losses.MeanSquaredError(reduction))
     accumulate(model, accum_steps=3)
-    piece = np.ones((4, 6), "float32"), np.ones((4, 3), "float32")
+    microbatch = np.ones((4, 6), "float32"), np.ones((4, 3), "float32")
     count = (6 if RANK == 0 else 3) if more == "batches" else (6 if RANK == 0 else 5)
     try:
-        model.fit(Batches([piece] * count), epochs=2, verbose=0)
+        model.fit(Batches([microbatch] * count), epochs=2, verbose=0)
     except ValueError as error:
         assert "must make the same updates" in str(error), error
         assert "process 0" in str(error) and "process 1" in str(error), error

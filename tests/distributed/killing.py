@@ -6,8 +6,8 @@ import numpy as np
 from helpers import Batches
 
 
-def pieces(rank):
-    """Those of two updates, of three pieces each."""
+def microbatches(rank):
+    """Those of two updates, of three micro-batches each."""
     r = np.random.default_rng(rank)
     x = r.normal(size=(24, 6)).astype("float32")
     y = np.tanh(x[:, :3]).astype("float32")
@@ -27,6 +27,6 @@ class Killed(Batches):
 
 
 def data(rank, kill):
-    """This process's pieces, which end the second process if it is to be killed."""
+    """This process's micro-batches, which end the second process if it is killed."""
     kind = Killed if kill == "kill" and rank == 1 else Batches
-    return kind(pieces(rank))
+    return kind(microbatches(rank))

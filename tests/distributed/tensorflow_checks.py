@@ -61,10 +61,12 @@ def compare(name, ours, reference):
 
 @check
 def one_reduction():
-    """Of the gradients, whatever the number of pieces is, and none within a loop."""
+    """Of the gradients, whatever the number of micro-batches is, and none within a
+    loop.
+    """
     counts = []
-    for pieces in (1, 2, 6):
-        model = fit(X, Y, 12, microbatch_size=12 // REPLICAS // pieces)
+    for microbatches in (1, 2, 6):
+        model = fit(X, Y, 12, microbatch_size=12 // REPLICAS // microbatches)
         sizes, inside = reductions.of(model)
         assert sizes.count(model.count_params()) == 1, sizes
         assert sum(sizes) < model.count_params() + 10, sizes
@@ -181,20 +183,22 @@ def own_loop():
     def in_a_loop(model):
         loss = loss_of(model)
         accumulated = accumulated_value_and_grad(
-            lambda piece: loss(*piece), microbatch_size=2
+            lambda microbatch: loss(*microbatch), microbatch_size=2
         )
         return lambda batch: accumulated(model.trainable_variables, batch)[1]
 
-    def of_a_piece(model):
-        def gradients(piece):
+    def of_a_microbatch(model):
+        def gradients(microbatch):
             with tf.GradientTape() as tape:
-                loss = loss_of(model)(*piece)
+                loss = loss_of(model)(*microbatch)
             return tape.gradient(loss, [v.value for v in model.trainable_variables])
 
         return gradients
 
     compare("loop", trained(12, adam, in_a_loop), reference)
-    wrapped = trained(4, lambda: GradientAccumulateOptimizer(adam(), 3), of_a_piece)
+    wrapped = trained(
+        4, lambda: GradientAccumulateOptimizer(adam(), 3), of_a_microbatch
+    )
     compare("optimizer", wrapped, reference)
 
 

@@ -1,4 +1,5 @@
-"""Replicas on one machine: trains problems in pieces and as plain Keras does there.
+"""Replicas on one machine: trains problems in micro-batches and as plain Keras does
+there.
 
 Arguments: how data is handed in, the number of replicas, then the names of problems.
 Says of which of them plain Keras fails.
@@ -34,21 +35,27 @@ def cut_by_keras(problem):
         lambda *arrays: np.concatenate(arrays), *problem.batches()
     )
     data = tf.data.Dataset.from_tensor_slices(together).batch(FULL)
-    # The shares of the last full batch are 6 examples and 1: 3 pieces, and 1.
+    # The shares of the last batch are 6 examples and 1: 3 micro-batches, and 1.
     return data, data, {"microbatch_size": 2}
 
 
 def in_order(problem):
-    """Pieces, and full batches of which a replica has what it has of their pieces."""
-    full, in_pieces = [], []
+    """Micro-batches, and batches of which a replica has what it has of their
+    micro-batches.
+    """
+    full, in_microbatches = [], []
     for batch in problem.batches():
-        pieces = problem.cut(batch)
-        in_pieces += pieces
-        sizes = [len(keras.tree.flatten(piece)[0]) for piece in pieces]
+        microbatches = problem.cut(batch)
+        in_microbatches += microbatches
+        sizes = [len(keras.tree.flatten(microbatch)[0]) for microbatch in microbatches]
         replica = np.concatenate([np.arange(n) // -(-n // REPLICAS) for n in sizes])
         order = np.argsort(replica, kind="stable")
         full.append(keras.tree.map_structure(lambda a, i=order: a[i], batch))
-    return of_batches(full), of_batches(in_pieces), {"accum_steps": problem.accum_steps}
+    return (
+        of_batches(full),
+        of_batches(in_microbatches),
+        {"accum_steps": problem.accum_steps},
+    )
 
 
 def of_batches(batches):
@@ -62,7 +69,7 @@ WAYS = {"microbatch_size": cut_by_keras, "accum_steps": in_order}
 
 def main(way, _, *names):
     helpers.Batches = lambda data: data
-    problems.problem.PIECE = 4  # examples, of which both replicas have as many
+    problems.problem.MICROBATCH = 4  # examples, of which both replicas have as many
 
     def compare(name):
         problem = named(name)

@@ -25,9 +25,11 @@ Y = np.tanh(X[:, :3]).astype("float32")
 
 
 class Killed(layers.Layer):
-    """Ends the process in an epoch's second update of 3 pieces, in its second piece."""
+    """Ends the process in an epoch's second update of 3 micro-batches, in its second
+    micro-batch.
+    """
 
-    pieces = 0
+    microbatches = 0
     last = None
 
     def call(self, x, training=False):
@@ -37,8 +39,8 @@ class Killed(layers.Layer):
         return tf.ensure_shape(counted, x.shape)
 
     def count(self, x):
-        self.pieces += 1
-        if self.pieces == self.last:
+        self.microbatches += 1
+        if self.microbatches == self.last:
             os._exit(9)
         return x
 

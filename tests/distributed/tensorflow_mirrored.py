@@ -134,8 +134,8 @@ def compiled(strategy):
 
 
 def go_on(model, start, stop, **arguments):
-    piece = {"batch_size": 4, "shuffle": False, "verbose": 0}
-    model.fit(x[start:stop], y[start:stop], **piece, **arguments)
+    microbatch = {"batch_size": 4, "shuffle": False, "verbose": 0}
+    model.fit(x[start:stop], y[start:stop], **microbatch, **arguments)
 
 
 @check
@@ -168,7 +168,7 @@ def loaded_by_any_number_of_replicas():
 CLIP = {"use_agc": True, "clip_factor": 0.02, "eps": 1e-2}
 
 
-def in_pieces(way, size, strategy, **settings):
+def in_microbatches(way, size, strategy, **settings):
     with strategy.scope():
         model = accumulate(build(), **{way: size}, **settings)
         model.compile(adam(), "mse")
@@ -181,12 +181,15 @@ def in_pieces(way, size, strategy, **settings):
 def clipped():
     """The sum over replicas, once."""
     before = np.concatenate([w.ravel() for w in build().get_weights()])
-    unclipped = in_pieces("microbatch_size", 4, ONE)
-    clipped = in_pieces("microbatch_size", 4, ONE, **CLIP)
+    unclipped = in_microbatches("microbatch_size", 4, ONE)
+    clipped = in_microbatches("microbatch_size", 4, ONE, **CLIP)
     assert np.abs(clipped - unclipped).max() > 0.1 * np.abs(unclipped - before).max()
     for way, size in (("microbatch_size", 4), ("accum_steps", 2)):
         compare(
-            f"clipped, {way}", in_pieces(way, size, STRATEGY, **CLIP), clipped, before
+            f"clipped, {way}",
+            in_microbatches(way, size, STRATEGY, **CLIP),
+            clipped,
+            before,
         )
     _, ours, _, _ = trained(
         lambda: GradientAccumulateOptimizer(adam(), 4, **CLIP),
@@ -216,7 +219,7 @@ def statistics_first(model):
 
 @check
 def statistics():
-    """Pooled over pieces and replicas, and the same on every replica."""
+    """Pooled over micro-batches and replicas, and the same on every replica."""
     reference = normalized(layers.BatchNormalization(momentum=0.5), None, None, ONE)
     for synchronized in (False, True):
         for way, size in (("microbatch_size", 4), ("accum_steps", 2)):
@@ -252,7 +255,9 @@ def flushed_statistics():
 
 @check
 def synchronized():
-    """With a piece for each replica, all that is normalized together is the batch."""
+    """With a micro-batch for each replica, all that is normalized together is the
+    batch.
+    """
     reference = normalized(layers.BatchNormalization(momentum=0.5), None, None, ONE)
     for normalization in (layers.BatchNormalization, AccumBatchNormalization):
         layer = normalization(momentum=0.5, synchronized=True)

@@ -99,7 +99,7 @@ def overflow():
 
 @check
 def normalization():
-    """Pooled over pieces and workers."""
+    """Pooled over micro-batches and workers."""
     data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(12)
     for synchronized in (False, True):
         layer = AccumBatchNormalization(momentum=0.5, synchronized=synchronized)
@@ -117,10 +117,12 @@ def normalization():
 
 @check
 def one_reduction():
-    """Of the gradients, whatever the number of pieces is, and none within a loop."""
+    """Of the gradients, whatever the number of micro-batches is, and none within a
+    loop.
+    """
     counts = []
-    for pieces in (1, 2, 6):
-        model = compiled(microbatch_size=6 // pieces)
+    for microbatches in (1, 2, 6):
+        model = compiled(microbatch_size=6 // microbatches)
         model.fit(own(batches(6, 6)), verbose=0)
         sizes, inside = reductions.of(model)
         assert sizes.count(model.count_params()) == 1, sizes

@@ -60,7 +60,7 @@ def build(normalization=None):
 
 
 def own(array, batch):
-    """This process's share of every full batch: every other example."""
+    """This process's share of every batch: every other example."""
     full = [array[i : i + batch] for i in range(0, len(array), batch)]
     return np.concatenate([each[RANK::COUNT] for each in full])
 
@@ -75,7 +75,7 @@ def compare(name, ours, reference, before):
 
 
 def fit(model, batch, *, optimizer=None, **arguments):
-    """Updates from full batches of `batch` examples, a share in each process."""
+    """Updates from batches of `batch` examples, a share in each process."""
     model.compile(optimizer or keras.optimizers.Adam(0.05, epsilon=1e-2), "mse")
     x, y, size = X, Y, batch
     if dist.is_initialized():
@@ -89,10 +89,10 @@ def fit(model, batch, *, optimizer=None, **arguments):
 
 @check
 def one_reduction():
-    """Of the gradients, whatever the number of pieces is."""
+    """Of the gradients, whatever the number of micro-batches is."""
     begin()
-    for pieces in (1, 2, 6):
-        model = accumulate(build(), microbatch_size=12 // pieces)
+    for microbatches in (1, 2, 6):
+        model = accumulate(build(), microbatch_size=12 // microbatches)
         parameters = model.count_params()
         fit(model, 24)
         with torch.profiler.profile(record_shapes=True) as profile:
@@ -103,8 +103,8 @@ def one_reduction():
             if event.name == "gloo:all_reduce"
         ]
         large = [size for size in sizes if size >= parameters]
-        assert len(large) == 2, (pieces, sizes)
-        assert sum(sizes) < 2 * (parameters + 50), (pieces, sizes)
+        assert len(large) == 2, (microbatches, sizes)
+        assert sum(sizes) < 2 * (parameters + 50), (microbatches, sizes)
 
 
 @check
@@ -159,7 +159,7 @@ def data():
 
 @check
 def normalization():
-    """Pooled over pieces and processes; synchronized, by the statistics of both."""
+    """Pooled over micro-batches and processes; synchronized, by both's statistics."""
     plain = fit(build(layers.BatchNormalization(momentum=0.5)), 24)
     begin()
     synchronized = AccumBatchNormalization(momentum=0.5, synchronized=True)
@@ -216,7 +216,7 @@ def no_share_of_the_last_batch():
 
 @check
 def uneven_normalization():
-    """Processes that wait for each other in every piece, and have not as many."""
+    """Processes that wait for each other in every micro-batch, and have not as many."""
     begin()
     layer = AccumBatchNormalization(synchronized=True)
     model = accumulate(build(layer), microbatch_size=5)
@@ -225,7 +225,7 @@ def uneven_normalization():
     try:
         model.fit(X[own], Y[own], batch_size=12, verbose=0)
     except ValueError as error:
-        assert "as many pieces" in str(error), error
+        assert "as many micro-batches" in str(error), error
         return
     raise AssertionError("did not raise")
 
@@ -255,15 +255,15 @@ def network():
 
 
 def pair_of(module):
-    def loss_fn(piece):
-        x, y, weight = piece
+    def loss_fn(microbatch):
+        x, y, weight = microbatch
         return ((module(x) - y).square().mean(-1) * weight).sum(), weight.sum()
 
     return loss_fn
 
 
 def mean_of(module):
-    return lambda piece: (module(piece[0]) - piece[1]).square().mean()
+    return lambda microbatch: (module(microbatch[0]) - microbatch[1]).square().mean()
 
 
 def tensors(count=48):
@@ -290,7 +290,9 @@ def agree(value, gradients, reference):
 
 @check
 def replicated_loop():
-    """`DistributedDataParallel`: uneven shares, one reduction with the last piece."""
+    """`DistributedDataParallel`: uneven shares, one reduction with the last
+    micro-batch.
+    """
     begin()
     reduced = []
 
@@ -306,7 +308,7 @@ def replicated_loop():
         value_and_grad = accumulated_value_and_grad(
             loss_of(module), microbatch_size=5, module=module
         )
-        share = slice(0, 30) if RANK == 0 else slice(30, 48)  # 6 and 4 pieces
+        share = slice(0, 30) if RANK == 0 else slice(30, 48)  # 6 and 4 micro-batches
         mine = [tensor[share] for tensor in tensors()]
         for _ in range(2):  # also when the reducer has rebuilt its buckets
             reduced.clear()
@@ -361,7 +363,7 @@ def sharded_loop():
     try:
         value_and_grad(list(module.parameters()), uneven)
     except ValueError as error:
-        assert "as many pieces" in str(error), error
+        assert "as many micro-batches" in str(error), error
         return
     raise AssertionError("did not raise")
 

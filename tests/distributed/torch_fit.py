@@ -1,4 +1,4 @@
-"""A process of `torchrun`: trains problems on its share, for all give the full batch.
+"""A process of `torchrun`: trains problems on its share, for all give the batch.
 
 Arguments: how data is handed in, then the names of problems.
 """
@@ -15,9 +15,10 @@ from helpers import assert_same, named, train
 from gradient_accumulator import accumulate
 
 WAYS = {
-    # Uneven shares: process 0 has 7 of 12 examples, in two pieces, process 1 has 5.
+    # Uneven shares: process 0 has 7 of 12 examples, in two micro-batches, process 1 has
+    # 5.
     "microbatch_size": lambda batch, rank: share(batch, 7, rank),
-    # Uneven pieces: every other example of each.
+    # Uneven micro-batches: every other example of each.
     "accum_steps": lambda batch, rank: each_other(batch, rank),
 }
 
@@ -38,9 +39,15 @@ def each_other(batch, rank):
 
 def own_data(problem, way, rank):
     if way == "microbatch_size":
-        return [WAYS[way](batch, rank) for batch in problem.batches()], problems.PIECE
-    pieces = [piece for batch in problem.batches() for piece in problem.cut(batch)]
-    return [WAYS[way](piece, rank) for piece in pieces], problem.accum_steps
+        return [
+            WAYS[way](batch, rank) for batch in problem.batches()
+        ], problems.MICROBATCH
+    microbatches = [
+        microbatch for batch in problem.batches() for microbatch in problem.cut(batch)
+    ]
+    return [
+        WAYS[way](microbatch, rank) for microbatch in microbatches
+    ], problem.accum_steps
 
 
 def main(way, *names):

@@ -40,11 +40,11 @@ def process(rank, file):
         (layer.moving_variance, whole.moving_variance),
     ):
         np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-6)
-    # Not synchronized, the pools of an update's pieces are joined where it ends.
+    # Not synchronized, the pools of an update's micro-batches are joined where it ends.
     layer = AccumBatchNormalization(accum_steps=2, momentum=0.5)
     middle = (own.start + own.stop) // 2
-    for piece in (X[own.start : middle], X[middle : own.stop]):
-        layer(torch.tensor(piece), training=True)
+    for microbatch in (X[own.start : middle], X[middle : own.stop]):
+        layer(torch.tensor(microbatch), training=True)
     for a, b in (
         (layer.moving_mean, whole.moving_mean),
         (layer.moving_variance, whole.moving_variance),

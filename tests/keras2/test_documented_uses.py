@@ -142,7 +142,7 @@ def test_loss_scaling(legacy, around):
         optimizer = GradientAccumulateOptimizer(scaled(adam()), K)
     model = fit(compiled(network(), optimizer), EXAMPLES // K)
     assert_same(model, reference)
-    # One piece that is not finite skips the update, and lowers the scale once.
+    # One micro-batch that is not finite skips the update, and lowers the scale once.
     scaler = optimizer if around else optimizer.inner_optimizer
     before, scale = values(model), float(scaler.loss_scale)
     x, y = data()
@@ -174,7 +174,7 @@ def test_mixed_precision(policy, wrapper):
             )
     finally:
         tf.keras.mixed_precision.set_global_policy(None)  # what `floatx` says
-    # Rounding of half precision, which sums of pieces have another of.
+    # Rounding of half precision, which sums of micro-batches have another of.
     assert_same(fit(model, EXAMPLES // K), fit(reference), tolerance=0.1)
 
 
@@ -191,7 +191,7 @@ def test_a_loss_scale_optimizer_around_flushes_and_resets():
 
 
 def test_adaptive_gradient_clipping_of_the_finished_gradient():
-    """The re-created system clipped each piece, which is something else."""
+    """The re-created system clipped each micro-batch, which is something else."""
 
     class Clipped(tf.keras.Model):
         def train_step(self, batch):
@@ -439,7 +439,7 @@ def test_saving_in_the_middle_of_an_accumulation(suffix, legacy, tmp_path):
     assert_same(loaded, model, tolerance=0)
 
 
-def test_the_last_pieces_of_an_epoch():
+def test_the_last_microbatches_of_an_epoch():
     x, y = data(10)  # 4, 4 and 2
     reference = compiled(network(), optimizers.Adam(0.1))
     reference.fit(x, y, batch_size=10, epochs=2, verbose=0)
@@ -448,8 +448,8 @@ def test_the_last_pieces_of_an_epoch():
     assert_same(model, reference)
     optimizer = GradientAccumulateOptimizer(optimizers.Adam(0.1), 5)
     model = compiled(network(), optimizer)
-    pieces = cut((x[:8], y[:8]), 4)
-    model.fit(Batches(pieces), epochs=2, verbose=0, callbacks=[FlushGradients()])
+    microbatches = cut((x[:8], y[:8]), 4)
+    model.fit(Batches(microbatches), epochs=2, verbose=0, callbacks=[FlushGradients()])
     assert int(optimizer.iterations) == 2
     assert optimizer.pending == 0
 
@@ -483,7 +483,7 @@ def test_flush_gradients_of_optimizers_that_a_model_holds():
         for optimizer, part in zip(own, model.parts):
             optimizer.build(part.trainable_variables)
         model.compile()
-        x, y = data(10)  # 6 and 4, in pieces of 2
+        x, y = data(10)  # 6 and 4, in micro-batches of 2
         model.fit(
             x, y, batch_size=size, epochs=2, verbose=0, shuffle=False,
             callbacks=flush(own),
@@ -615,8 +615,8 @@ def test_a_loop_of_ones_own(compiled_loop):
         model, optimizer = network(), optimizers.Adam(0.1)
         loss = tf.keras.losses.MeanSquaredError()
 
-        def value(piece):
-            x, y = piece
+        def value(microbatch):
+            x, y = microbatch
             return loss(y, model(x, training=True)) + sum(model.losses)
 
         value_and_grad = accumulated_value_and_grad(
@@ -678,12 +678,12 @@ def test_an_update_that_fails_leaves_all_as_it_was():
     before = values(model)
     x, y = data()
 
-    def pieces():
+    def microbatches():
         yield x[:4], y[:4]
         raise OSError("a bad example")
 
     with pytest.raises(tf.errors.UnknownError, match="a bad example"):
-        model.fit(pieces(), verbose=0)
+        model.fit(microbatches(), verbose=0)
     for a, b in zip(values(model), before):
         np.testing.assert_array_equal(a, b)
 
@@ -732,21 +732,21 @@ def test_steps_per_execution_validation_and_callbacks(steps_per_execution):
 
 def test_a_data_set_and_steps_per_epoch():
     x, y = data()
-    pieces = tf.data.Dataset.from_tensor_slices((x, y)).batch(4).repeat()
+    microbatches = tf.data.Dataset.from_tensor_slices((x, y)).batch(4).repeat()
     model = compiled(wrapped(), optimizers.Adam(0.1))
-    model.fit(pieces, steps_per_epoch=3, epochs=3, verbose=0)
+    model.fit(microbatches, steps_per_epoch=3, epochs=3, verbose=0)
     assert_same(model, fit(compiled(network(), optimizers.Adam(0.1))))
 
 
 def test_a_generator_of_unknown_length():
     x, y = data(10)
 
-    def pieces():
+    def microbatches():
         for i in range(0, 10, 4):
             yield x[i : i + 4], y[i : i + 4]
 
     data_set = tf.data.Dataset.from_generator(
-        pieces,
+        microbatches,
         output_signature=(tf.TensorSpec((None, 6)), tf.TensorSpec((None, 3))),
     )
     model = compiled(wrapped(accum_steps=2), optimizers.Adam(0.1))
@@ -842,10 +842,10 @@ def test_a_config_without_layers():
     ((2, 2, 2, 1), None, "same number of examples"),
     ((2, 2, 2), 9, "ended before `steps_per_epoch`"),
 ])  # fmt: skip
-def test_pieces_that_are_not_what_they_should_be(sizes, steps, what):
+def test_microbatches_that_are_not_what_they_should_be(sizes, steps, what):
     x, y = data(2)
 
-    def pieces(sizes):
+    def microbatches(sizes):
         specs = tf.TensorSpec((None, 6)), tf.TensorSpec((None, 3))
         return tf.data.Dataset.from_generator(
             lambda: ((x, y[:n]) for n in sizes), output_signature=specs
@@ -853,10 +853,10 @@ def test_pieces_that_are_not_what_they_should_be(sizes, steps, what):
 
     model = network()
     model.compile("adam", "mse")
-    accumulate(model, accum_steps=4).fit(pieces((2,) * 4), verbose=0)
+    accumulate(model, accum_steps=4).fit(microbatches((2,) * 4), verbose=0)
     before = values(model)
     with pytest.raises(ValueError, match=rf"{what}.*Received: "):
-        model.fit(pieces(sizes), steps_per_epoch=steps, verbose=0)
+        model.fit(microbatches(sizes), steps_per_epoch=steps, verbose=0)
     for got, expected in zip(values(model), before, strict=True):
         np.testing.assert_array_equal(got, expected)
     assert int(model.optimizer.iterations) == 1

@@ -1,4 +1,4 @@
-"""A Hugging Face model on Keras 2, in pieces, on text that scikit-learn ships."""
+"""A Hugging Face model on Keras 2, in micro-batches, on text of scikit-learn's."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from gradient_accumulator import GradientAccumulateModel, accumulate
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("sklearn.datasets")
 
-STEPS, EXAMPLES, PIECE = 24, 12, 4
+STEPS, EXAMPLES, MICROBATCH = 24, 12, 4
 
 
 def sentences():
@@ -51,7 +51,7 @@ def bert(kind=None, **settings):
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=STEPS,
-        # Pieces draw other random numbers than the full batch.
+        # Micro-batches draw other random numbers than the batch.
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         **settings,
@@ -203,7 +203,7 @@ def test_compiled_without_a_loss(name):
     reference = trained(make(), data=data, loss=None, **arguments)
     for batch, settings in (
         (EXAMPLES, {"microbatch_size": 5}),
-        (PIECE, {"accum_steps": 3}),
+        (MICROBATCH, {"accum_steps": 3}),
     ):
         model = accumulate(make(), **settings)
         own = trained(model, batch, data=data, loss=None, **arguments)
@@ -256,7 +256,7 @@ NOT_TOLD = {
 @pytest.mark.parametrize("name", NOT_TOLD)
 def test_what_its_own_loss_is_divided_by_is_not_told(name):
     make, data, message = NOT_TOLD[name]
-    model = accumulate(make(), microbatch_size=PIECE)
+    model = accumulate(make(), microbatch_size=MICROBATCH)
     before = model.get_weights()
     with pytest.raises(ValueError, match=message):
         trained(model, data=data, loss=None)
@@ -270,12 +270,12 @@ def test_a_loss_of_ones_own_is_not_told():
             return tf.reduce_mean(super().hf_compute_loss(labels, logits))
 
     with pytest.raises(ValueError, match=r"own loss.* Received: model=.*Own"):
-        trained(accumulate(bert(Own), microbatch_size=PIECE), loss=None)
+        trained(accumulate(bert(Own), microbatch_size=MICROBATCH), loss=None)
 
 
 def test_wrapped_as_a_functional_model():
     model = functional(bert())
     wrapped = GradientAccumulateModel(
-        accum_steps=EXAMPLES // PIECE, inputs=model.input, outputs=model.output
+        accum_steps=EXAMPLES // MICROBATCH, inputs=model.input, outputs=model.output
     )
-    assert_same(trained(wrapped, PIECE), trained(functional(bert())))
+    assert_same(trained(wrapped, MICROBATCH), trained(functional(bert())))

@@ -1,13 +1,12 @@
 """The list of models, losses and data that every exactness test is parametrized over.
 
-A problem is what a user would write: a model, what it is compiled with, and full
+A problem is what a user would write: a model, what it is compiled with, and
 batches, each of which one weight update is computed from. Nothing here knows about
 accumulation; `benchmarks/` makes its table of what is exact from the same list.
 
-Sizes are chosen so that every problem has a last piece that is smaller (12 examples
-in pieces of 5) and a last update with fewer pieces (7 examples). Learning rates are
-high, so that what is compared is far above float32's rounding.
-"""
+Sizes are chosen so that every problem has a last micro-batch that is smaller (12
+examples in micro-batches of 5) and a last update with fewer micro-batches (7 examples).
+Learning rates are high, so that what is compared is far above float32's rounding."""
 
 # Importing a topic adds its problems to the list.
 from . import layers, lengths, masks, optimizers
@@ -35,7 +34,7 @@ from .models import (
     written,
 )
 from .outputs import tagger_and_classifier, two_losses
-from .problem import PIECE, PROBLEMS, Problem, cut, here
+from .problem import MICROBATCH, PROBLEMS, Problem, cut, here
 from .subclasses import nested_batches, of_named_inputs
 from .variables import CountsExamples, shared_layer
 
@@ -43,7 +42,7 @@ __all__ = [
     "CLASSES",
     "CLASS_WEIGHT",
     "FEATURES",
-    "PIECE",
+    "MICROBATCH",
     "PROBLEMS",
     "REDUCTIONS",
     "STEPS",

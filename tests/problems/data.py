@@ -1,8 +1,8 @@
-"""Full batches: vectors, tokens, images, weights."""
+"""Batches: vectors, tokens, images, weights."""
 
 import numpy as np
 
-SIZES = (12, 7)  # examples of the full batches of one epoch
+SIZES = (12, 7)  # examples of the batches of one epoch
 FEATURES, CLASSES, STEPS, TOKENS = 6, 3, 6, 20
 
 
@@ -15,7 +15,7 @@ def normal(r, *shape):
 
 
 def each_size(make, sizes=SIZES, seed=0):
-    """`make(generator, examples)` for each full batch."""
+    """`make(generator, examples)` for each batch."""
     r = random(seed)
     return [make(r, count) for count in sizes]
 
@@ -46,7 +46,7 @@ def weighted(batches, weights=lambda r, x, y: uneven(r, len(y))):
 
 
 def zero_from(start, stop, batches=None):
-    """Weights that are zero from example `start` to `stop` of every full batch."""
+    """Weights that are zero from example `start` to `stop` of every batch."""
     batches = weighted(vectors(), lambda r, x, y: r.uniform(0.5, 2, len(y)))
     for _, _, weights in batches:
         weights[start:stop] = 0

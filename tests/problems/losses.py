@@ -18,7 +18,7 @@ from .data import (
     zero_from,
 )
 from .models import classifier, conv_to_image, mlp, tagger
-from .problem import ALIKE, PIECE, add, change, of_reduction, sgd
+from .problem import ALIKE, MICROBATCH, add, change, of_reduction, sgd
 
 REDUCTIONS = ("sum", "sum_over_batch_size", "mean", "mean_with_sample_weight", "none")
 ONLY_TENSORFLOW = {
@@ -85,19 +85,19 @@ for _reduction in REDUCTIONS:
         **_masked,
     )
     add(
-        f"reduction_{_reduction}_piece_of_zero_weight",
+        f"reduction_{_reduction}_microbatch_of_zero_weight",
         mlp(),
-        lambda: zero_from(0, PIECE),
+        lambda: zero_from(0, MICROBATCH),
         **_weighted,
     )
     add(
-        f"reduction_{_reduction}_masked_piece",
+        f"reduction_{_reduction}_masked_microbatch",
         tagger,
-        lambda: empty_rows(token_sequences(), PIECE, 2 * PIECE),
+        lambda: empty_rows(token_sequences(), MICROBATCH, 2 * MICROBATCH),
         **_masked,
     )
 change("reduction_sum_over_batch_size_masked_weighted", core=("microbatch_size",))
-change("reduction_mean_with_sample_weight_masked_piece", core=("accum_steps",))
+change("reduction_mean_with_sample_weight_masked_microbatch", core=("accum_steps",))
 change("reduction_none_masked", core=("accum_steps",))
 change("reduction_sum", alike=(), core=("microbatch_size", "optimizer"))
 change(
@@ -151,7 +151,7 @@ for _reduction in ("sum_over_batch_size", "mean_with_sample_weight"):
         "since": (MEAN_OVER_NO_WEIGHT,) if _by_weights else (),
     }
     add(
-        f"weights_zero_in_a_full_batch_{_reduction}",
+        f"weights_zero_in_a_batch_{_reduction}",
         mlp(),
         lambda: [
             (x, y, w * (len(y) == SIZES[0]))
@@ -161,7 +161,7 @@ for _reduction in ("sum_over_batch_size", "mean_with_sample_weight"):
         **_settings,
     )  # fmt: skip
     add(
-        f"fully_masked_full_batch_{_reduction}",
+        f"fully_masked_batch_{_reduction}",
         tagger,
         lambda: [
             (x * (len(x) == SIZES[0]), y) for x, y in token_sequences()
@@ -170,9 +170,9 @@ for _reduction in ("sum_over_batch_size", "mean_with_sample_weight"):
         # The loss of a batch that is masked as a whole is NaN in plain Keras 2.
         **_settings | {"keras2": None, "optimizer_reduction": None},
     )  # fmt: skip
-change("weights_zero_in_a_full_batch_sum_over_batch_size", core=("accum_steps",))
-change("fully_masked_full_batch_mean_with_sample_weight", core=("microbatch_size",))
-change("fully_masked_full_batch_sum_over_batch_size", devices=("jax", "torch"))
+change("weights_zero_in_a_batch_sum_over_batch_size", core=("accum_steps",))
+change("fully_masked_batch_mean_with_sample_weight", core=("microbatch_size",))
+change("fully_masked_batch_sum_over_batch_size", devices=("jax", "torch"))
 
 CLASSIFICATION = {
     "sparse_categorical_crossentropy": labelled,
@@ -241,7 +241,7 @@ class LossByCall(keras.losses.Loss):
 
 
 class LossWhole(keras.losses.Loss):
-    """Cannot be taken apart: pieces weigh by their examples, right for a mean."""
+    """Not taken apart: micro-batches weigh by their examples, right for a mean."""
 
     def __call__(self, y_true, y_pred, sample_weight=None):
         return ops.mean(ops.square(y_true - y_pred))

@@ -24,7 +24,7 @@ from .data import (
 from .losses import logits, slow
 from .models import conv_to_image, dense_steps, mlp, of_tokens, pooled, seeded
 from .optimizers import of_class
-from .problem import PIECE, add, change, of_reduction, sgd
+from .problem import MICROBATCH, add, change, of_reduction, sgd
 
 
 def ignoring(reduction="sum_over_batch_size"):
@@ -72,9 +72,9 @@ add(
     optimizer_reduction=None,
 )
 add(
-    "ignore_class_whole_piece",
+    "ignore_class_whole_microbatch",
     mlp(),
-    lambda: ignored_labels(0, PIECE),
+    lambda: ignored_labels(0, MICROBATCH),
     arguments=ignoring(),
     optimizer_reduction=None,
 )

@@ -153,7 +153,7 @@ add(
 
 
 def one_overflow():
-    """The first full batch's gradient overflows when scaled, its loss does not."""
+    """The first batch's gradient overflows when scaled, its loss does not."""
     batches = vectors(1)
     batches[0][0][1, 0] = 1e36
     return batches

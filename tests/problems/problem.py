@@ -10,7 +10,7 @@ from versions import Since, is_before
 BACKENDS = ("tensorflow", "jax", "torch")
 # How micro-batches are trained: by `accumulate`, or by the optimizer's wrapper.
 WAYS = ("microbatch_size", "accum_steps", "optimizer")
-PIECE = 5  # examples of a piece
+MICROBATCH = 5  # examples of a micro-batch
 
 
 def sgd(**overrides):
@@ -19,17 +19,17 @@ def sgd(**overrides):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A model, what it is compiled with, and its full batches.
+    """A model, what it is compiled with, and its batches.
 
     Args:
         name: What the problem is about.
         build: Makes the model, not compiled. Every call gives the same weights.
-        batches: Makes the full batches of one epoch: tuples `(x,)`, `(x, y)` or
+        batches: Makes the batches of one epoch: tuples `(x,)`, `(x, y)` or
             `(x, y, sample_weight)`.
         arguments: Makes the arguments of `compile`, without the optimizer.
         optimizer: Makes the optimizer; keyword arguments are for its constructor.
         class_weight: For `fit`.
-        pieces: Cuts one full batch for `accum_steps`, where that is not by examples.
+        microbatches: Cuts one batch for `accum_steps`, where that is not by examples.
         stages: What is done to the model before each `fit`, one entry a `fit`.
         epochs: Epochs of each `fit`.
         backends: Those that the problem exists on. `because` says why not on all.
@@ -65,7 +65,7 @@ class Problem:
     arguments: Callable[[], dict[str, Any]] = lambda: {"loss": "mse"}
     optimizer: Callable[..., keras.optimizers.Optimizer] = sgd
     class_weight: dict[int, float] | None = None
-    pieces: Callable[[tuple], list[tuple]] | None = None
+    microbatches: Callable[[tuple], list[tuple]] | None = None
     stages: tuple[Callable[[keras.Model], None] | None, ...] = (None,)
     epochs: int = 2
     backends: tuple[str, ...] = BACKENDS
@@ -95,18 +95,20 @@ class Problem:
             model.optimizer.build(model.trainable_variables)
 
     def cut(self, batch):
-        """The pieces of one full batch, as `accum_steps` gets them."""
-        return self.pieces(batch) if self.pieces else cut(batch)
+        """The micro-batches of one batch, as `accum_steps` gets them."""
+        return self.microbatches(batch) if self.microbatches else cut(batch)
 
     @property
     def accum_steps(self):
-        """Pieces of the largest full batch; a smaller one has fewer."""
+        """Micro-batches of the largest batch; a smaller one has fewer."""
         return max(len(self.cut(batch)) for batch in self.batches())
 
 
 def cut(batch, size=None):
-    """Cuts every array of a batch in pieces of `size` examples, the last smaller."""
-    size = size or PIECE
+    """Cuts every array of a batch in micro-batches of `size` examples, the last
+    smaller.
+    """
+    size = size or MICROBATCH
     count = len(keras.tree.flatten(batch)[0])
     return [
         keras.tree.map_structure(lambda a, i=i: a[i : i + size], batch)

@@ -19,7 +19,7 @@ from .data import (
 from .losses import logits, squared
 from .models import Written, dense_steps, mlp, of_tokens, seeded, written
 from .optimizers import FEATURES_OF_OPTIMIZERS, OPTIMIZERS, loss_scaled, of_class
-from .problem import PIECE, add, change, sgd
+from .problem import MICROBATCH, add, change, sgd
 
 
 def frozen(name):
@@ -174,7 +174,7 @@ class UnusedWeight(Written):
 
 
 add(
-    "gradient_none_on_all_pieces",
+    "gradient_none_on_all_microbatches",
     written(UnusedWeight),
     vectors,
     optimizer=lambda **overrides: sgd(weight_decay=0.1, **overrides),
@@ -199,11 +199,11 @@ class Gated(Written):
 
 
 def gated_batches(none_needed=False):
-    """Only examples of the second piece need the branch."""
+    """Only examples of the second micro-batch need the branch."""
     batches = vectors()
     for x, _ in batches:
         x[:, 0] = -np.abs(x[:, 0])
-        x[PIECE : PIECE + 2, 0] *= -1
+        x[MICROBATCH : MICROBATCH + 2, 0] *= -1
     if none_needed:
         batches[1][0][:, 0] = -np.abs(batches[1][0][:, 0])
     return batches
@@ -216,10 +216,10 @@ EAGER = {
     # Gradients are there in one update and not in the next.
     "plain_replicas": False,
 }
-add("gradient_none_on_some_pieces", written(Gated), gated_batches, **EAGER,
+add("gradient_none_on_some_microbatches", written(Gated), gated_batches, **EAGER,
     devices=("torch",), core=("microbatch_size",))  # fmt: skip
 add(
-    "gradient_none_on_all_pieces_of_one_update",
+    "gradient_none_on_all_microbatches_of_one_update",
     written(Gated),
     lambda: gated_batches(none_needed=True),
     **EAGER,
@@ -248,7 +248,7 @@ def counting():
 
 
 add(
-    "state_travels_from_piece_to_piece",
+    "state_travels_from_microbatch_to_microbatch",
     counting,
     vectors,
     per_process=True,

@@ -1,4 +1,4 @@
-"""Training in pieces on JAX."""
+"""Training in micro-batches on JAX."""
 
 from gradient_accumulator.backend.jax import optimizer as optimizer
 from gradient_accumulator.backend.jax import replicas as replicas

@@ -1,4 +1,4 @@
-"""An update whose pieces are sharded: each device adds up its own parts of them.
+"""An update whose micro-batches are sharded: each device adds up its own parts of them.
 
 Nothing is exchanged before the end, when all that was added up is reduced at once.
 What a device adds up is its entry of a stack, an array with one more axis.
@@ -24,7 +24,7 @@ def zeros(zeros, model, replicas):
 
 
 def measure(model, measure, replicas, trainable, non_trainable, data):
-    """The denominators of each device's part of a piece, and what it moved.
+    """The denominators of each device's part of a micro-batch, and what it moved.
 
     Args, returns: As on one device; there is a row of denominators for each device.
     """
@@ -40,9 +40,9 @@ def measure(model, measure, replicas, trainable, non_trainable, data):
     return on_each(trainable, non_trainable, data)
 
 
-def add_piece(
+def add_microbatch(
     model,
-    add_piece,
+    add_microbatch,
     replicas,
     kinds,
     sums,
@@ -54,7 +54,7 @@ def add_piece(
     share,
     factors,
 ):
-    """Add a piece, of which each device has its part, to what each adds up.
+    """Add a micro-batch, of which each device has its part, to what each adds up.
 
     Args, returns: As on one device; the share and the factors are of a device's part.
     """
@@ -62,7 +62,7 @@ def add_piece(
     def run(sums, trainable, non_trainable, optimizer, data, share, factors):
         *sums, own = jax.tree.map(lambda stack: stack[0], sums)
         with together(model):
-            sums, moved, own, _ = add_piece(
+            sums, moved, own, _ = add_microbatch(
                 kinds,
                 tuple(sums),
                 trainable,

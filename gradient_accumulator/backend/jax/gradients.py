@@ -16,7 +16,7 @@ from gradient_accumulator.gradients import (
     listed,
     warn_of_nan,
 )
-from gradient_accumulator.pieces import example_count
+from gradient_accumulator.microbatches import example_count
 from gradient_accumulator.received import check_of_backend, described
 
 # What is traced among further arguments: what `jax.jit` traces, but for ints and bools,
@@ -44,11 +44,11 @@ def value_and_grad(loss: LossFunction) -> Callable:
         )
         one = add if traced else compiled
 
-        def piece(sums, start, length=length):
+        def microbatch(sums, start, length=length):
             return one(
                 sums=sums,
                 variables=variables,
-                piece=_take(batch, start, length),
+                microbatch=_take(batch, start, length),
                 inverse=1 / size,
                 arrays=arrays,
                 others=others,
@@ -56,16 +56,16 @@ def value_and_grad(loss: LossFunction) -> Callable:
 
         starts = range(0, size - length + 1, length)
         if traced:
-            sums, aux = jax.lax.scan(piece, sums, jnp.asarray(starts))
+            sums, aux = jax.lax.scan(microbatch, sums, jnp.asarray(starts))
             auxes = [aux]
         else:
             auxes = []
             for start in starts:
-                sums, aux = piece(sums, start)
+                sums, aux = microbatch(sums, start)
                 auxes.append(jax.tree.map(lambda leaf: leaf[None], aux))
         rest = size % length
         if rest:
-            sums, aux = piece(sums, size - rest, rest)
+            sums, aux = microbatch(sums, size - rest, rest)
             auxes.append(jax.tree.map(lambda leaf: leaf[None], aux))
         value, gradients = _finished(sums, variables, size)
         if not traced and True in means:
@@ -133,7 +133,7 @@ def _together(arrays, others):
 
 
 def _zeros(loss, variables):
-    """What pieces add up to: gradients, losses and denominators."""
+    """What micro-batches add up to: gradients, losses and denominators."""
     gradients = jax.tree.map(
         lambda v: jnp.zeros(jnp.shape(v), loss.accumulator_dtype(jnp.result_type(v))),
         variables,
@@ -149,22 +149,22 @@ def _take(batch, start, length):
             if isinstance(start, int):
                 return array[start : start + length]
             array = jnp.asarray(array)
-        # With the start an operand, one program serves all pieces.
+        # With the start an operand, one program serves all micro-batches.
         return jax.lax.dynamic_slice_in_dim(array, start, length)
 
     return jax.tree.map(take, batch)
 
 
-def _add(loss, means, sums, variables, piece, inverse, arrays, others):
-    """Add a piece's numerator over the number of all examples, and its gradient."""
+def _add(loss, means, sums, variables, microbatch, inverse, arrays, others):
+    """Add a micro-batch's numerator over the number of examples, and its gradient."""
     args, kwargs = _together(arrays, others)
 
     def worth(variables):
-        numerator, denominator, aux = loss(variables, piece, *args, **kwargs)
+        numerator, denominator, aux = loss(variables, microbatch, *args, **kwargs)
         means.add(denominator is None)
         share = inverse
         if denominator is None:
-            denominator = example_count(jax.tree.leaves(piece))
+            denominator = example_count(jax.tree.leaves(microbatch))
             share = inverse * denominator
         numerator = jnp.asarray(numerator)
         return numerator * jnp.asarray(share, numerator.dtype), (denominator, aux)
@@ -197,6 +197,6 @@ def _finished(sums, variables, size):
 
 
 def _joined(*stacked):
-    """What pieces return, along their first axis; scalars as a vector."""
+    """What micro-batches return, along their first axis; scalars as a vector."""
     flat = [s if s.ndim == 1 else s.reshape(-1, *s.shape[2:]) for s in stacked]
     return jnp.concatenate(flat)

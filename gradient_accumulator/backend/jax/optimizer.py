@@ -36,7 +36,7 @@ def add(pairs: list, factor: Any) -> None:
 
 
 def add_and_update(pairs: list, factor: Any, update: Callable) -> None:
-    """Add a piece, and call `update`, which updates if it is the last."""
+    """Add a micro-batch, and call `update`, which updates if it is the last."""
     with added(add, pairs, factor, not isinstance(factor, jax.core.Tracer)):
         update()
 
@@ -57,7 +57,7 @@ def clear(accumulators: list) -> None:
 
 
 def total(variable: keras.Variable, weighed: bool) -> Any:
-    """The sum of the pieces' weights."""
+    """The sum of the micro-batches' weights."""
     return variable.value
 
 

@@ -1,8 +1,8 @@
-"""The devices that a batch is sharded over: each computes on its part of every piece.
+"""The devices that a batch is sharded over: each computes on its part of every
+micro-batch.
 
-With `jax.shard_map`, for XLA itself would gather a batch to cut it in pieces, and
-reduce the gradients of every piece.
-"""
+With `jax.shard_map`, for XLA itself would gather a batch to cut it in micro-batches,
+and reduce the gradients of every micro-batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gradient_accumulator.backend.common import NOT_APPLIED, lost
-from gradient_accumulator.pieces import leaves
+from gradient_accumulator.microbatches import leaves
 
 # The mesh axis of the devices that what is traced runs on, each on its part.
 _axis: ContextVar[str | None] = ContextVar("axis", default=None)
@@ -90,7 +90,7 @@ def _taking(replicas, length):
     def take(array, start):
         return jax.lax.dynamic_slice_in_dim(array, start, length)
 
-    # With the start an operand, one program serves all pieces.
+    # With the start an operand, one program serves all micro-batches.
     return jax.jit(replicas.on_each(take, (True, False), True))
 
 
@@ -132,7 +132,7 @@ def several_processes(model: keras.Model) -> bool:
     return jax.process_count() > 1
 
 
-def check_in_step(epoch: int, update: int, pieces: int) -> None:
+def check_in_step(epoch: int, update: int, microbatches: int) -> None:
     """Raise in all processes if they are not at the same place in their training.
 
     A process alone in an update would wait for the others for good.
@@ -140,24 +140,25 @@ def check_in_step(epoch: int, update: int, pieces: int) -> None:
     Args:
         epoch: The number of the epoch.
         update: The number of the update.
-        pieces: How many pieces it has; none at the end of an epoch.
+        microbatches: How many micro-batches it has; none at the end of an epoch.
     """
     if jax.process_count() == 1:
         return
-    mine = np.array([epoch, update, pieces])
+    mine = np.array([epoch, update, microbatches])
     everyone = waited_for(multihost_utils.process_allgather)(mine)
     if (everyone == mine).all():
         return
     states = [
-        f"at update {update} of this `fit`, in epoch {epoch}, of {pieces} pieces"
-        if pieces
+        f"at update {update} of this `fit`, in epoch {epoch}, of {microbatches} "
+        "micro-batches"
+        if microbatches
         else f"at the end of epoch {epoch}, after update {update}"
-        for epoch, update, pieces in everyone.tolist()
+        for epoch, update, microbatches in everyone.tolist()
     ]
     raise ValueError(
         "The processes of `jax.distributed` must make the same updates, each of as "
-        "many pieces: give each its share of every batch, the same number of batches. "
-        "Received: "
+        "many micro-batches: give each its share of every batch, the same number of "
+        "batches. Received: "
         + ", ".join(f"process {rank} {state}" for rank, state in enumerate(states))
     )
 

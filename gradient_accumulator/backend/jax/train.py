@@ -17,9 +17,9 @@ from gradient_accumulator.accumulation import Accumulation
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.jax.replicas import active_replicas, check_in_step
 from gradient_accumulator.backend.jax.update import make_update
-from gradient_accumulator.pieces import (
+from gradient_accumulator.microbatches import (
     Epoch,
-    Pieces,
+    Microbatches,
     batch_size,
     checked,
     cut,
@@ -47,19 +47,19 @@ def make_train_function(
             with _kept_on_failure(model, state):
                 try:
                     batches = iterator if cuts else map(checked, iterator)
-                    pieces = epoch.draw(batches, accumulation.accum_steps or 1)
+                    microbatches = epoch.draw(batches, accumulation.accum_steps or 1)
                 except StopIteration:
                     if logs is None:
                         raise
                     break
                 if cuts:
-                    (batch,) = pieces.iterator
+                    (batch,) = microbatches.iterator
                     if epoch.sizes:
-                        pieces = _drawn(epoch, batch, iterator, accumulation)
+                        microbatches = _drawn(epoch, batch, iterator, accumulation)
                     else:
-                        pieces = _cut(batch, accumulation.microbatch_size)
-                    epoch.cut(pieces.count, pieces.on_device)
-                logs, state = update(state, pieces)
+                        microbatches = _cut(batch, accumulation.microbatch_size)
+                    epoch.cut(microbatches.count, microbatches.on_device)
+                logs, state = update(state, microbatches)
         return logs, state
 
     return train_function
@@ -93,16 +93,16 @@ def _cut(batch, microbatch_size):
 
 def _take(array, start, stop):
     if isinstance(array, jax.Array):
-        # With the start an operand, one program serves all pieces.
+        # With the start an operand, one program serves all micro-batches.
         return jax.lax.dynamic_slice_in_dim(array, start, stop - start)
     return array[start:stop]
 
 
 def _drawn(epoch, first, iterator, accumulation):
-    """The pieces of a batch, which are drawn one by one: see `batches`."""
+    """The micro-batches of a batch, which are drawn one by one: see `batches`."""
     size = epoch.next_size(iterator)
     count = math.ceil(size / accumulation.microbatch_size)
-    return Pieces(chain([first], islice(iterator, count - 1)), count, size)
+    return Microbatches(chain([first], islice(iterator, count - 1)), count, size)
 
 
 def after_fit(model: keras.Model, epoch: Epoch) -> None:
@@ -131,8 +131,8 @@ def batches(
 
     Args:
         model: The model.
-        epoch: Where `fit` stands. It is told the sizes of batches whose pieces are
-            drawn.
+        epoch: Where `fit` stands. It is told the sizes of batches whose micro-batches
+            are drawn.
         accumulation: How the model accumulates.
         adapter: That which Keras makes of the data.
 
@@ -148,10 +148,10 @@ def batches(
     if arrays and not arrays.sparse and keras.distribution.distribution() is None:
         epoch.sizes = arrays.sizes
 
-        def in_pieces():
-            return _in_pieces(arrays, microbatch_size)
+        def in_microbatches():
+            return _in_microbatches(arrays, microbatch_size)
 
-        return in_pieces, in_pieces
+        return in_microbatches, in_microbatches
 
     def with_examples(batch):
         batch_size(batch)
@@ -160,8 +160,8 @@ def batches(
     return drawn, lambda: map(with_examples, drawn())
 
 
-def _in_pieces(arrays, microbatch_size):
-    """The pieces of one batch after the other."""
+def _in_microbatches(arrays, microbatch_size):
+    """The micro-batches of one batch after the other."""
     inputs = arrays.sliceable("jax")  # in each epoch, for callbacks may change arrays
     # As far ahead as Keras draws batches, for NumPy's random state to be the same.
     drawn = JAXEpochIterator(x=arrays.numbers())._get_iterator()

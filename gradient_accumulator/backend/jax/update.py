@@ -1,7 +1,7 @@
-"""An update on JAX: a host loop over one jitted function that adds a piece.
+"""An update on JAX: a host loop over one jitted function that adds a micro-batch.
 
 Not `jax.lax.scan`: XLA runs convolutions inside a loop many times slower on CPUs, and
-a loop of the host takes pieces of different shapes.
+a loop of the host takes micro-batches of different shapes.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from gradient_accumulator.backend.statistics import Statistics, normalizations
 
 
 def make_update(model, training):
-    """A function of the state and one update's pieces."""
+    """A function of the state and one update's micro-batches."""
     accumulation, epoch = training.accumulation, training.epoch
 
-    def check(pieces):
-        check_in_step(epoch.number, epoch.updates, pieces)
+    def check(microbatches):
+        check_in_step(epoch.number, epoch.updates, microbatches)
 
     if accumulation.clipping is not None:
         accumulation.clipping.check_excluded(model.weights)
@@ -51,12 +51,14 @@ def make_update(model, training):
         # A dispatch takes an array of JAX's faster than one of NumPy's.
         return jnp.asarray(value, normalizers.dtype())
 
-    def update(state, pieces):
+    def update(state, microbatches):
         nonlocal programs
         trainable, non_trainable, optimizer, metrics = state
         if programs is None:
-            first = next(pieces.iterator)
-            pieces = replace(pieces, iterator=chain([first], pieces.iterator))
+            first = next(microbatches.iterator)
+            microbatches = replace(
+                microbatches, iterator=chain([first], microbatches.iterator)
+            )
             programs = _Programs(
                 model,
                 training,
@@ -66,19 +68,19 @@ def make_update(model, training):
                 _sharded(model, trainable, non_trainable, first),
             )
         before = [non_trainable[i] for i in positions]
-        check(pieces.count)  # processes may wait for each other in a piece
-        pieces = programs.weighed(pieces, trainable, non_trainable)
+        check(microbatches.count)  # processes may wait for each other in a micro-batch
+        microbatches = programs.weighed(microbatches, trainable, non_trainable)
         sums = programs.zeros()
         found = non_trainable  # by the next micro-batch
-        for piece, share, kinds, factors in pieces:
-            sums, moved, metrics, own_logs = programs.add_piece(
+        for microbatch, share, kinds, factors in microbatches:
+            sums, moved, metrics, own_logs = programs.add_microbatch(
                 kinds,
                 sums,
                 trainable,
                 found,
                 metrics,
                 optimizer if scales else None,
-                piece,
+                microbatch,
                 number(share / programs.devices),
                 factors,
             )
@@ -86,17 +88,17 @@ def make_update(model, training):
             found = list(non_trainable)
             for i in rewound:
                 found[i] = state[1][i]
-        check(pieces.count)
+        check(microbatches.count)
         sums, metrics = programs.reduce(sums, metrics)
         trainable, optimizer, metrics, logs, after = programs.apply(
-            pieces.divided_last,
+            microbatches.divided_last,
             sums,
-            number(pieces.correction()),
+            number(microbatches.correction()),
             trainable,
             optimizer,
             metrics,
             own_logs,
-            pieces.examples,
+            microbatches.examples,
             before,
             [non_trainable[i] for i in positions],
         )
@@ -115,15 +117,15 @@ class _Programs:
         training: Its `Training`.
         statistics: Of its normalization layers.
         state: The shardings of the four lists of values that `fit` keeps, or None.
-        check: Function of the number of an update's pieces, which must be the same in
-            all processes.
-        replicas: The devices that each work on their part of a piece, or None.
+        check: Function of the number of an update's micro-batches, which must be the
+            same in all processes.
+        replicas: The devices that each work on their part of a micro-batch, or None.
     """
 
     def __init__(self, model, training, statistics, state, check, replicas):
         accumulation = training.accumulation
         zeros = partial(_zeros, model, accumulation)
-        add_piece = partial(_add_piece, model, statistics)
+        add_microbatch = partial(_add_microbatch, model, statistics)
         measure = partial(_measure, model, statistics)
         apply = partial(_apply, model, accumulation.clipping, statistics)
         reduce = _reduced
@@ -131,18 +133,20 @@ class _Programs:
         if replicas is not None:
             self.devices = replicas.count
             zeros = partial(each_device.zeros, zeros, model, replicas)
-            add_piece = partial(each_device.add_piece, model, add_piece, replicas)
+            add_microbatch = partial(
+                each_device.add_microbatch, model, add_microbatch, replicas
+            )
             measure = partial(each_device.measure, model, measure, replicas)
             reduce = partial(each_device.reduce, model)
         if model.jit_compile and not model.run_eagerly:
             measure = jax.jit(measure)
-            sums, after_piece, reduced, after_update = _shardings(state, replicas)
+            sums, after_microbatch, reduced, after_update = _shardings(state, replicas)
             zeros = jax.jit(zeros, out_shardings=sums)
-            add_piece = jax.jit(
-                add_piece,
+            add_microbatch = jax.jit(
+                add_microbatch,
                 static_argnums=0,
                 donate_argnums=1,
-                out_shardings=after_piece,
+                out_shardings=after_microbatch,
             )
             if replicas is not None:
                 reduce = jax.jit(reduce, donate_argnums=0, out_shardings=reduced)
@@ -152,7 +156,7 @@ class _Programs:
                 donate_argnums=(3, 4),
                 out_shardings=after_update,
             )
-        self.zeros, self.add_piece, self.apply = zeros, add_piece, apply
+        self.zeros, self.add_microbatch, self.apply = zeros, add_microbatch, apply
         self.reduce = reduce if jax.process_count() == 1 else waited_for(reduce)
         self.weighed = normalizers.HostWeights(
             model,
@@ -164,11 +168,11 @@ class _Programs:
         )
 
 
-def _sharded(model, trainable, non_trainable, piece):
-    """The devices that can work on their part of a piece, each for itself."""
+def _sharded(model, trainable, non_trainable, microbatch):
+    """The devices that can work on their part of a micro-batch, each for itself."""
     if model.run_eagerly or not model.jit_compile:
         return None
-    replicas = active_replicas(piece)
+    replicas = active_replicas(microbatch)
     if replicas is None:
         return None
     if trainer.has_own_metrics(model):  # its logs are of what it sees
@@ -177,7 +181,7 @@ def _sharded(model, trainable, non_trainable, piece):
         return None  # of one's own it is not known whether it adds up
     if any(has_layout(f"{layer.path}/output") for layer in trainer.layers_of(model)):
         return None  # what a layer returns is to be sharded over all devices
-    x, _, _ = keras.utils.unpack_x_y_sample_weight(piece)
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(microbatch)
     known = {id(v) for layer in normalizations(model) for v in layer.variables}
     unknown: list[keras.Variable] = []
 
@@ -196,8 +200,8 @@ def _sharded(model, trainable, non_trainable, piece):
         return ()
 
     jax.eval_shape(run, trainable, non_trainable, x)
-    # What a layer keeps of a piece may depend on all of its examples: XLA then sees to
-    # it, and reduces the gradients of every piece.
+    # What a layer keeps of a micro-batch may depend on all of its examples: XLA then
+    # sees to it, and reduces the gradients of every micro-batch.
     return None if unknown else replicas
 
 
@@ -220,12 +224,14 @@ def _shardings(state, replicas):
             replicas.stacked(),
             [replicas.stacked() for _ in metrics],
         )
-    after_piece = sums, non_trainable, metrics, None
-    return sums, after_piece, reduced, (trainable, optimizer, metrics, None, None)
+    after_microbatch = sums, non_trainable, metrics, None
+    return sums, after_microbatch, reduced, (trainable, optimizer, metrics, None, None)
 
 
 def _zeros(model, accumulation):
-    """What pieces add up to: gradients, loss, and what these are divided by last."""
+    """What micro-batches add up to: gradients, loss, and what these are divided by
+    last.
+    """
     gradients = [
         jnp.zeros(v.shape, trainer.accumulator_dtype(v, accumulation.accum_dtype))
         for v in model.trainable_variables
@@ -235,10 +241,11 @@ def _zeros(model, accumulation):
 
 
 def _measure(model, statistics, trainable, non_trainable, data):
-    """The denominators of a piece; of its forward pass only the masks are computed.
+    """The denominators of a micro-batch; of its forward pass only the masks are
+    computed.
 
-    And what it moved that the next piece's masks may depend on, as `_add_piece` does.
-    """
+    And what it moved that the next micro-batch's masks may depend on, as
+    `_add_microbatch` does."""
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
     with _variables(model, trainable, non_trainable) as scope, statistics.pooling():
         y_pred = trainer.forward(model, x, training=True)
@@ -252,10 +259,10 @@ def _measure(model, statistics, trainable, non_trainable, data):
     return worth, _moved(non_trainable, after)
 
 
-def _measured(measure, state, piece, losses):
+def _measured(measure, state, microbatch, losses):
     """What `normalizers.HostWeights` wants to know."""
     trainable, non_trainable = state
-    worth, moved = measure(trainable, non_trainable, piece)
+    worth, moved = measure(trainable, non_trainable, microbatch)
     return worth, (trainable, _replaced(non_trainable, moved))
 
 
@@ -278,7 +285,7 @@ def _variables(model, trainable, non_trainable, metrics=(), **kwargs):
     return trainer.StatelessScope(state_mapping=mapping, **kwargs)
 
 
-def _add_piece(
+def _add_microbatch(
     model,
     statistics,
     kinds,
@@ -291,10 +298,10 @@ def _add_piece(
     share,
     factors,
 ):
-    """Add a piece's part of the full batch's gradient, and its metrics.
+    """Add a micro-batch's part of the batch's gradient, and its metrics.
 
-    Of variables that are not trained only what the piece has moved is returned, else
-    None: a compiled function would copy all frozen weights for every piece.
+    Of variables that are not trained only what the micro-batch has moved is returned,
+    else None: a compiled function would copy all frozen weights for every micro-batch.
     """
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
 

@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from gradient_accumulator.backend.keras2.names import keras
-from gradient_accumulator.pieces import leaves, no_data, not_empty
+from gradient_accumulator.microbatches import leaves, no_data, not_empty
 
 BuiltByFit: Any = keras.Model  # the train function builds it
 

@@ -1,8 +1,7 @@
 """`GradientAccumulateOptimizer` on Keras 2, around new optimizers and legacy ones.
 
-Its loss scaling unscales the gradients of every piece, so that what is summed here is
-never scaled.
-"""
+Its loss scaling unscales the gradients of every micro-batch, so that what is summed
+here is never scaled."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ _LossScaleOptimizer = keras.mixed_precision.LossScaleOptimizer
 class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
     """An optimizer that updates the weights on every `accum_steps`-th call.
 
-    It sums the gradients that it is given, one call for each piece of a full batch,
+    It sums the gradients that it is given, one call for each micro-batch of a batch,
     and hands the finished sum to the optimizer that it wraps. See the class of the same
     name for Keras 3, whose arguments and methods are the same, but for `apply` and the
     stateless ones, which Keras 2 does not have.
@@ -43,7 +42,7 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
         optimizer: The optimizer to wrap: a name, a config, or any optimizer of Keras 2,
             also of `tf.keras.optimizers.legacy`.
         accum_steps: Positive int, the number of calls that make an update.
-        reduction: `"MEAN"` or `"SUM"`, of the pieces' gradients.
+        reduction: `"MEAN"` or `"SUM"`, of the micro-batches' gradients.
         name: Name of the optimizer.
         accum_dtype: Name of the float dtype that gradients are summed in.
         use_agc: Whether to clip the finished gradient adaptively.
@@ -119,7 +118,8 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
         weight=None,
         **kwargs,
     ):
-        """Add a piece's gradients; the last piece of an update applies the sum.
+        """Add a micro-batch's gradients; the last micro-batch of an update applies the
+        sum.
 
         Args:
             grads_and_vars: Pairs of a gradient, or None, and its variable, the same
@@ -127,9 +127,9 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
             name: Not used.
             skip_gradients_aggregation: Whether replicas have summed the gradients that
                 are given, which they may not have.
-            weight: What the piece is worth, a number or a scalar tensor, not negative.
-                If not given, 1. What weighs 0 adds nothing, also if its gradient is not
-                finite.
+            weight: What the micro-batch is worth, a number or a scalar tensor, not
+                negative. If not given, 1. What weighs 0 adds nothing, also if its
+                gradient is not finite.
 
         Returns:
             The number of updates so far.
@@ -231,8 +231,8 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
             scaler.compute_gradients = self.compute_gradients
             scaler.apply_gradients = self.apply_gradients
             return
-        # It would drop a piece that is not finite, and count the piece: it gets the
-        # finished sum instead, which is what it does on a full batch.
+        # It would drop a micro-batch that is not finite, and count the micro-batch: it
+        # gets the finished sum instead, which is what it does on a batch.
         self._scaler = weakref.ref(scaler)
         scaler.apply_gradients = self._accumulate_pairs
 

@@ -28,7 +28,7 @@ _ROOT = _ENGINE.rpartition(".")[0]
 A_MODEL = "a Keras 2 model, a `tf.keras.Model`"
 
 # Of a functional model that accumulates. HDF5 files hold nothing else of a class, and
-# a model that loaded as a plain one would go on training with pieces as batches.
+# a model that loaded as a plain one would go on training with micro-batches as batches.
 FUNCTIONAL_NAME = "GradientAccumulateModel"
 
 # Marks methods that Keras takes for its own.
@@ -134,7 +134,7 @@ def native(variable: tf.Variable) -> tf.Variable:
     return variable
 
 
-def moved_by_pieces(model: Any) -> list:
+def moved_by_microbatches(model: Any) -> list:
     """What forward passes move: seeds, statistics and the like.
 
     Not what a frozen layer created as trainable, which may be most of a model.
@@ -305,7 +305,7 @@ def build(model: Any, data: Any) -> None:
 
     Args:
         model: A compiled model.
-        data: Nested `tf.TensorSpec`s of a piece.
+        data: Nested `tf.TensorSpec`s of a micro-batch.
     """
     if _is_built(model):
         return
@@ -498,13 +498,13 @@ def may_average_numbers(model: Any, y_pred: Any) -> bool:
     )
 
 
-def averages_numbers(model: Any, piece: tuple, additional: list) -> bool:
+def averages_numbers(model: Any, microbatch: tuple, additional: list) -> bool:
     """Whether some do, learnt from a trace that never runs."""
     seen: list = []
     token = _numbers_seen.set(seen)
     try:
-        loss = compute_loss(model, piece, additional, 1.0, None)
-        update_metrics(model, piece, loss, 1, 1.0)
+        loss = compute_loss(model, microbatch, additional, 1.0, None)
+        update_metrics(model, microbatch, loss, 1, 1.0)
     finally:
         _numbers_seen.reset(token)
     return bool(seen)
@@ -516,13 +516,13 @@ def has_own_metrics(model: Any) -> bool:
 
 
 def update_metrics(
-    model: Any, piece: tuple, loss: Any, examples: Any, share: Any
+    model: Any, microbatch: tuple, loss: Any, examples: Any, share: Any
 ) -> dict:
-    """Add a piece to the metrics; returns the logs if they are the model's own.
+    """Add a micro-batch to the metrics; returns the logs if they are the model's own.
 
     The compiled losses have added their means, which weigh by examples.
     """
-    x, y, y_pred, sample_weight = piece
+    x, y, y_pred, sample_weight = microbatch
     with weighing_numbers(model, share):
         if has_own_metrics(model):
             return model.compute_metrics(x, y, y_pred, sample_weight)
@@ -532,7 +532,7 @@ def update_metrics(
 
 
 def logs(model: Any, own: dict, loss: Any, examples: Any) -> dict:
-    """The logs of an update, after its last piece."""
+    """The logs of an update, after its last micro-batch."""
     return own if has_own_metrics(model) else model.get_metrics_result()
 
 
@@ -587,7 +587,7 @@ def has_compiled_losses(model: Any) -> bool:
 
 
 def records_shares(model: Any, y: Any) -> bool:
-    """Whether compiled losses are recorded by what a piece's share is.
+    """Whether compiled losses are recorded by what a micro-batch's share is.
 
     So they are without targets, of which Keras 2 takes the number of examples, and
     where a model's own loss takes their place.
@@ -597,10 +597,10 @@ def records_shares(model: Any, y: Any) -> bool:
 
 
 def compute_loss(
-    model: Any, piece: tuple, additional: list, share: Any, weigh: Callable | None
+    model: Any, microbatch: tuple, additional: list, share: Any, weigh: Callable | None
 ) -> Any:
-    """A piece's loss, of which `share` is its part of the full batch's loss."""
-    x, y, y_pred, sample_weight = piece
+    """A micro-batch's loss, of which `share` is its part of the batch's loss."""
+    x, y, y_pred, sample_weight = microbatch
     once = records_shares(model, y)
     y, y_pred, sample_weight = _of_loss(model, y, y_pred, sample_weight)
     with ExitStack() as stack:
@@ -616,7 +616,7 @@ def compute_loss(
 
 
 def _weighing_once(update_state, share, once):
-    """Records a piece's loss with its part of the full batch's weight.
+    """Records a micro-batch's loss with its part of the batch's weight.
 
     That is 1 if a batch counts `once`.
     """
@@ -670,7 +670,7 @@ def replaced_losses(model: Any, replace: Callable) -> Iterator[None]:
         yield
 
 
-def standing_in(model: Any, stand_in: Callable, piece: tuple) -> list:
+def standing_in(model: Any, stand_in: Callable, microbatch: tuple) -> list:
     """Call the compiled losses with stand-ins; returns them, one for each call.
 
     Keras takes outputs, targets and weights apart for each loss, and a model's own
@@ -685,7 +685,7 @@ def standing_in(model: Any, stand_in: Callable, piece: tuple) -> list:
 
         return call
 
-    x, y, y_pred, sample_weight = piece
+    x, y, y_pred, sample_weight = microbatch
     with ExitStack() as stack:
         for metric in model.compiled_loss.metrics:
             stack.enter_context(

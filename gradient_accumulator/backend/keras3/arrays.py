@@ -1,6 +1,6 @@
-"""Arrays given to `fit`: pieces are drawn from them, and no full batch is made.
+"""Arrays given to `fit`: micro-batches are drawn from them, and no batch is made.
 
-Keras's adapter of arrays still decides which examples a full batch has, and in which
+Keras's adapter of arrays still decides which examples a batch has, and in which
 order: they are those of plain training.
 """
 
@@ -21,13 +21,13 @@ from keras.src.trainers.data_adapters.data_adapter_utils import (
     is_tensorflow_sparse,
 )
 
-# Values in a full batch, 1 MiB of float32, from which on its pieces are drawn. To draw
-# a small one at once takes less time, and no memory to speak of.
+# Values in a batch, 1 MiB of float32, from which on its micro-batches are drawn. To
+# draw a small one at once takes less time, and no memory to speak of.
 LARGE = 2**18
 
 
 class Arrays:
-    """Arrays that Keras draws full batches from.
+    """Arrays that Keras draws batches from.
 
     Args:
         adapter: What it does it by.
@@ -38,7 +38,7 @@ class Arrays:
 
     @property
     def sizes(self) -> list[int]:
-        """The number of examples of each full batch, in their order."""
+        """The number of examples of each batch, in their order."""
         last = self.adapter.partial_batch_size
         whole = self.adapter.num_batches - bool(last)
         return [self.adapter.batch_size] * whole + ([last] if last else [])
@@ -82,7 +82,7 @@ class Arrays:
 
 
 def large_arrays(adapter: DataAdapter) -> Arrays | None:
-    """The arrays that an adapter draws from, if full batches of them are large.
+    """The arrays that an adapter draws from, if batches of them are large.
 
     None for any other data.
     """

@@ -13,7 +13,7 @@ from keras.src.trainers.data_adapters import get_data_adapter
 from keras.src.trainers.data_adapters.array_slicing import train_validation_split
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
-from gradient_accumulator.pieces import Epoch, leaves, no_data, not_empty
+from gradient_accumulator.microbatches import Epoch, leaves, no_data, not_empty
 
 
 class Updates(DataAdapter):

@@ -27,7 +27,7 @@ from gradient_accumulator.received import check_of_backend, described
 class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
     """An optimizer that updates the weights on every `accum_steps`-th call.
 
-    It sums the gradients that it is given, one call for each piece of a full batch,
+    It sums the gradients that it is given, one call for each micro-batch of a batch,
     and hands the finished sum to the optimizer that it wraps:
 
         gradient = sum_k weight_k * gradient_k / sum_k weight_k      reduction="MEAN"
@@ -40,14 +40,14 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
     `accumulate` does the same, is faster, and exact in more cases:
 
     **What an optimizer cannot know.** It sees gradients, not what the losses were
-    divided by. Pieces weigh equally here, which is the full batch's mean if all have
+    divided by. Micro-batches weigh equally here, which is the batch's mean if all have
     as many examples, and no mask, `ignore_class` or
     `reduction="mean_with_sample_weight"` makes the loss of one a mean over fewer
     values. A loss with `reduction="sum"` needs `reduction="SUM"` here, and then
-    regularizers count once a piece. The model wrapper, `accumulate`, is exact in all
-    these cases; in a loop of your own, `weight=` tells what a piece is worth.
+    regularizers count once a micro-batch. The model wrapper, `accumulate`, is exact in
+    all these cases; in a loop of your own, `weight=` tells what a micro-batch is worth.
 
-    An epoch's last pieces wait for the next epoch if they are fewer than
+    An epoch's last micro-batches wait for the next epoch if they are fewer than
     `accum_steps`: the callback `FlushGradients` applies them at the epoch's end, and
     `flush` does at any time.
 
@@ -64,7 +64,7 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
     Args:
         optimizer: The optimizer to wrap: a name, a config, or any Keras 3 optimizer.
         accum_steps: Positive int, the number of calls that make an update.
-        reduction: `"MEAN"` or `"SUM"`, of the pieces' gradients.
+        reduction: `"MEAN"` or `"SUM"`, of the micro-batches' gradients.
         name: Name of the optimizer.
         accum_dtype: Name of the float dtype that gradients are summed in (float64
             variables always sum in float64).
@@ -87,10 +87,10 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
     model.fit(x, y, batch_size=8, callbacks=[FlushGradients()])
     ```
 
-    In a loop of your own, here on PyTorch, with pieces of uneven worth:
+    In a loop of your own, here on PyTorch, with micro-batches of uneven worth:
 
     ```python
-    for tokens, labels in pieces:
+    for tokens, labels in microbatches:
         loss = mean_loss_of_tokens(model(tokens), labels)
         model.zero_grad()
         loss.backward()
@@ -126,15 +126,16 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
     # ------------------------------------------------------------------ applying
 
     def apply(self, grads, trainable_variables=None, weight=None):
-        """Add a piece's gradients; the last piece of an update applies the sum.
+        """Add a micro-batch's gradients; the last micro-batch of an update applies the
+        sum.
 
         Args:
             grads: List of gradients, one for each variable; None where there is none.
             trainable_variables: The variables, the same in every call of an update. If
                 not given, those that the optimizer was built with.
-            weight: What the piece is worth, a number or a scalar tensor, not negative:
-                what its loss was divided by, such as its number of tokens. If not
-                given, 1. What weighs 0 adds nothing, also where its gradient is not
+            weight: What the micro-batch is worth, a number or a scalar tensor, not
+                negative: what its loss was divided by, such as its number of tokens. If
+                not given, 1. What weighs 0 adds nothing, also where its gradient is not
                 finite.
 
         Raises:
@@ -323,8 +324,8 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
     def _let_scale(self, scaler):
         """A `LossScaleOptimizer` was put around.
 
-        It would drop a piece that is not finite without a word. Here it gets the
-        finished sum of scaled gradients instead: what it does on a full batch.
+        It would drop a micro-batch that is not finite without a word. Here it gets the
+        finished sum of scaled gradients instead: what it does on a batch.
         """
         # Which a model compiled under mixed_float16 has as its optimizer.
         scaler.flush, scaler.reset = self.flush, self.reset

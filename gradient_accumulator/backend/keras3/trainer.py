@@ -140,7 +140,7 @@ def native(variable: keras.Variable) -> Any:
     return variable.value
 
 
-def moved_by_pieces(model: keras.Model) -> list:
+def moved_by_microbatches(model: keras.Model) -> list:
     """What forward passes move: seeds, statistics and the like.
 
     Not what a frozen layer created as trainable, which may be most of a model.
@@ -541,20 +541,20 @@ def may_average_numbers(model: keras.Model, y_pred: Any) -> bool:
     )
 
 
-def averages_numbers(model: keras.Model, piece: tuple, additional: list) -> bool:
+def averages_numbers(model: keras.Model, microbatch: tuple, additional: list) -> bool:
     """Whether some do, learnt from a call in a stateless scope.
 
     Args:
         model: A compiled model.
-        piece: Inputs, targets, predictions and sample weights of a micro-batch.
+        microbatch: Inputs, targets, predictions and sample weights of a micro-batch.
         additional: As for `compute_loss`.
     """
     zero_metrics(model)
     seen: list = []
     token = _numbers_seen.set(seen)
     try:
-        loss = compute_loss(model, piece, additional, 1.0, None)
-        update_metrics(model, piece, loss, 1, 1.0)
+        loss = compute_loss(model, microbatch, additional, 1.0, None)
+        update_metrics(model, microbatch, loss, 1, 1.0)
     finally:
         _numbers_seen.reset(token)
     return bool(seen)
@@ -566,23 +566,24 @@ def has_own_metrics(model: keras.Model) -> bool:
 
 
 def update_metrics(
-    model: keras.Model, piece: tuple, loss: Any, examples: Any, share: Any
+    model: keras.Model, microbatch: tuple, loss: Any, examples: Any, share: Any
 ) -> dict:
-    """Add a piece to the metrics; returns the logs if they are the model's own.
+    """Add a micro-batch to the metrics; returns the logs if they are the model's own.
 
     Args:
         model: A compiled model.
-        piece: Its inputs, targets, predictions and sample weights.
+        microbatch: Its inputs, targets, predictions and sample weights.
         loss: Its loss.
         examples: Number of its examples.
-        share: The piece's part of the full batch's examples.
+        share: The micro-batch's part of the batch's examples.
     """
-    x, y, y_pred, sample_weight = piece
+    x, y, y_pred, sample_weight = microbatch
     with weighing_numbers(model, share, sample_weight):
         if has_own_metrics(model):
             _update_loss(model, loss, examples)
             return model.compute_metrics(x, y, y_pred, sample_weight)
-        # What Keras's own does but for the results, which only the last piece's count.
+        # What Keras's own does but for the results, which only the last micro-batch's
+        # count.
         if model._compile_metrics is not None:
             model._compile_metrics.update_state(y, y_pred, sample_weight)
     return {}
@@ -597,12 +598,12 @@ def metrics_result(model: keras.Model) -> dict:
 
 
 def logs(model: keras.Model, own: dict, loss: Any, examples: Any) -> dict:
-    """The logs of an update, after its last piece.
+    """The logs of an update, after its last micro-batch.
 
     Args:
         model: A compiled model.
-        own: What `update_metrics` returned for the last piece.
-        loss: The full batch's loss.
+        own: What `update_metrics` returned for the last micro-batch.
+        loss: The batch's loss.
         examples: Number of its examples.
     """
     if has_own_metrics(model):
@@ -626,7 +627,7 @@ def compiled_loss_is_all(model: keras.Model) -> bool:
 
 
 def records_shares(model: keras.Model, y: Any) -> bool:
-    """Whether compiled losses are recorded by what a piece's share is.
+    """Whether compiled losses are recorded by what a micro-batch's share is.
 
     So they are where there are several, each with an entry in the logs.
     """
@@ -635,24 +636,25 @@ def records_shares(model: keras.Model, y: Any) -> bool:
 
 def compute_loss(
     model: keras.Model,
-    piece: tuple,
+    microbatch: tuple,
     additional: list,
     share: Any,
     weigh: Callable | None,
 ) -> Any:
-    """A piece's loss, of which `share` is its part of the full batch's loss.
+    """A micro-batch's loss, of which `share` is its part of the batch's loss.
 
     Args:
         model: A compiled model.
-        piece: Its inputs, targets, predictions and sample weights.
-        additional: The additional losses of the piece's forward pass, `model.losses`.
-        share: The piece's part of the full batch's examples.
+        microbatch: Its inputs, targets, predictions and sample weights.
+        additional: The additional losses of the micro-batch's forward pass,
+            `model.losses`.
+        share: The micro-batch's part of the batch's examples.
         weigh: Function of a compiled loss that returns what is called in its place,
             or None if they are called themselves.
     """
-    # Keras sums an additional loss with axes, so that pieces of it add up. One
+    # Keras sums an additional loss with axes, so that micro-batches of it add up. One
     # without is taken as a mean over examples.
-    x, y, y_pred, sample_weight = piece
+    x, y, y_pred, sample_weight = microbatch
     additional = [loss / share if len(loss.shape) else loss for loss in additional]
     model._losses_override.clear()
     model._losses_override.extend(additional)
@@ -697,8 +699,8 @@ def _weighed(model: keras.Model, share: Any, weigh: Callable | None) -> Iterator
         return
 
     def counting_once(update_state):
-        # Where Keras does not know the size of the full batch either, it gives it a
-        # weight of 1, of which the piece has its share.
+        # Where Keras does not know the size of the batch either, it gives it a
+        # weight of 1, of which the micro-batch has its share.
         def update(values, sample_weight=None):
             weight = share if sample_weight is None else sample_weight
             update_state(values, sample_weight=weight)
@@ -728,7 +730,7 @@ def replaced_losses(model: keras.Model, replace: Callable) -> Iterator[None]:
         compiled._flat_losses = original
 
 
-def standing_in(model: keras.Model, stand_in: Callable, piece: tuple) -> list:
+def standing_in(model: keras.Model, stand_in: Callable, microbatch: tuple) -> list:
     """Call the compiled losses with stand-ins; returns them, one for each call.
 
     Keras takes outputs, targets and weights apart for each loss, and a model's own
@@ -737,7 +739,7 @@ def standing_in(model: keras.Model, stand_in: Callable, piece: tuple) -> list:
     Args:
         model: A compiled model.
         stand_in: Makes what is called in the place of a loss.
-        piece: Inputs, targets, predictions and sample weights of a micro-batch.
+        microbatch: Inputs, targets, predictions and sample weights of a micro-batch.
     """
     made: list = []
 
@@ -748,7 +750,7 @@ def standing_in(model: keras.Model, stand_in: Callable, piece: tuple) -> list:
 
         return call
 
-    x, y, y_pred, sample_weight = piece
+    x, y, y_pred, sample_weight = microbatch
     with ExitStack() as stack:
         for metric in model._compile_loss.metrics:
             stack.enter_context(

@@ -1,4 +1,4 @@
-"""Training in pieces on TensorFlow."""
+"""Training in micro-batches on TensorFlow."""
 
 from gradient_accumulator.backend.tensorflow import optimizer as optimizer
 from gradient_accumulator.backend.tensorflow import replicas as replicas

@@ -1,4 +1,4 @@
-"""`accumulated_value_and_grad` on TensorFlow: a `tf.while_loop` over the pieces."""
+"""`accumulated_value_and_grad` on TensorFlow: a `tf.while_loop` over micro-batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradient_accumulator.gradients import (
     listed,
     warn_of_nan,
 )
-from gradient_accumulator.pieces import example_count, leaves, map_leaves
+from gradient_accumulator.microbatches import example_count, leaves, map_leaves
 from gradient_accumulator.received import check_of_backend, described
 
 
@@ -48,9 +48,9 @@ def value_and_grad(loss: LossFunction) -> Callable:
 
         def add(start, accumulators, total, weight, held):
             stop = tf.minimum(start + length, size)
-            piece = map_leaves(lambda array: array[start:stop], batch)
+            microbatch = map_leaves(lambda array: array[start:stop], batch)
             with tf.GradientTape() as tape:
-                numerator, denominator, aux = loss(piece, *args, **kwargs)
+                numerator, denominator, aux = loss(microbatch, *args, **kwargs)
                 numerator = tf.convert_to_tensor(numerator)
                 means.add(denominator is None)
                 share = 1 / size
@@ -79,7 +79,7 @@ def value_and_grad(loss: LossFunction) -> Callable:
                     zero,
                     auxes.empty(),
                 ),
-                # Pieces side by side would hold their activations side by side.
+                # Micro-batches side by side would hold their activations side by side.
                 parallel_iterations=1,
             )
         correction = tf.math.divide_no_nan(tf.cast(size, weight.dtype), weight)
@@ -98,12 +98,13 @@ def value_and_grad(loss: LossFunction) -> Callable:
 
 
 class _Auxes:
-    """What pieces return besides their losses, held in arrays that a loop can write.
+    """What micro-batches return besides their losses, held in arrays that a loop can
+    write.
 
     Args:
         loss: The loss function.
-        batch: The full batch.
-        args, kwargs: What the loss function is called with besides a piece.
+        batch: The batch.
+        args, kwargs: What the loss function is called with besides a micro-batch.
     """
 
     def __init__(self, loss: LossFunction, batch: Any, args: tuple, kwargs: dict):
@@ -115,7 +116,7 @@ class _Auxes:
                 batch,
             )
             traced = tf.function(
-                lambda piece: loss(piece, *args, **kwargs)[2], autograph=False
+                lambda microbatch: loss(microbatch, *args, **kwargs)[2], autograph=False
             ).get_concrete_function(specs)
             self.spec = traced.structured_outputs
 

@@ -77,7 +77,7 @@ def add(pairs: list, factor: Any) -> None:
 
 
 def add_and_update(pairs: list, factor: Any, update: Callable) -> None:
-    """Add a piece, and call `update`, which updates if it is the last."""
+    """Add a micro-batch, and call `update`, which updates if it is the last."""
     with added(add, pairs, factor, tf.executing_eagerly()):
         update()
 
@@ -104,7 +104,7 @@ def clear(accumulators: list) -> None:
 
 
 def total(variable: keras.Variable, weighed: bool) -> Any:
-    """The sum of the pieces' weights, the mean over replicas.
+    """The sum of the micro-batches' weights, the mean over replicas.
 
     Keras's losses are divided by the number of replicas, whose gradients are summed.
     """
@@ -216,7 +216,7 @@ def guard() -> tf.Variable:
 def same(
     guard: tf.Variable, given: list[int], count: keras.Variable
 ) -> AbstractContextManager:
-    """Around what is not done if variables changed while pieces wait.
+    """Around what is not done if variables changed while micro-batches wait.
 
     Two `tf.function`s may each have one set of variables, which is no change to either.
     """
@@ -224,7 +224,9 @@ def same(
         return nullcontext()
     key = tf.constant(1 + zlib.crc32(repr(list(given)).encode()), tf.int64)
     before = tf.convert_to_tensor(guard)
-    problem = "The variables changed while pieces wait for their update. Received: "
+    problem = (
+        "The variables changed while micro-batches wait for their update. Received: "
+    )
     # The operation itself: `tf.debugging.Assert` puts a conditional around it.
     check = tf.raw_ops.Assert(
         condition=(tf.convert_to_tensor(count) == 0) | (before == 0) | (before == key),

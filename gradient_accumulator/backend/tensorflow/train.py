@@ -17,7 +17,7 @@ from gradient_accumulator.accumulation import Accumulation
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras
 from gradient_accumulator.backend.statistics import apart, rewound
-from gradient_accumulator.backend.tensorflow.pieces import (
+from gradient_accumulator.backend.tensorflow.microbatches import (
     Checks,
     cut,
     hold,
@@ -26,7 +26,7 @@ from gradient_accumulator.backend.tensorflow.pieces import (
     size_of,
     stream,
     symbolic,
-    trace_piece,
+    trace_microbatch,
     without_optional,
 )
 from gradient_accumulator.backend.tensorflow.replicas import (
@@ -36,7 +36,7 @@ from gradient_accumulator.backend.tensorflow.replicas import (
     mean,
 )
 from gradient_accumulator.backend.tensorflow.update import run_update, waits
-from gradient_accumulator.pieces import (
+from gradient_accumulator.microbatches import (
     Epoch,
     arrays_of,
     batch_size,
@@ -67,7 +67,7 @@ def make_train_function(
                 if logs is None:
                     raise
                 break
-            state = trainer.moved_by_pieces(model) + rewound(model)
+            state = trainer.moved_by_microbatches(model) + rewound(model)
             if updates.replicas == 1:  # several would have to sum theirs, to read them
                 state += trainer.metrics_variables(model)
             before = [trainer.native(variable).read_value() for variable in state]
@@ -75,7 +75,7 @@ def make_train_function(
                 with answering():
                     logs = update()
             except BaseException:
-                # The pieces before the failing one moved it.
+                # The micro-batches before the failing one moved it.
                 for variable, value in zip(state, before):
                     variable.assign(value)
                 raise
@@ -110,7 +110,7 @@ class _Updates:
         self.iterator: Callable[[], Any] = lambda: None
         self.spec: Any = None  # what its batches are, or None
         self.key = ""  # of the graphs for such batches
-        self.streams = False  # whether a graph draws its pieces, one by one
+        self.streams = False  # whether a graph draws its micro-batches, one by one
         self.unrolled = waits(model)
         self.checks = Checks()
 
@@ -129,8 +129,8 @@ class _Updates:
             return self._of_batch(batch, self.microbatch_size)
         if self.streams:
             return self._of_iterator(iterator)
-        pieces = self.epoch.draw(iterator, self.accum_steps)
-        return self._of_pieces(list(pieces.iterator))
+        microbatches = self.epoch.draw(iterator, self.accum_steps)
+        return self._of_microbatches(list(microbatches.iterator))
 
     def _look_at(self, iterator):
         self.iterator = weakref.ref(iterator)
@@ -149,10 +149,13 @@ class _Updates:
         self.epoch.cut(count, size)
         if self._streams(first):
             return lambda: self._stream(first, iterator, count)[0]
-        pieces = itertools.chain([first], _optionals(iterator))
+        microbatches = itertools.chain([first], _optionals(iterator))
         batch = keras.tree.map_structure(
             _joined,
-            *(piece.get_value() for piece in itertools.islice(pieces, count)),
+            *(
+                microbatch.get_value()
+                for microbatch in itertools.islice(microbatches, count)
+            ),
         )
         return self._of_batch(batch, microbatch_size)
 
@@ -160,9 +163,10 @@ class _Updates:
         batch = _tensors(batch)
         if any(isinstance(leaf, tf.SparseTensor) for leaf in leaves(batch)):
             raise ValueError(
-                "TensorFlow does not cut sparse tensors in pieces. Give `fit` the "
-                "pieces, and say how many make an update with `accum_steps`. "
-                f"Received: microbatch_size={microbatch_size} and a tf.SparseTensor"
+                "TensorFlow does not cut sparse tensors in micro-batches. Give `fit` "
+                "the micro-batches, and say how many make an update with "
+                f"`accum_steps`. Received: microbatch_size={microbatch_size} and a "
+                "tf.SparseTensor"
             )
         counts = []
         for local in self._locals(batch):
@@ -176,49 +180,51 @@ class _Updates:
             _check_even(set(counts))
         self._build(batch)
 
-        def pieces_of(batch):
+        def microbatches_of(batch):
             return cut(batch, microbatch_size)
 
-        return lambda: self._run(pieces_of, (self.spec,), batch)[0]
+        return lambda: self._run(microbatches_of, (self.spec,), batch)[0]
 
-    def _of_pieces(self, pieces):
-        pieces = [_tensors(piece) for piece in pieces]
-        for piece in pieces:
-            for local in self._locals(piece):
+    def _of_microbatches(self, microbatches):
+        microbatches = [_tensors(microbatch) for microbatch in microbatches]
+        for microbatch in microbatches:
+            for local in self._locals(microbatch):
                 checked(local)
-        if self.replicas == 1 and not any(int(size_of(piece)) for piece in pieces):
+        if self.replicas == 1 and not any(
+            int(size_of(microbatch)) for microbatch in microbatches
+        ):
             raise normalizers.no_examples()
-        self._build(pieces[0])
+        self._build(microbatches[0])
         if self.unrolled:
-            for piece in pieces:
-                _check_even({int(size_of(x) > 0) for x in self._locals(piece)})
-        # A graph for each number of pieces, where it cannot be a loop.
-        count = len(pieces) if self.unrolled else tf.constant(len(pieces))
-        pieces += pieces[-1:] * (self.accum_steps - len(pieces))
+            for microbatch in microbatches:
+                _check_even({int(size_of(x) > 0) for x in self._locals(microbatch)})
+        # A graph for each number of micro-batches, where it cannot be a loop.
+        count = len(microbatches) if self.unrolled else tf.constant(len(microbatches))
+        microbatches += microbatches[-1:] * (self.accum_steps - len(microbatches))
         signature = ((self.spec,) * self.accum_steps, tf.TensorSpec((), tf.int32))
 
-        def hold_all(pieces, count):
-            return hold(pieces, count, skip_empty=not self.unrolled)
+        def hold_all(microbatches, count):
+            return hold(microbatches, count, skip_empty=not self.unrolled)
 
-        return lambda: self._run(hold_all, signature, tuple(pieces), count)[0]
+        return lambda: self._run(hold_all, signature, tuple(microbatches), count)[0]
 
     def _of_iterator(self, iterator):
         check_examples(shapes_of(arrays_of(self.spec)))
-        pieces = self.epoch.draw(_optionals(iterator), self.accum_steps)
-        first = next(pieces.iterator)
+        microbatches = self.epoch.draw(_optionals(iterator), self.accum_steps)
+        first = next(microbatches.iterator)
         if not self._streams(first):
-            others = [piece.get_value() for piece in pieces.iterator]
-            return self._of_pieces([first.get_value(), *others])
+            others = [microbatch.get_value() for microbatch in microbatches.iterator]
+            return self._of_microbatches([first.get_value(), *others])
 
         def update():
-            logs, drawn = self._stream(first, iterator, pieces.count)
+            logs, drawn = self._stream(first, iterator, microbatches.count)
             self.epoch.seen += int(drawn) - 1  # the first is counted
             return logs
 
         return update
 
     def _streams(self, first):
-        """Whether a graph can draw the pieces: nothing has to know all of them."""
+        """Whether a graph can draw micro-batches: nothing has to know all of them."""
         if self.streams:
             if not self.built:
                 self._build(_tensors(first.get_value()))
@@ -227,7 +233,7 @@ class _Updates:
         return self.streams
 
     def _stream(self, first, iterator, count):
-        """The logs of an update whose pieces its graph draws, and their number."""
+        """The logs of an update whose graph draws its micro-batches; their number."""
         element = iterator.element_spec
         signature = (
             tf.OptionalSpec(element),
@@ -280,15 +286,18 @@ class _Updates:
             self.inspected[structure] = losses
         return self.inspected[structure]
 
-    def _run(self, pieces_of: Callable, signature: tuple, *data):
-        """The logs of an update, and the number of its pieces."""
+    def _run(self, microbatches_of: Callable, signature: tuple, *data):
+        """The logs of an update, and the number of its micro-batches."""
 
         def on_replica(*data):
-            pieces = pieces_of(*data)
-            losses = self._losses(pieces.example, partial(trace_piece, pieces=pieces))
+            microbatches = microbatches_of(*data)
+            losses = self._losses(
+                microbatches.example,
+                partial(trace_microbatch, microbatches=microbatches),
+            )
             if self.microbatch_size is not None:
                 losses.check_cut()
-            return run_update(self.model, self.accumulation, pieces, losses)
+            return run_update(self.model, self.accumulation, microbatches, losses)
 
         def run(*data):
             logs, count = self.strategy.run(on_replica, args=data)
@@ -297,7 +306,7 @@ class _Updates:
         if self.model.run_eagerly:
             return run(*data)
         # Traced once for all that the data set may yield, not for each of its shapes.
-        key = pieces_of.__name__, self.key
+        key = microbatches_of.__name__, self.key
         if key not in self.graphs:
             self.graphs[key] = tf.function(
                 run,
@@ -309,12 +318,13 @@ class _Updates:
 
 
 def _check_even(counts: set[int]) -> None:
-    """Raise unless all replicas that wait for each other have as many pieces."""
+    """Raise unless all replicas that wait for each other have as many micro-batches."""
     if len(counts) > 1:
         raise ValueError(
             "Replicas that normalize by the examples of all of them need as many "
-            "pieces each. Drop a data set's last batch (`drop_remainder=True`), or use "
-            f"`synchronized=False`. Received: {sorted(counts)} pieces"
+            "micro-batches each. Drop a data set's last batch "
+            "(`drop_remainder=True`), or use `synchronized=False`. Received: "
+            f"{sorted(counts)} micro-batches"
         )
 
 
@@ -375,8 +385,8 @@ def batches(
 
     Args:
         model: The model.
-        epoch: Where `fit` stands. It is told the sizes of batches whose pieces are
-            drawn.
+        epoch: Where `fit` stands. It is told the sizes of batches whose micro-batches
+            are drawn.
         accumulation: How the model accumulates.
         adapter: That which Keras makes of the data.
 
@@ -388,31 +398,31 @@ def batches(
     # Of several replicas each gets its part of a batch.
     one_replica = model.distribute_strategy.num_replicas_in_sync == 1
     if accumulation.microbatch_size is not None and arrays is not None and one_replica:
-        pieces = _in_pieces(arrays, accumulation.microbatch_size)
-        if pieces is not None:
+        microbatches = _in_microbatches(arrays, accumulation.microbatch_size)
+        if microbatches is not None:
             epoch.sizes = arrays.sizes
-            return lambda: pieces, None
+            return lambda: microbatches, None
     return adapter.get_tf_dataset, None
 
 
-def _in_pieces(arrays, microbatch_size):
-    """The pieces of one batch after the other; None of sparse or ragged arrays."""
+def _in_microbatches(arrays, microbatch_size):
+    """The micro-batches of batch after batch; None of sparse or ragged arrays."""
     inputs = keras.tree.lists_to_tuples(arrays.sliceable("tensorflow"))
     if not all(isinstance(leaf, (np.ndarray, tf.Tensor)) for leaf in leaves(inputs)):
         return None
     batches = arrays.numbers().get_tf_dataset()
 
-    def in_pieces(numbers):
+    def in_microbatches(numbers):
         starts = tf.data.Dataset.range(0, tf.size(numbers, tf.int64), microbatch_size)
         return starts.map(lambda start: numbers[start : start + microbatch_size])
 
     def examples(numbers, inputs):
         return map_leaves(lambda array: tf.gather(array, numbers), inputs)
 
-    pieces = tf.data.Dataset.zip(
-        batches.flat_map(in_pieces), tf.data.Dataset.from_tensors(inputs).repeat()
+    microbatches = tf.data.Dataset.zip(
+        batches.flat_map(in_microbatches), tf.data.Dataset.from_tensors(inputs).repeat()
     ).map(examples, num_parallel_calls=tf.data.AUTOTUNE)
-    return pieces.with_options(batches.options()).prefetch(tf.data.AUTOTUNE)
+    return microbatches.with_options(batches.options()).prefetch(tf.data.AUTOTUNE)
 
 
 def epoch_ended(epoch: Epoch) -> None:

@@ -1,8 +1,7 @@
-"""An update on TensorFlow: one graph around a `tf.while_loop` over its pieces.
+"""An update on TensorFlow: one graph around a `tf.while_loop` over its micro-batches.
 
-A loop, not an unrolled graph: TensorFlow would run unrolled pieces side by side and
-hold the activations of all of them.
-"""
+A loop, not an unrolled graph: TensorFlow would run unrolled micro-batches side by side
+and hold the activations of all of them."""
 
 from __future__ import annotations
 
@@ -17,8 +16,11 @@ from gradient_accumulator import normalizers
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras
 from gradient_accumulator.backend.statistics import Statistics, apart, synchronizes
+from gradient_accumulator.backend.tensorflow.microbatches import (
+    size_of,
+    trace_microbatch,
+)
 from gradient_accumulator.backend.tensorflow.optimizer import clip
-from gradient_accumulator.backend.tensorflow.pieces import size_of, trace_piece
 from gradient_accumulator.backend.tensorflow.replicas import finite_together, ready
 from gradient_accumulator.backend.tensorflow.slices import (
     joined,
@@ -27,47 +29,47 @@ from gradient_accumulator.backend.tensorflow.slices import (
 )
 
 
-def run_update(model, accumulation, pieces, losses):
-    """One update: what every piece is worth, the loop over them, the optimizer.
+def run_update(model, accumulation, microbatches, losses):
+    """One update: what every micro-batch is worth, the loop over them, the optimizer.
 
-    Returns the logs, and the number of pieces.
+    Returns the logs, and the number of micro-batches.
     """
     variables = model.trainable_weights
-    kinds = losses.kinds(pieces.even)
+    kinds = losses.kinds(microbatches.even)
     statistics = Statistics(model)
-    factors = _factors(model, statistics, pieces, kinds)
+    factors = _factors(model, statistics, microbatches, kinds)
     before = statistics.before()
     rewound = [(v, tf.identity(trainer.value(v))) for v in statistics.rewound]
     divided_last = normalizers.DIVIDED_LAST in kinds
-    sums = _Sums(model, variables, accumulation.accum_dtype, pieces)
-    add_piece = partial(_add_piece, model, variables, statistics, sums, kinds)
+    sums = _Sums(model, variables, accumulation.accum_dtype, microbatches)
+    add_microbatch = partial(_add_microbatch, model, variables, statistics, sums, kinds)
     apply = partial(_apply, model, accumulation.clipping, variables)
     unrolled = waits(model)
     if model.jit_compile and not model.run_eagerly and not unrolled:
         compiled = partial(tf.function, jit_compile=True, autograph=False)
-        add_piece = compiled(add_piece)
+        add_microbatch = compiled(add_microbatch)
         # Replicas wait for each other in the optimizer, which is no part of XLA's.
         if model.distribute_strategy.num_replicas_in_sync == 1:
             apply = compiled(apply)
 
     def body(k, state, examples, divisor, loss, dense, slices, own_logs):
-        data = pieces.read(k, state)
+        data = microbatches.read(k, state)
         size = size_of(data)
-        share = tf.cast(size, pieces.expected.dtype) / pieces.expected
+        share = tf.cast(size, microbatches.expected.dtype) / microbatches.expected
         row = None if factors is None else factors[k]
         if divided_last:
             # Times its share, a numerator is then divided by `expected`.
-            row = tf.expand_dims(1 / tf.cast(size, pieces.expected.dtype), 0)
+            row = tf.expand_dims(1 / tf.cast(size, microbatches.expected.dtype), 0)
         for variable, value in rewound:
             variable.assign(value)
-        part, denominator, dense, new_slices, own_logs = add_piece(
+        part, denominator, dense, new_slices, own_logs = add_microbatch(
             dense, data, share, row
         )
         slices = [
-            with_slices(held, k, new, pieces.most)
+            with_slices(held, k, new, microbatches.most)
             for held, new in zip(slices, new_slices)
         ]
-        state = pieces.following(k + 1, state)
+        state = microbatches.following(k + 1, state)
         return (
             k + 1,
             state,
@@ -82,31 +84,33 @@ def run_update(model, accumulation, pieces, losses):
     with tf.name_scope("accumulate_gradients"):
         loop = _unrolled if unrolled else _loop
         count, _, examples, divisor, loss, dense, slices, own_logs = loop(
-            pieces,
+            microbatches,
             body,
             (
                 tf.constant(0),
-                pieces.state,
+                microbatches.state,
                 tf.constant(0),
                 tf.zeros((), normalizers.dtype()),
                 tf.zeros((), normalizers.dtype()),
                 sums.dense(),
                 sums.slices(),
-                _zero_logs(model, pieces),
+                _zero_logs(model, microbatches),
             ),
         )
-    # Nothing of the optimizer runs before all pieces are done: one may yet fail.
+    # Nothing of the optimizer runs before all micro-batches are done: one may yet fail.
     done = tf.group(
         *dense,
         *(tensor for held in slices for tensor in held.tensors),
-        pieces.complete(count),
+        microbatches.complete(count),
     )
     with tf.name_scope("apply_gradients"), tf.control_dependencies([done]):
         correction = None
         if divided_last:
-            correction = normalizers.correction(pieces.expected, divisor)
-        elif pieces.sizes is None:
-            correction = pieces.expected / tf.cast(examples, pieces.expected.dtype)
+            correction = normalizers.correction(microbatches.expected, divisor)
+        elif microbatches.sizes is None:
+            correction = microbatches.expected / tf.cast(
+                examples, microbatches.expected.dtype
+            )
         if correction is not None:
             loss *= correction
         apply(sums.gradients(dense, slices, correction))
@@ -115,45 +119,49 @@ def run_update(model, accumulation, pieces, losses):
 
 
 def waits(model):
-    """Whether replicas wait for each other in a piece.
+    """Whether replicas wait for each other in a micro-batch.
 
     TensorFlow does not let them within a loop or a function of its own.
     """
     return model.distribute_strategy.num_replicas_in_sync > 1 and synchronizes(model)
 
 
-def _loop(pieces, body, state):
+def _loop(microbatches, body, state):
     return tf.while_loop(
-        lambda k, state, *_: pieces.more(k, state),
+        lambda k, state, *_: microbatches.more(k, state),
         body,
         state,
-        # Pieces side by side would hold their activations side by side.
+        # Micro-batches side by side would hold their activations side by side.
         parallel_iterations=1,
     )
 
 
-def _unrolled(pieces, body, state):
-    """The same for a number of pieces that the graph is for, one after the other."""
-    for k in range(pieces.count):
+def _unrolled(microbatches, body, state):
+    """The same for a number of micro-batches that the graph is for, one after the
+    other.
+    """
+    for k in range(microbatches.count):
         done = [t for t in tf.nest.flatten(state) if isinstance(t, tf.Tensor)]
         with tf.control_dependencies(done):
             state = body(tf.constant(k), *state[1:])
-    return tf.constant(pieces.count), *state[1:]
+    return tf.constant(microbatches.count), *state[1:]
 
 
 class _Sums:
-    """How an update holds the sum of each variable's gradients, between pieces.
+    """How an update holds the sum of each variable's gradients, between micro-batches.
 
     A dense gradient has an accumulator; the slices of a sparse one are kept.
     """
 
-    def __init__(self, model, variables, accum_dtype, pieces):
+    def __init__(self, model, variables, accum_dtype, microbatches):
         self.variables = variables
         self.accum_dtype = accum_dtype
-        self.connected: set[int] = set()  # variables with a gradient from some piece
+        self.connected: set[int] = (
+            set()
+        )  # variables with a gradient from some micro-batch
         self.eager: dict[int, list] = {}  # slices, where there is no graph
-        self.sparse = _sparse_variables(model, variables, pieces)
-        self.even = pieces.even
+        self.sparse = _sparse_variables(model, variables, microbatches)
+        self.even = microbatches.even
 
     def dense(self) -> list:
         return [
@@ -171,7 +179,7 @@ class _Sums:
         ]
 
     def add(self, dense: list, gradients: list) -> tuple[list, list]:
-        """The new accumulators, and the slices of this piece."""
+        """The new accumulators, and the slices of this micro-batch."""
         self.connected.update(i for i, g in enumerate(gradients) if g is not None)
         for i, gradient in enumerate(gradients):
             if tf.executing_eagerly() and isinstance(gradient, tf.IndexedSlices):
@@ -186,7 +194,7 @@ class _Sums:
         return dense, [gradients[i] for i in self.sparse]
 
     def gradients(self, dense: list, slices: list, correction) -> list:
-        """The finished gradients, None where no piece had one.
+        """The finished gradients, None where no micro-batch had one.
 
         Args:
             dense: The accumulators.
@@ -235,7 +243,7 @@ class _Sums:
         ]
 
 
-def _sparse_variables(model, variables, pieces) -> dict[int, tf.DType]:
+def _sparse_variables(model, variables, microbatches) -> dict[int, tf.DType]:
     """The variables whose gradients are slices, with the dtype of their indices."""
     sparse: dict[int, tf.DType] = {}
     if tf.executing_eagerly() or not any(
@@ -254,37 +262,39 @@ def _sparse_variables(model, variables, pieces) -> dict[int, tf.DType]:
                 sparse[i] = gradient.indices.dtype
         return tf.zeros(())
 
-    trace_piece(run, pieces.example, pieces)
+    trace_microbatch(run, microbatches.example, microbatches)
     # That trace's graph is in cycles, and as large as the one to come. Python would
     # find them among what is made for that one, whose memory then has holes.
     gc.collect()
     return sparse
 
 
-def _factors(model, statistics, pieces, kinds):
-    """The factor of each compiled loss in each piece, or None where all are 1.
+def _factors(model, statistics, microbatches, kinds):
+    """The factor of each compiled loss in each micro-batch, or None where all are 1.
 
-    None too where a loss is divided last, for then each piece knows its own.
+    None too where a loss is divided last, for then each micro-batch knows its own.
     """
     if set(kinds) <= {normalizers.BY_EXAMPLES, normalizers.DIVIDED_LAST}:
         return None
     denominators = None
     if normalizers.NORMALIZED in kinds:
         with _only_what_is_used():
-            denominators = _denominators(model, statistics, pieces, len(kinds))
-    shares = tf.cast(pieces.sizes, pieces.expected.dtype) / pieces.expected
+            denominators = _denominators(model, statistics, microbatches, len(kinds))
+    shares = (
+        tf.cast(microbatches.sizes, microbatches.expected.dtype) / microbatches.expected
+    )
     return normalizers.factors(denominators, shares, kinds)
 
 
-def _denominators(model, statistics, pieces, losses):
-    """The denominators of all pieces, of shape `(pieces, losses)`.
+def _denominators(model, statistics, microbatches, losses):
+    """The denominators of all micro-batches, of shape `(microbatches, losses)`.
 
     Nothing of these forward passes stays, and only their masks are computed.
     """
     carried = statistics.carried if trainer.MEASURES_IN_TRAINING else []
 
     def body(k, rows, values):
-        data = pieces.read(k, ())
+        data = microbatches.read(k, ())
         x, _, _ = trainer.unpack(model, data)
         mapping = list(zip(carried, values))
         with (
@@ -295,11 +305,11 @@ def _denominators(model, statistics, pieces, losses):
             y_pred = trainer.forward(model, x, trainer.MEASURES_IN_TRAINING)
             found = normalizers.measure(model, data, y_pred)
             row = normalizers.values(found)
-        # Each piece sees the state that it will be trained in, for its masks.
+        # Each micro-batch sees the state that it will be trained in, for its masks.
         values = [scope.get_current_value(variable) for variable in carried]
         return k + 1, rows.write(k, row), values
 
-    count = tf.size(pieces.sizes)
+    count = tf.size(microbatches.sizes)
     dtype = tf.as_dtype(normalizers.dtype())
     rows = tf.TensorArray(dtype, count, element_shape=(losses,))
     _, rows, _ = tf.while_loop(
@@ -330,10 +340,12 @@ def _only_what_is_used():
         graph._add_control_dependencies = before
 
 
-def _add_piece(model, variables, statistics, sums, kinds, dense, data, share, factors):
-    """Add a piece's part of the full batch's gradient, and its metrics.
+def _add_microbatch(
+    model, variables, statistics, sums, kinds, dense, data, share, factors
+):
+    """Add a micro-batch's part of the batch's gradient, and its metrics.
 
-    Returns its part of the full batch's loss, what that is divided by last, the
+    Returns its part of the batch's loss, what that is divided by last, the
     accumulators, the slices, and the logs if they are the model's own.
     """
     x, y, sample_weight = trainer.unpack(model, data)
@@ -352,14 +364,15 @@ def _add_piece(model, variables, statistics, sums, kinds, dense, data, share, fa
 
 
 def _gradients(model, variables, data, share, weigh=None):
-    """A piece's loss, predictions, and part of the full batch's gradients."""
+    """A micro-batch's loss, predictions, and part of the batch's gradients."""
     x, y, sample_weight = trainer.unpack(model, data)
     with tf.GradientTape() as tape:
         y_pred = trainer.forward(model, x, training=True)
         loss = trainer.compute_loss(
             model, (x, y, y_pred, sample_weight), model.losses, share, weigh
         )
-        # Of a loss without reduction TensorFlow sums the values: pieces of it add up.
+        # Of a loss without reduction TensorFlow sums the values: micro-batches of it
+        # add up.
         worth = loss if len(loss.shape) else loss * tf.cast(share, loss.dtype)
         worth = trainer.scale_loss(model.optimizer, worth)
     return loss, y_pred, tape.gradient(worth, variables) if variables else []
@@ -386,7 +399,7 @@ def _apply(model, clipping, variables, gradients):
         trainer.apply_gradients(model.optimizer, gradients, variables)
 
 
-def _zero_logs(model, pieces):
+def _zero_logs(model, microbatches):
     """Zeros in the form of what a user's own `compute_metrics` returns."""
     if not trainer.has_own_metrics(model):
         return {}
@@ -398,5 +411,5 @@ def _zero_logs(model, pieces):
 
     return keras.tree.map_structure(
         lambda spec: tf.zeros(spec.shape, spec.dtype),
-        trace_piece(logs, pieces.example, pieces),
+        trace_microbatch(logs, microbatches.example, microbatches),
     )

@@ -1,4 +1,4 @@
-"""Training in pieces on PyTorch."""
+"""Training in micro-batches on PyTorch."""
 
 from gradient_accumulator.backend.torch import optimizer as optimizer
 from gradient_accumulator.backend.torch import replicas as replicas

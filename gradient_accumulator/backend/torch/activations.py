@@ -1,8 +1,8 @@
-"""Activations that are in reference cycles, and so stay when a piece is done.
+"""Activations that are in reference cycles, and so stay when a micro-batch is done.
 
 Keras's tree functions leave such cycles on PyTorch, with a model's inputs and with what
 a layer merges. Python finds them when it has made some hundred more objects, which
-takes several pieces.
+takes several micro-batches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _collecting = threading.Lock()
 
 
 def free_activations() -> None:
-    """Called after a piece, for the next not to begin with its activations.
+    """Called after a micro-batch, for the next not to begin with its activations.
 
     A collection that is asked for puts off those that Python starts by itself, which
     alone look at objects that have lived longer. So one of these is started after as

@@ -17,7 +17,7 @@ from gradient_accumulator.gradients import (
     listed,
     warn_of_nan,
 )
-from gradient_accumulator.pieces import cut, example_count, leaves
+from gradient_accumulator.microbatches import cut, example_count, leaves
 from gradient_accumulator.received import check_of_backend, described
 
 
@@ -52,18 +52,18 @@ def value_and_grad(loss: LossFunction) -> Callable:
             for parameter in parameters:
                 parameter.grad = None
             sums = [Sum(p, dtype) for p, dtype in zip(parameters, dtypes)]
-            pieces = cut(batch, loss.microbatch_size, count=example_count)
-            processes.check(pieces.count, parameters)
-            for k, piece in enumerate(pieces.iterator, start=1):
-                with processes.piece(last=k == pieces.count):
-                    numerator, denominator, aux = loss(piece, *args, **kwargs)
+            microbatches = cut(batch, loss.microbatch_size, count=example_count)
+            processes.check(microbatches.count, parameters)
+            for k, microbatch in enumerate(microbatches.iterator, start=1):
+                with processes.microbatch(last=k == microbatches.count):
+                    numerator, denominator, aux = loss(microbatch, *args, **kwargs)
                     if not isinstance(numerator, torch.Tensor):
                         raise TypeError(
                             "`loss_fn` must return a tensor of PyTorch's, also where "
                             "the batch has arrays of NumPy's, which it is given as "
                             f"they are. Received: {described(numerator)}"
                         )
-                    examples = example_count(piece)
+                    examples = example_count(microbatch)
                     share = (examples if denominator is None else 1) / size
                     worth = numerator * share
                     processes.backward(worth, wanted)
@@ -112,6 +112,6 @@ def _inverse(weight, size):
 
 
 def _joined(*tensors: Any) -> torch.Tensor:
-    """What pieces return, along their first axis; scalars as a vector."""
+    """What micro-batches return, along their first axis; scalars as a vector."""
     parts = [torch.as_tensor(tensor).detach() for tensor in tensors]
     return torch.cat(parts) if parts[0].dim() else torch.stack(parts)

@@ -1,6 +1,6 @@
 """Modules of `torch.distributed`, which reduce gradients over processes by themselves.
 
-They are asked to once an update, in the backward pass of its last piece.
+They are asked to once an update, in the backward pass of its last micro-batch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gradient_accumulator.received import described
 
 
 class Alone:
-    """What a loop over pieces does where there is no such module."""
+    """What a loop over micro-batches does where there is no such module."""
 
     count = 1  # how many processes the gradients are a mean over
 
@@ -27,11 +27,13 @@ class Alone:
         """The sum over the processes of each number."""
         return numbers
 
-    def check(self, pieces: int, parameters: list) -> None:
-        """Raise if they cannot work on so many pieces each, or for these parameters."""
+    def check(self, microbatches: int, parameters: list) -> None:
+        """Raise if they cannot work on so many micro-batches each, or for these
+        parameters.
+        """
 
-    def piece(self, last: bool) -> AbstractContextManager:
-        """Around the forward and the backward pass of a piece."""
+    def microbatch(self, last: bool) -> AbstractContextManager:
+        """Around the forward and the backward pass of a micro-batch."""
         return nullcontext()
 
     def backward(self, worth: torch.Tensor, parameters: list) -> None:
@@ -62,7 +64,7 @@ class _Reducing(Alone):
 class Replicated(_Reducing):
     """`DistributedDataParallel`: each process has the whole module."""
 
-    def check(self, pieces, parameters):
+    def check(self, microbatches, parameters):
         given = {id(parameter) for parameter in parameters}
         trained = [p for p in self.module.parameters() if p.requires_grad]
         missing = sum(id(parameter) not in given for parameter in trained)
@@ -73,24 +75,25 @@ class Replicated(_Reducing):
                 f"made. Received: variables without {missing} of {len(trained)}"
             )
 
-    def piece(self, last):
+    def microbatch(self, last):
         return nullcontext() if last else self.module.no_sync()
 
 
 class Sharded(_Reducing):
     """FSDP2: each process has a part of each parameter."""
 
-    def check(self, pieces, parameters):
-        (everyone,) = replicas.totals([pieces])
-        (squares,) = replicas.totals([pieces**2])
+    def check(self, microbatches, parameters):
+        (everyone,) = replicas.totals([microbatches])
+        (squares,) = replicas.totals([microbatches**2])
         if everyone**2 != squares * self.count:
             raise ValueError(
                 "The processes of a sharded module gather its parameters for every "
-                "piece: give each as many pieces, examples for example. Received: "
-                f"{pieces} pieces of {int(everyone)} in all {self.count} processes"
+                "micro-batch: give each as many micro-batches, examples for example. "
+                f"Received: {microbatches} micro-batches of {int(everyone)} in all "
+                f"{self.count} processes"
             )
 
-    def piece(self, last):
+    def microbatch(self, last):
         self.module.set_requires_gradient_sync(last)
         return nullcontext()
 

@@ -48,7 +48,7 @@ def add(pairs: list, factor: Any) -> None:
 
 
 def add_and_update(pairs: list, factor: Any, update: Callable) -> None:
-    """Add a piece, and call `update`, which updates if it is the last."""
+    """Add a micro-batch, and call `update`, which updates if it is the last."""
     with added(add, pairs, factor, not torch.compiler.is_compiling()):
         update()
 
@@ -88,7 +88,7 @@ def clear(accumulators: list) -> None:
 
 
 def total(variable: keras.Variable, weighed: bool) -> Any:
-    """The sum of the pieces' weights."""
+    """The sum of the micro-batches' weights."""
     return variable.value
 
 

@@ -151,15 +151,17 @@ def check_in_step(epoch: int, update: int, at_end: bool) -> None:
     )
 
 
-def check_pieces(pieces: int) -> None:
-    """Raise in all processes if they have different numbers of pieces in an update."""
-    count_, sum_, squares = totals([1, pieces, pieces**2])
+def check_microbatches(microbatches: int) -> None:
+    """Raise in all processes if they have different numbers of micro-batches in an
+    update.
+    """
+    count_, sum_, squares = totals([1, microbatches, microbatches**2])
     if count_ * squares != sum_**2:
         raise ValueError(
             "Processes that normalize by the examples of all of them need as many "
-            "pieces each: give each an equal share of every batch, or use "
-            f"`synchronized=False`. Received: {pieces} pieces in this process, "
-            f"{int(sum_)} in all {int(count_)}"
+            "micro-batches each: give each an equal share of every batch, or use "
+            f"`synchronized=False`. Received: {microbatches} micro-batches in this "
+            f"process, {int(sum_)} in all {int(count_)}"
         )
 
 

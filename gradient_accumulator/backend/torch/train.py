@@ -20,12 +20,12 @@ from gradient_accumulator.backend.torch.update import (
     make_update,
     values_of,
 )
-from gradient_accumulator.pieces import (
+from gradient_accumulator.microbatches import (
     Epoch,
-    Pieces,
+    Microbatches,
     checked,
     cut,
-    pieces_of,
+    microbatches_of,
 )
 
 
@@ -52,24 +52,24 @@ def make_train_function(model: keras.Model, training: Any) -> Callable[[list], d
         replicas.check_in_step(epoch.number, epoch.updates, False)
         (drawn,) = data
         if accumulation.microbatch_size is not None:
-            pieces = _cut(drawn, accumulation.microbatch_size)
-            epoch.cut(pieces.count, pieces.on_device)
-        elif isinstance(drawn, Pieces):
-            pieces = drawn
+            microbatches = _cut(drawn, accumulation.microbatch_size)
+            epoch.cut(microbatches.count, microbatches.on_device)
+        elif isinstance(drawn, Microbatches):
+            microbatches = drawn
         else:  # from `train_on_batch`
-            pieces = Pieces(iter(data), 1)
+            microbatches = Microbatches(iter(data), 1)
         before = values_of(
             [
-                *trainer.moved_by_pieces(model),
+                *trainer.moved_by_microbatches(model),
                 *rewound(model),
                 *trainer.metrics_variables(model),
             ]
         )
         try:
             with replicas.together(False):
-                return update(pieces, epoch.fitting and epoch.updates == 1)
+                return update(microbatches, epoch.fitting and epoch.updates == 1)
         except BaseException:
-            # The pieces before the failing one moved it.
+            # The micro-batches before the failing one moved it.
             assign(before)
             raise
         finally:
@@ -79,11 +79,11 @@ def make_train_function(model: keras.Model, training: Any) -> Callable[[list], d
 
 
 def _cut(batch, microbatch_size):
-    if isinstance(batch, Pieces):  # of arrays
+    if isinstance(batch, Microbatches):  # of arrays
         return batch
     if replicas.count() > 1 and normalizers.examples(batch) == 0:
         # Other processes have the last batch's examples.
-        return Pieces(iter([batch]), 1, examples=0)
+        return Microbatches(iter([batch]), 1, examples=0)
     return cut(batch, microbatch_size)
 
 
@@ -137,13 +137,13 @@ def batches(
         if arrays is None:
             loader = adapter.get_torch_dataloader()
         else:
-            loader = _in_pieces(arrays, accumulation.microbatch_size)
+            loader = _in_microbatches(arrays, accumulation.microbatch_size)
         # At once: to begin an epoch draws from PyTorch's seed.
         return _updates(iter(loader), epoch, accumulation)
 
     def first():
         if arrays is not None:
-            return _in_pieces(arrays, accumulation.microbatch_size, symbolic=True)
+            return _in_microbatches(arrays, accumulation.microbatch_size, symbolic=True)
         return map(partial(_first_of, accumulation), adapter.get_torch_dataloader())
 
     return updates, first
@@ -162,21 +162,21 @@ def _updates(batches, epoch, accumulation):
         batches = map(checked, batches)
     while True:
         try:
-            pieces = epoch.draw(batches, accumulation.accum_steps or 1)
+            microbatches = epoch.draw(batches, accumulation.accum_steps or 1)
         except StopIteration:
             return
         if accumulation.accum_steps is not None:
-            yield pieces
+            yield microbatches
         else:
-            yield next(pieces.iterator)
+            yield next(microbatches.iterator)
 
 
-class _InPieces(torch.utils.data.Dataset):
-    """Gives the pieces of a batch, where another data set gives the batch.
+class _InMicrobatches(torch.utils.data.Dataset):
+    """Gives the micro-batches of a batch, where another data set gives the batch.
 
     Args:
         batches: A function of examples' numbers that returns the batch of them.
-        microbatch_size: Number of examples in a piece.
+        microbatch_size: Number of examples in a micro-batch.
     """
 
     def __init__(self, batches: Callable[[list], Any], microbatch_size: int):
@@ -184,23 +184,27 @@ class _InPieces(torch.utils.data.Dataset):
         self.microbatch_size = microbatch_size
 
     def __getitems__(self, numbers):
-        def piece(start, stop):
+        def microbatch(start, stop):
             return self.batches(numbers[start:stop])
 
-        return pieces_of(len(numbers), self.microbatch_size, piece)
+        return microbatches_of(len(numbers), self.microbatch_size, microbatch)
 
 
-def _in_pieces(arrays, microbatch_size, symbolic=False):
-    """Keras's batches of arrays, each as its pieces, or as what is known of it."""
+def _in_microbatches(arrays, microbatch_size, symbolic=False):
+    """Keras's batches of arrays, each as its micro-batches, or what is known of it."""
     batches = arrays.adapter.get_torch_dataloader()
     examples = batches.dataset.__getitems__
 
-    def collate(pieces):
-        return arrays.symbolic(examples([0]), microbatch_size) if symbolic else pieces
+    def collate(microbatches):
+        return (
+            arrays.symbolic(examples([0]), microbatch_size)
+            if symbolic
+            else microbatches
+        )
 
-    # A piece goes to the device when it is its turn.
+    # A micro-batch goes to the device when it is its turn.
     return torch.utils.data.DataLoader(
-        _InPieces(examples, microbatch_size),
+        _InMicrobatches(examples, microbatch_size),
         batch_sampler=batches.batch_sampler,
         collate_fn=collate,
     )

@@ -1,4 +1,4 @@
-"""An update on PyTorch: `backward` on each piece adds to what is there."""
+"""An update on PyTorch: `backward` on each micro-batch adds to what is there."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from gradient_accumulator.backend.statistics import Statistics, apart, synchroni
 from gradient_accumulator.backend.torch import replicas
 from gradient_accumulator.backend.torch.activations import free_activations
 from gradient_accumulator.backend.torch.sums import Sum
-from gradient_accumulator.pieces import map_leaves
+from gradient_accumulator.microbatches import map_leaves
 
 
 def make_update(model, training):
-    """A function of one update's pieces, and whether a call of `fit` begins."""
+    """A function of one update's micro-batches, and whether a call of `fit` begins."""
     accumulation = training.accumulation
     forward = partial(trainer.forward, model, training=True)
     if model.jit_compile and not model.run_eagerly:
@@ -28,9 +28,9 @@ def make_update(model, training):
     if clipping is not None:
         clipping.check_excluded(model.weights)
     statistics = Statistics(model)
-    waiting = synchronizes(model)  # for each other, in every piece
+    waiting = synchronizes(model)  # for each other, in every micro-batch
     totals = replicas.totals if replicas.count() > 1 else None
-    # These ask for the logs at every piece, of which processes differ in number.
+    # These ask for the logs at every micro-batch, of which processes differ in number.
     own_metrics = totals is not None and trainer.has_own_metrics(model)
     weighed = normalizers.HostWeights(
         model,
@@ -40,7 +40,7 @@ def make_update(model, training):
         totals=totals,
     )
 
-    def update(pieces, begins):
+    def update(microbatches, begins):
         if begins:  # a loss may be another than in the `fit` before
             weighed.inspected.clear()
         variables = model.trainable_variables
@@ -58,16 +58,16 @@ def make_update(model, training):
         loss, own_logs = keras.ops.zeros((), normalizers.dtype()), {}
         denominator = 0.0
         if waiting:
-            replicas.check_pieces(pieces.count)
-        pieces = weighed(pieces, values_of(statistics.carried))
-        drawn = list(pieces) if own_metrics else pieces
-        for k, (piece, share, kinds, factors) in enumerate(drawn, start=1):
+            replicas.check_microbatches(microbatches.count)
+        microbatches = weighed(microbatches, values_of(statistics.carried))
+        drawn = list(microbatches) if own_metrics else microbatches
+        for k, (microbatch, share, kinds, factors) in enumerate(drawn, start=1):
             last = own_metrics and k == len(drawn)
             weigh = None if factors is None else normalizers.Weighing(kinds, factors)
             assign(rewound)
             with statistics.pooling(), replicas.together(last):
-                worth, own_logs = _add_piece(
-                    model, variables, forward, piece, share, weigh
+                worth, own_logs = _add_microbatch(
+                    model, variables, forward, microbatch, share, weigh
                 )
             loss = loss + worth
             if weigh is not None:
@@ -78,7 +78,7 @@ def make_update(model, training):
         if own_metrics and not drawn:
             with replicas.together():
                 own_logs = model.get_metrics_result()  # the others wait for it
-        correction = pieces.correction(denominator)
+        correction = microbatches.correction(denominator)
         gradients = [s.finish(None if correction == 1 else correction) for s in sums]
         loss = loss * correction
         if replicas.count() > 1:
@@ -86,17 +86,17 @@ def make_update(model, training):
         _apply(model, clipping, variables, gradients)
         statistics.finish(before)
         with replicas.together():
-            return trainer.logs(model, own_logs, loss, pieces.examples)
+            return trainer.logs(model, own_logs, loss, microbatches.examples)
 
     return update
 
 
-def _measure(model, statistics, waiting, state, piece, losses):
-    """The denominators of a piece, and the state that the next one finds.
+def _measure(model, statistics, waiting, state, microbatch, losses):
+    """The denominators of a micro-batch, and the state that the next one finds.
 
     Nothing else of the forward pass stays, nor of what it draws.
     """
-    x, _, _ = keras.utils.unpack_x_y_sample_weight(piece)
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(microbatch)
     (carried,) = state
     with _stateless(model, carried) as scope, torch.no_grad():
         if not losses.by_predictions:
@@ -105,7 +105,7 @@ def _measure(model, statistics, waiting, state, piece, losses):
             # Without a compiler that drops what is not used, it costs as much as any.
             with statistics.pooling(), nullcontext() if waiting else apart(model):
                 y_pred = trainer.forward(model, x, training=True)
-        worth = normalizers.values(normalizers.measure(model, piece, y_pred))
+        worth = normalizers.values(normalizers.measure(model, microbatch, y_pred))
     del y_pred
     free_activations()
     return worth, ([(v, scope.get_current_value(v)) for v, _ in carried],)
@@ -146,19 +146,19 @@ def _stateless(model, state, **settings):
                 buffer.copy_(value)
 
 
-def _add_piece(model, variables, forward, data, share, weigh):
-    """Add a piece's part of the full batch's gradient, and its metrics.
+def _add_microbatch(model, variables, forward, data, share, weigh):
+    """Add a micro-batch's part of the batch's gradient, and its metrics.
 
-    Returns its part of the full batch's loss, and the logs if they are the model's own.
+    Returns its part of the batch's loss, and the logs if they are the model's own.
     """
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    piece = (x, y, forward(x), sample_weight)
-    loss = trainer.compute_loss(model, piece, model.losses, share, weigh)
+    microbatch = (x, y, forward(x), sample_weight)
+    loss = trainer.compute_loss(model, microbatch, model.losses, share, weigh)
     worth = loss * share
     if variables:
         model.optimizer.scale_loss(worth).backward()
     size = normalizers.examples(data)
-    own_logs = trainer.update_metrics(model, piece, loss, size, share)
+    own_logs = trainer.update_metrics(model, microbatch, loss, size, share)
     return worth.detach(), own_logs
 
 

@@ -1,4 +1,4 @@
-"""An update's pieces in a TensorFlow graph: cut, held or drawn one by one."""
+"""An update's micro-batches in a TensorFlow graph: cut, held or drawn one by one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import tensorflow as tf
 from gradient_accumulator import normalizers
 from gradient_accumulator.backend import trainer
 from gradient_accumulator.backend.api import keras
-from gradient_accumulator.pieces import (
+from gradient_accumulator.microbatches import (
     arrays_of,
     check_examples,
     first_input,
@@ -25,23 +25,25 @@ from gradient_accumulator.pieces import (
 
 
 @dataclass
-class Pieces:
-    """The pieces of one update.
+class Microbatches:
+    """The micro-batches of one update.
 
-    A loop carries `state` from one piece to the next.
+    A loop carries `state` from one micro-batch to the next.
     """
 
-    example: Any  # what is known of any piece: nested, of KerasTensors
+    example: Any  # what is known of any micro-batch: nested, of KerasTensors
     even: bool  # whether all have one shape, but for the number of examples
     expected: tf.Tensor  # the number of examples that shares are of
-    most: tf.Tensor  # the number of pieces, if the data does not end before
-    more: Callable[[tf.Tensor, Any], tf.Tensor]  # whether there is a piece k
-    read: Callable[[tf.Tensor, Any], Any]  # piece k
+    most: tf.Tensor  # the number of micro-batches, if the data does not end before
+    more: Callable[[tf.Tensor, Any], tf.Tensor]  # whether there is a micro-batch k
+    read: Callable[[tf.Tensor, Any], Any]  # micro-batch k
     sizes: tf.Tensor | None = None  # the number of examples of each, if all are known
     count: int | None = None  # how many there are, if the graph is for so many
     state: Any = ()
-    following: Callable[[tf.Tensor, Any], Any] = lambda k, state: state  # for piece k
-    # What the optimizer waits for, after so many pieces:
+    following: Callable[[tf.Tensor, Any], Any] = lambda k, state: (
+        state
+    )  # for micro-batch k
+    # What the optimizer waits for, after so many micro-batches:
     complete: Callable[[tf.Tensor], Any] = lambda count: tf.no_op()
 
 
@@ -88,8 +90,8 @@ class Checks:
 
 def _known(
     sizes: tf.Tensor, read: Callable, example: Any, even: bool, count: int | None
-) -> Pieces:
-    return Pieces(
+) -> Microbatches:
+    return Microbatches(
         example,
         even,
         expected=tf.cast(tf.reduce_sum(sizes), normalizers.dtype()),
@@ -101,7 +103,7 @@ def _known(
     )
 
 
-def cut(data: Any, microbatch_size: int) -> Pieces:
+def cut(data: Any, microbatch_size: int) -> Microbatches:
     size = tf.shape(leaves(data)[0])[0]
     starts = tf.range(0, size, microbatch_size)
     sizes = tf.minimum(microbatch_size, size - starts)
@@ -117,16 +119,21 @@ def cut(data: Any, microbatch_size: int) -> Pieces:
     return _known(sizes, read, map_leaves(symbolic, data), True, count)
 
 
-def hold(pieces: tuple, count: tf.Tensor | int, skip_empty: bool) -> Pieces:
-    """Pieces that may differ in shape, in lists that a loop can index.
+def hold(microbatches: tuple, count: tf.Tensor | int, skip_empty: bool) -> Microbatches:
+    """Micro-batches that may differ in shape, in lists that a loop can index.
 
     Args:
-        pieces: Nested tensors.
+        microbatches: Nested tensors.
         count: How many there are; what comes after fills up.
         skip_empty: Whether there may be some without examples.
     """
     columns = list(
-        zip(*(tf.nest.flatten(piece, expand_composites=True) for piece in pieces))
+        zip(
+            *(
+                tf.nest.flatten(microbatch, expand_composites=True)
+                for microbatch in microbatches
+            )
+        )
     )
     shapes = [
         None if column[0] is None else _common_shape(column) for column in columns
@@ -134,7 +141,7 @@ def hold(pieces: tuple, count: tf.Tensor | int, skip_empty: bool) -> Pieces:
     lists = [None if column[0] is None else _list(column) for column in columns]
     even = all(shape is None or None not in shape[1:] for shape in shapes)
 
-    sizes = tf.stack([size_of(piece) for piece in pieces])[:count]
+    sizes = tf.stack([size_of(microbatch) for microbatch in microbatches])[:count]
     filled = None
     if skip_empty:
         filled = tf.squeeze(tf.where(sizes > 0), 1)
@@ -146,10 +153,10 @@ def hold(pieces: tuple, count: tf.Tensor | int, skip_empty: bool) -> Pieces:
             None if held is None else tf.ensure_shape(held.read(k), shape)
             for held, shape in zip(lists, shapes)
         ]
-        return tf.nest.pack_sequence_as(pieces[0], arrays, expand_composites=True)
+        return tf.nest.pack_sequence_as(microbatches[0], arrays, expand_composites=True)
 
     known = count if isinstance(count, int) else None
-    return _known(sizes, read, map_leaves(symbolic, pieces[0]), even, known)
+    return _known(sizes, read, map_leaves(symbolic, microbatches[0]), even, known)
 
 
 def stream(
@@ -158,13 +165,14 @@ def stream(
     first: tf.experimental.Optional,
     iterator: tf.data.Iterator,
     count: tf.Tensor,
-) -> Pieces:
-    """At most `count` pieces, each drawn while the one before is trained on.
+) -> Microbatches:
+    """At most `count` micro-batches, each drawn while the one before is trained on.
 
     Args:
         checks: What raises on the host.
-        ended_early: What does, if it must, of the number of pieces if it is less.
-        first: The first piece.
+        ended_early: What does, if it must, of the number of micro-batches if it is
+            less.
+        first: The first micro-batch.
         iterator: What the others are drawn from.
         count: A number.
     """
@@ -173,14 +181,14 @@ def stream(
     inner_shapes = [leaf.shape[1:] for leaf in arrays_of(spec)]
     known = {leaf.shape[0] for leaf in arrays_of(spec)}
 
-    def piece(optional):
+    def microbatch(optional):
         return keras.tree.map_structure(without_optional, optional.get_value())
 
     def check(sizes):
         check_examples([(int(n), *shape) for n, shape in zip(sizes, inner_shapes)])
 
     def read(k, optional):
-        data = piece(optional)
+        data = microbatch(optional)
         if None not in known:
             return data
         sizes = tf.stack([tf.shape(leaf)[0] for leaf in arrays_of(data)])
@@ -195,8 +203,8 @@ def stream(
             lambda: tf.experimental.Optional.empty(element),
         )
 
-    size = size_of(piece(first))
-    return Pieces(
+    size = size_of(microbatch(first))
+    return Microbatches(
         map_leaves(symbolic, spec),
         is_even(spec),
         expected=tf.cast(size * count, normalizers.dtype()),
@@ -209,19 +217,19 @@ def stream(
     )
 
 
-def size_of(piece):
-    return tf.shape(first_input(piece))[0]
+def size_of(microbatch):
+    return tf.shape(first_input(microbatch))[0]
 
 
 def is_even(spec):
     return all(None not in leaf.shape[1:] for leaf in leaves(spec))
 
 
-def trace_piece(function, example, pieces):
-    """What `function` returns for any piece, or its spec; without its effects."""
+def trace_microbatch(function, example, microbatches):
+    """What `function` returns for any micro-batch, or its spec; without its effects."""
     if tf.executing_eagerly():
         with trainer.StatelessScope():
-            return function(pieces.read(0, ()))
+            return function(microbatches.read(0, ()))
     return trainer.compute_output_spec(function, example)
 
 
@@ -237,7 +245,7 @@ def _list(arrays):
 def _common_shape(arrays):
     shapes = [array.shape for array in arrays]
     shape = reduce(tf.TensorShape.most_specific_compatible_shape, shapes)
-    # The number of examples may differ, even where this update's pieces agree.
+    # The number of examples may differ, even where this update's micro-batches agree.
     return tf.TensorShape([None, *shape[1:]]) if shape.rank else shape
 
 

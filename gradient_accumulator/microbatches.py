@@ -1,4 +1,4 @@
-"""Pieces: how one update's data is cut, drawn and checked."""
+"""Micro-batches: how one update's data is cut, drawn and checked."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def leaves(data: Any) -> list:
     return [leaf for leaf in keras.tree.flatten(data) if leaf is not None]
 
 
-def first_input(piece: Any) -> Any:
-    """The array whose first axis tells a piece's number of examples."""
-    x, _, _ = keras.utils.unpack_x_y_sample_weight(piece)
+def first_input(microbatch: Any) -> Any:
+    """The array whose first axis tells a micro-batch's number of examples."""
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(microbatch)
     return leaves(x)[0]
 
 
@@ -72,7 +72,7 @@ def check_shapes(shapes: list[tuple]) -> None:
     if not shapes or () in shapes or len({shape[0] for shape in shapes} - {None}) > 1:
         raise ValueError(
             "Every array of a batch needs the same number of examples in its "
-            f"first axis, to train in pieces. Received: shapes={shapes}"
+            f"first axis, to train in micro-batches. Received: shapes={shapes}"
         )
 
 
@@ -85,22 +85,23 @@ def check_examples(shapes: list[tuple]) -> None:
         )
 
 
-def checked(piece: Any) -> Any:
-    """The same piece. One array's examples would else be broadcast to another's."""
-    check_shapes(shapes_of(arrays_of(piece)))
-    return piece
+def checked(microbatch: Any) -> Any:
+    """The same micro-batch, whose arrays would else be broadcast to one another."""
+    check_shapes(shapes_of(arrays_of(microbatch)))
+    return microbatch
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """The pieces of one update, each made when it is asked for.
+class Microbatches:
+    """The micro-batches of one update, each made when it is asked for.
 
     Args:
         iterator: Nested arrays.
-        count: The number of pieces, if the data does not end before.
-        examples: The number of examples of all pieces together, where that is known,
-            and they have one shape but for their own number.
-        devices: The number of devices that each have an equal part of every piece.
+        count: The number of micro-batches, if the data does not end before.
+        examples: The number of examples of all micro-batches together, where that is
+            known, and they have one shape but for their own number.
+        devices: The number of devices that each have an equal part of every
+            micro-batch.
     """
 
     iterator: Iterator
@@ -110,7 +111,7 @@ class Pieces:
 
     @property
     def on_device(self) -> int:
-        """The number of examples of a full batch that one device has."""
+        """The number of examples of a batch that one device has."""
         return (self.examples or 0) // self.devices
 
 
@@ -120,41 +121,43 @@ def cut(
     take: Callable = lambda array, start, stop: array[start:stop],
     devices: int = 1,
     count: Callable[[Any], int] = batch_size,
-) -> Pieces:
-    """The pieces of a full batch; the last may be smaller.
+) -> Microbatches:
+    """The micro-batches of a batch; the last may be smaller.
 
     Args:
         data: Nested arrays.
-        microbatch_size: Number of examples in a piece.
+        microbatch_size: Number of examples in a micro-batch.
         take: Function of an array and the first and last (exclusive) example.
         devices: The number of devices that each have an equal part of the batch, in
-            which `take` counts, and that each take a piece of that size.
+            which `take` counts, and that each take a micro-batch of that size.
         count: Function of the data that returns the number of its examples.
     """
 
-    def piece(start, stop):
+    def microbatch(start, stop):
         return map_leaves(
             lambda array: array if is_number(array) else take(array, start, stop), data
         )
 
-    return pieces_of(count(data), microbatch_size, piece, devices)
+    return microbatches_of(count(data), microbatch_size, microbatch, devices)
 
 
-def pieces_of(
-    examples: int, microbatch_size: int, piece: Callable, devices: int = 1
-) -> Pieces:
-    """The pieces of a full batch that need not be there as a whole.
+def microbatches_of(
+    examples: int, microbatch_size: int, microbatch: Callable, devices: int = 1
+) -> Microbatches:
+    """The micro-batches of a batch that need not be there as a whole.
 
     Args:
-        examples: Number of examples in the full batch.
-        microbatch_size: Number of examples in a piece.
-        piece: Function of the first and last (exclusive) example of a piece.
+        examples: Number of examples in the batch.
+        microbatch_size: Number of examples in a micro-batch.
+        microbatch: Function of the first and last (exclusive) example of a micro-batch.
         devices: As for `cut`.
     """
     size = examples // devices
     starts = range(0, size, microbatch_size)
-    pieces = (piece(start, min(start + microbatch_size, size)) for start in starts)
-    return Pieces(pieces, len(starts), examples, devices)
+    microbatches = (
+        microbatch(start, min(start + microbatch_size, size)) for start in starts
+    )
+    return Microbatches(microbatches, len(starts), examples, devices)
 
 
 def not_empty(generator: Iterator) -> Iterator:
@@ -216,7 +219,7 @@ class Epoch:
         """
         self.steps = steps
         self.sized = sized
-        # Of full batches whose pieces are drawn, one after the other:
+        # Of batches whose micro-batches are drawn, one after the other:
         self.sizes: list[int] = []
         # How many of them each iterator has given.
         self.drawn: Any = weakref.WeakKeyDictionary()
@@ -250,7 +253,7 @@ class Epoch:
             self.evaluating = before
 
     def next_size(self, iterator: Iterator) -> int:
-        """Of full batches whose pieces are drawn, the next one's number of examples."""
+        """The number of examples in the next batch whose micro-batches are drawn."""
         number = self.drawn.get(iterator, 0)
         self.drawn[iterator] = number + 1
         return self.sizes[number]
@@ -269,7 +272,7 @@ class Epoch:
         """`count`, or what is left of the epoch if that is less."""
         return count if self.length is None else min(count, self.length - self.seen)
 
-    def draw(self, iterator: Iterator, count: int) -> Pieces:
+    def draw(self, iterator: Iterator, count: int) -> Microbatches:
         """The next `count` batches, or as many as are left in the epoch.
 
         The first one is drawn at once, each other when it is asked for.
@@ -288,7 +291,7 @@ class Epoch:
             raise StopIteration
         self.updates += 1
         counted = self._counted(itertools.chain(first, batches), count)
-        return Pieces(counted, count)
+        return Microbatches(counted, count)
 
     def _counted(self, batches: Iterator, asked: int) -> Iterator:
         for batch in batches:
@@ -310,14 +313,15 @@ class Epoch:
         if self.sized:
             # Keras does only where an update would begin.
             warnings.warn(
-                "The data ended in the middle of an update, which took the pieces "
-                f"that there were: `steps_per_epoch` asks for {self.steps} batches, "
-                f"and {seen} were left.",
+                "The data ended in the middle of an update, which took the "
+                "micro-batches that there were: `steps_per_epoch` asks for "
+                f"{self.steps} batches, and {seen} were left.",
                 stacklevel=2,
             )
             return
         raise ValueError(
             "The data ended before `steps_per_epoch` batches were drawn, and the last "
-            "update was not applied if it lacked pieces. Give more data, or a smaller "
-            f"`steps_per_epoch`. Received: steps_per_epoch={self.steps}, {seen} batches"
+            "update was not applied if it lacked micro-batches. Give more data, or a "
+            f"smaller `steps_per_epoch`. Received: steps_per_epoch={self.steps}, "
+            f"{seen} batches"
         )
