@@ -143,7 +143,7 @@ class AccumBatchNormalization(trainer.Normalization):
             scale=scale,
             **kwargs,
         )
-        # Of which Keras's own knows on TensorFlow only.
+        # Keras's own layer knows this argument on TensorFlow only.
         self.synchronized = synchronized
         self._set_up(accum_steps, renorm, rmax, dmax)
 
@@ -168,7 +168,7 @@ class AccumBatchNormalization(trainer.Normalization):
 
     @property
     def settings(self) -> tuple:
-        """What Keras's layer does not have."""
+        """The settings that Keras's layer does not have."""
         return self.accum_steps, self.renorm, self.rmax, self.dmax
 
     def hand_over(self) -> None:
@@ -427,7 +427,7 @@ def _statistics(x, axis, mask, total, synchronized):
     else:
         weights = ops.cast(ops.expand_dims(mask, -1), "bool")
         weights = ops.cast(ops.broadcast_to(weights, ops.shape(x)), x.dtype)
-        # What is masked may be anything, which times 0 is not always 0.
+        # A masked value may be anything, and times 0 is not always 0.
         x = ops.where(weights > 0, x, 0)
     if not synchronized:
         total = _same

@@ -304,7 +304,7 @@ def _is_made(cls: Any) -> bool:
 
 
 def _settings(cls: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """What of a constructor's arguments is of `GradientAccumulateModel`."""
+    """The arguments of a constructor that `GradientAccumulateModel` takes."""
     try:
         given = inspect.signature(cls.__init__).bind(None, *args, **kwargs).arguments
     except TypeError:  # the constructor raises it

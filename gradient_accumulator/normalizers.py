@@ -44,7 +44,7 @@ from gradient_accumulator.microbatches import (
     map_leaves,
 )
 
-# What a loss divides by, as far as a reduction's name tells.
+# The kinds of denominators, as far as a reduction's name tells them.
 ADDITIVE = "additive"  # nothing: micro-batches add up
 BY_EXAMPLES = "by_examples"  # the loss cannot be taken apart
 NORMALIZED = "normalized"  # a number that each micro-batch has its own of
@@ -203,7 +203,7 @@ def factors(denominators, shares, kinds: Sequence[str], totals=None):
 
 
 class Weighing:
-    """What is called for the compiled losses of a micro-batch, in their place.
+    """Calls the compiled losses of a micro-batch, in their place.
 
     It takes a loss, and returns a function. Afterwards `denominator` is that of a loss
     that is `DIVIDED_LAST`, else 0.
@@ -244,11 +244,11 @@ class Weighing:
 
 
 def correction(expected: Any, found: Any) -> Any:
-    """What sums are to be multiplied by that were divided by `expected`, not `found`.
+    """The factor that mends sums which were divided by `expected`, not `found`.
 
     Args:
-        expected: What numerators were divided by: a number of examples.
-        found: What they were to be divided by. Where that is 0, so is the result.
+        expected: The number of examples that numerators were divided by.
+        found: The denominator that they need. Where it is 0, so is the result.
     """
     return ops.divide_no_nan(ops.cast(expected, dtype()), ops.cast(found, dtype()))
 
@@ -261,10 +261,10 @@ def measure(model, data, y_pred, stand_in=Denominator) -> list[Denominator]:
 
 @dataclass
 class Losses:
-    """What can be said of a model's losses before a micro-batch is trained on.
+    """The facts about a model's losses that are known before the first micro-batch.
 
     Args:
-        denominators: Of the compiled losses.
+        denominators: The denominators of the compiled losses.
         need_shares: Whether a micro-batch's share of the batch has to be known while it
             is trained on, for more than a factor that the end can correct.
         alone: Whether one compiled loss is all that the model's loss consists of.
@@ -421,7 +421,7 @@ class Weighed:
         return None if self.factors is None else self.factors[k]
 
     def correction(self, denominator: Any = None) -> float:
-        """What sums over the micro-batches are to be multiplied by, when all are done.
+        """The factor for the sums over the micro-batches, when all are done.
 
         Args:
             denominator: The sum of the denominators of a loss that is `DIVIDED_LAST`.
@@ -449,7 +449,7 @@ class HostWeights:
             returns `values`, and the state after the micro-batch as far as it matters
             to the others'.
         scope: As for `inspect`, but a function of the model's state first.
-        notices: What the user is to be told of, once.
+        notices: Tells the user, once each.
         totals: Sums a list of numbers over the processes that train together, each on
             micro-batches of its own. None if there is one.
         devices: The number of devices that each have an equal part of every
@@ -500,7 +500,7 @@ class HostWeights:
         else:
             even = self.even or self.totals is None
             kinds = losses.kinds(even)
-            # Of one process alone the shares are known.
+            # A process that trains alone knows the shares.
             shares_known = self.totals is None and set(kinds) <= {BY_EXAMPLES}
             if shares_known or losses.one_by_one(even):
                 return weighed(drawn, max(microbatches.examples, 1), kinds)
@@ -528,7 +528,7 @@ class HostWeights:
         )
         if set(kinds) <= {BY_EXAMPLES}:
             return weighed()
-        # Of what is empty the factors are not used.
+        # The factors of an empty micro-batch are not used.
         shares = ops.convert_to_tensor([max(s, 1) for s in sizes], dtype()) / expected
         if self.devices == 1:
             return weighed(kinds, list(factors(denominators, shares, kinds, totals)))
@@ -550,7 +550,7 @@ class HostWeights:
         return ops.stack(rows)
 
     def _inspect(self, microbatch, state):
-        # What a loss divides by depends on what there is, not on how much.
+        # A denominator's kind depends on which arrays there are, not on their sizes.
         structure = str(map_leaves(_kind_of_array, microbatch))
         if structure not in self.inspected:
             scope = partial(self.scope, *state)
@@ -562,7 +562,7 @@ class HostWeights:
 
 
 def symbolic(array) -> keras.KerasTensor:
-    """What is known of an array without its values."""
+    """The shape and dtype of an array."""
     return keras.KerasTensor(
         tuple(array.shape), keras.backend.standardize_dtype(array.dtype)
     )

@@ -1,4 +1,4 @@
-"""What users are told of how a model accumulates: each once, until settings change."""
+"""Tells users how a model accumulates: each fact once, until settings change."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class AccumulationWarning(UserWarning):
 
 
 class Notices:
-    """What there is to tell, and what was told.
+    """Tells the user of one model, and remembers what was said.
 
     Args:
         accumulation: How the model accumulates.
@@ -91,7 +91,7 @@ class Notices:
         return f"one batch each: micro-batches of {size}"
 
     def _of_known(self, handed, examples, steps):
-        """Of updates for which `fit` draws so many examples at a time.
+        """The sentence for updates where `fit` draws a known number of examples.
 
         Args:
             handed: The number.
@@ -118,8 +118,8 @@ class Notices:
 
         Args:
             model: The model.
-            denominators: Of its compiled losses, as `normalizers.inspect` finds them.
-            seen: As from `watching`.
+            denominators: Its compiled losses', as `normalizers.inspect` finds them.
+            seen: The list that `watching` yields.
             scope: Makes a scope in which the model's variables have values.
         """
         for denominator in denominators:
@@ -305,7 +305,7 @@ def _few(names):
 
 
 def _instead_of(loss, y_pred):
-    """What mends a loss that couples."""
+    """Advice that mends a loss which couples examples."""
     name = keras_own(loss)
     if name is None:
         return "If it has a value for each example, let it return these."

@@ -1,4 +1,4 @@
-"""What the backends' files share."""
+"""Functions that the backends' files share."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def added(add: Callable, pairs: list, factor: Any, take_back: bool) -> Iterator[
 
 
 def lost(who: str, error: BaseException, update: str) -> RuntimeError:
-    """What is raised where others that train together do not answer.
+    """The error for processes that do not answer.
 
     Args:
         who: One of them, in words.
-        error: What was seen of it.
+        error: The error that was seen here.
         update: A sentence on the update at hand, or nothing.
     """
     return RuntimeError(

@@ -36,7 +36,7 @@ def normalizations(model: keras.Model) -> list:
 
 
 def pooling_layers(model: keras.Model) -> list:
-    """Those of them that pool the statistics of an update's micro-batches."""
+    """The batch normalization layers that pool an update's statistics."""
     layers = normalizations(model)
     return [x for x in layers if isinstance(x, AccumBatchNormalization)]
 
@@ -88,7 +88,7 @@ def together(model: keras.Model) -> Iterator[None]:
 
 
 class Statistics:
-    """What a train step does about a model's batch normalization.
+    """The state of a model's layers that an update moves, or keeps.
 
     Args:
         model: A compiled model that is built.
@@ -97,7 +97,7 @@ class Statistics:
     def __init__(self, model: keras.Model):
         self.optimizer: Any = model.optimizer
         self.pools = update_layers(model)
-        # What no pool of an update's micro-batches moves, but every micro-batch.
+        # Moving statistics of plain batch normalization: every micro-batch moves them.
         self.moving = [
             variable
             for layer in normalizations(model)
@@ -127,7 +127,7 @@ class Statistics:
             yield
 
     def before(self) -> Any:
-        """What `finish` needs from before the update's first micro-batch."""
+        """The values that `finish` needs, from before the first micro-batch."""
         mark = trainer.mark(self.optimizer) if self.variables else None
         if mark is None:
             return None

@@ -86,7 +86,7 @@ def add_microbatch(
 
 
 def reduce(model, sums, metrics):
-    """What the devices have added up, reduced, and the metrics with their part."""
+    """The sums of all devices, reduced, and the metrics with what these added."""
     accumulators, *numbers, own = sums
     with jax.named_scope("reduce_gradients"):
         gradients = [

@@ -1,4 +1,4 @@
-"""What `GradientAccumulateOptimizer` does on JAX: a branch that costs no copies."""
+"""The operations of `GradientAccumulateOptimizer` on JAX."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `fit` calls on JAX: draws an update's data and keeps the state."""
+"""The train function on JAX: it draws an update's data and keeps the state."""
 
 from __future__ import annotations
 

@@ -110,12 +110,12 @@ def make_update(model, training):
 
 
 class _Programs:
-    """What an update consists of, compiled.
+    """The compiled functions that an update consists of.
 
     Args:
         model: A compiled and built model.
         training: Its `Training`.
-        statistics: Of its normalization layers.
+        statistics: Its `Statistics`.
         state: The shardings of the four lists of values that `fit` keeps, or None.
         check: Function of the number of an update's micro-batches, which must be the
             same in all processes.
@@ -267,7 +267,7 @@ def _measured(measure, state, microbatch, losses):
 
 
 def _moved(before, after):
-    """What is new, else None: a compiled function copies what it returns."""
+    """The new values, None for old ones, which a compiled function would copy."""
     return [None if new is old else new for old, new in zip(before, after, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""What `fit` of Keras 2 is called with: its `steps_per_execution` counts updates."""
+"""The data of `fit` on Keras 2, whose `steps_per_execution` counts updates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Keras 2's `Model` keeps private: compiled losses, metrics, the train function.
+"""Functions for what Keras 2's `Model` keeps private: losses, metrics, training.
 
 The functions are those of `backend/keras3/trainer.py`.
 """
@@ -65,7 +65,7 @@ def rename(layer: Any, name: str) -> None:
 
 
 def constructor(finish: Callable) -> Callable:
-    """That of a functional model, which calls `finish` with it.
+    """The constructor of a functional model, which calls `finish` with the model.
 
     Keras clones and saves by its graph a model whose constructor looks like its own.
     """
@@ -135,7 +135,7 @@ def native(variable: tf.Variable) -> tf.Variable:
 
 
 def moved_by_microbatches(model: Any) -> list:
-    """What forward passes move: seeds, statistics and the like.
+    """The variables that forward passes move: seeds, statistics and the like.
 
     Not what a frozen layer created as trainable, which may be most of a model.
     """
@@ -296,7 +296,7 @@ def public_module(cls: type) -> str:
 
 
 def count_update(model: Any) -> None:
-    """What Keras counts for callbacks."""
+    """Count an update where Keras counts for callbacks."""
     model._train_counter.assign_add(1)
 
 
@@ -322,7 +322,7 @@ def build(model: Any, data: Any) -> None:
 
 
 def build_from_values(model: Any, data: Any) -> None:
-    """The same where the model runs eagerly, and may branch on its data's values."""
+    """`build` for a model that runs eagerly, and may branch on its data's values."""
     if not _is_built(model):
         _evaluate(model, data)
         model.reset_metrics()
@@ -399,7 +399,7 @@ def compute_output_spec(function: Callable, data: Any) -> Any:
 
 
 def variance_to_move_by(layer: Any, variance: Any, count: Any) -> Any:
-    """What the moving variance takes of the variance of `count` values.
+    """The variance that the moving variance takes, from that of `count` values.
 
     Where Keras 2 normalizes images by TensorFlow's fused operation, it is the unbiased
     estimate of the variance.

@@ -30,7 +30,7 @@ class Arrays:
     """Arrays that Keras draws batches from.
 
     Args:
-        adapter: What it does it by.
+        adapter: Keras's adapter over the arrays.
     """
 
     def __init__(self, adapter: ArrayDataAdapter):
@@ -58,13 +58,13 @@ class Arrays:
         return convert_to_sliceable(self.adapter._inputs, target_backend=backend)
 
     def numbers(self) -> ArrayDataAdapter:
-        """The same adapter of the examples' numbers."""
+        """Keras's adapter over the examples' numbers, in the place of the arrays."""
         adapter = copy.copy(self.adapter)
         adapter._inputs = (np.arange(sum(self.sizes)),)
         return adapter
 
     def symbolic(self, examples: Any, size: int) -> Any:
-        """What is known of the first micro-batch without its values.
+        """The shapes and dtypes of the first micro-batch.
 
         Args:
             examples: Some examples, as the model gets them.

@@ -1,4 +1,4 @@
-"""What `fit` of Keras 3 is handed: its own adapter of the data, counting updates."""
+"""The data of `fit` on Keras 3: Keras's own adapter of it, counted in updates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Updates(DataAdapter):
     """An adapter of data, for Keras to call the train function once an update.
 
     Args:
-        adapter: That which Keras makes of the data.
+        adapter: The adapter that Keras makes of the data.
         batches: Function without arguments that gives what the train function draws
             from, for an epoch or several.
         to_build: The same for what Keras builds the model from. None if the train
@@ -70,7 +70,7 @@ class Updates(DataAdapter):
 
 
 class _First(Updates):
-    """The same for building a model, after which Keras itself ends the epoch."""
+    """`Updates` for building a model, after which Keras itself ends the epoch."""
 
     def on_epoch_end(self):
         pass
@@ -214,7 +214,7 @@ class _Counting(keras.callbacks.CallbackList):
 
     Args:
         first: Called before the user's.
-        data: What `fit` is given.
+        data: The data of the call.
         epoch: Where `fit` stands.
     """
 

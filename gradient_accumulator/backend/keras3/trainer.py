@@ -1,4 +1,4 @@
-"""What Keras 3's `Trainer` keeps private, and every backend here needs."""
+"""Functions for what Keras 3's `Trainer` keeps private, for every backend here."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def rename(layer: Any, name: str) -> None:
 
 
 def constructor(finish: Callable) -> Callable:
-    """That of a functional model, which calls `finish` with it.
+    """The constructor of a functional model, which calls `finish` with the model.
 
     Keras clones and saves by its graph a model whose constructor looks like its own.
     """
@@ -141,7 +141,7 @@ def native(variable: keras.Variable) -> Any:
 
 
 def moved_by_microbatches(model: keras.Model) -> list:
-    """What forward passes move: seeds, statistics and the like.
+    """The variables that forward passes move: seeds, statistics and the like.
 
     Not what a frozen layer created as trainable, which may be most of a model.
     """
@@ -270,7 +270,7 @@ def public_module(cls: type) -> str:
 
 
 def count_update(model: keras.Model) -> None:
-    """What Keras counts for callbacks."""
+    """Count an update where Keras counts for callbacks: nothing in Keras 3."""
 
 
 def build(model: keras.Model, data: Any) -> None:
@@ -279,7 +279,7 @@ def build(model: keras.Model, data: Any) -> None:
 
 
 def build_from_values(model: keras.Model, data: Any) -> None:
-    """The same where the model runs eagerly, and may branch on its data's values."""
+    """`build` for a model that runs eagerly, and may branch on its data's values."""
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     with StatelessScope():
         y_pred = forward(model, x, training=False)
@@ -325,7 +325,7 @@ def forget(layer: Any) -> None:
 
 
 def variance_to_move_by(layer: Any, variance: Any, count: Any) -> Any:
-    """What the moving variance takes of the variance of `count` values."""
+    """The variance that the moving variance takes, from that of `count` values."""
     return variance
 
 
@@ -384,16 +384,16 @@ def _like(loss: keras.losses.Loss, **attributes: Any) -> keras.losses.Loss:
 def denominator(
     loss: keras.losses.Loss, values: Any, y_true: Any, y_pred: Any, sample_weight: Any
 ) -> Any:
-    """What a loss with a mask or weights is divided by.
+    """The denominator of a loss with a mask or weights.
 
     Keras says it: the sum of a loss whose values are all 1, over its mean.
 
     Args:
         loss: A compiled loss.
         values: Its values, with their mask.
-        y_true: What it was called with.
-        y_pred: The same.
-        sample_weight: The same.
+        y_true: The targets that it was called with.
+        y_pred: The predictions.
+        sample_weight: The sample weights.
     """
     ones = keras.ops.ones_like(values)
     mask = get_mask(values)

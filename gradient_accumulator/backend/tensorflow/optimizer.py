@@ -1,4 +1,4 @@
-"""What `GradientAccumulateOptimizer` does on TensorFlow, on each replica."""
+"""The operations of `GradientAccumulateOptimizer` on TensorFlow, on each replica."""
 
 from __future__ import annotations
 

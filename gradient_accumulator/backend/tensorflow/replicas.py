@@ -1,4 +1,4 @@
-"""What the replicas and workers of a `tf.distribute` strategy do together."""
+"""Exchanges between the replicas and workers of a `tf.distribute` strategy."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def check_in_step(
         sums, squares = strategy.reduce(
             tf.distribute.ReduceOp.SUM, tf.stack([own, own * own]), axis=None
         ).numpy()
-    # As numbers do that are all equal, and no others.
+    # This holds for numbers that are all equal, and for no others.
     if (sums[0] * squares == sums * sums).all():
         return
     raise ValueError(

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 
 class Slices(NamedTuple):
-    """Those of the micro-batches so far: what the loop carries.
+    """The slices of the micro-batches so far, which the loop carries.
 
     A buffer has room for those to come, for what is kept in parts has to be joined in
     the end, and takes twice the memory then.
@@ -24,7 +24,7 @@ class Slices(NamedTuple):
 
     @property
     def tensors(self) -> list[tf.Tensor]:
-        """What is there when all have been written."""
+        """The tensors that are there when all slices have been written."""
         return [getattr(held, "flow", held) for held in self]
 
 

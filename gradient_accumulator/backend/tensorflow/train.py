@@ -1,4 +1,4 @@
-"""What `fit` calls on TensorFlow: draws an update's data and runs its graph."""
+"""The train function on TensorFlow: it draws an update's data and runs its graph."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class _Updates:
         self.checks = Checks()
 
     def draw(self, iterator: Iterator) -> Callable[[], dict]:
-        """What makes the next update.
+        """A function that makes the next update.
 
         Raises:
             StopIteration: If nothing is left of the epoch.
@@ -252,7 +252,7 @@ class _Updates:
             self.epoch.ended_early(self.epoch.seen + int(drawn) - 1)
 
     def _locals(self, data):
-        """What each replica gets of distributed data."""
+        """The part of distributed data that each replica gets."""
         results = self.strategy.experimental_local_results
         count = len(results(leaves(data)[0]))  # other workers have the other replicas
         return [

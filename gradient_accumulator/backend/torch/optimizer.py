@@ -1,4 +1,4 @@
-"""What `GradientAccumulateOptimizer` does on PyTorch: sums in place."""
+"""The operations of `GradientAccumulateOptimizer` on PyTorch: sums in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `fit` calls on PyTorch, and how it draws its data."""
+"""The train function on PyTorch, and how it draws its data."""
 
 from __future__ import annotations
 
