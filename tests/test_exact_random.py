@@ -8,7 +8,7 @@ import numpy as np
 import problems
 import pytest
 from helpers import assert_same, in_microbatches, moved, train
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from marks import core_on
 from versions import MASKS_IN_PLACE, unless_plain_fails
@@ -125,6 +125,8 @@ def test_vectors(way, sizes, reduction, loss, weights):
 def test_masked_sequences(way, sizes, reduction, loss, lengths, weights, trim):
     """Rows of any length, also none, and micro-batches cut to their longest row."""
     counts, microbatch = sizes
+    # Without reduction the log is a mean over the steps that there are, padding too.
+    assume(not trim or reduction != "none")
 
     def make(r, n):
         x = r.integers(1, problems.TOKENS, (n, problems.STEPS)).astype("int32")
@@ -139,9 +141,13 @@ def test_masked_sequences(way, sizes, reduction, loss, lengths, weights, trim):
         longest = max(int((each[0] > 0).sum(axis=1).max()), 1) if trim else None
         return tuple(array[:, :longest] for array in each)
 
+    batches = problems.each_size(make, counts)
+    found = [each[0].shape[1] for batch in batches for each in microbatches(batch)]
+    # On TensorFlow, what the first two have in common all of a generator have to.
+    assume(way != "accum_steps" or len({*found[:2]}) > 1 or len({*found}) == 1)
     problem = problem_of(
         problems.tagger,
-        problems.each_size(make, counts),
+        batches,
         microbatch,
         reduction,
         loss,
