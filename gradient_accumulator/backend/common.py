@@ -11,7 +11,7 @@ from gradient_accumulator.backend.api import keras
 
 
 def new_accumulator(optimizer: Any, variable: keras.Variable, dtype: str):
-    """A variable of an optimizer that sums one variable's gradients."""
+    """An optimizer's variable that sums the gradients of one variable."""
     name = trainer.path(variable).replace("/", "_").replace(":", "_")
     return trainer.add_variable(
         optimizer,
@@ -24,14 +24,13 @@ def new_accumulator(optimizer: Any, variable: keras.Variable, dtype: str):
 
 @contextmanager
 def added(add: Callable, pairs: list, factor: Any, take_back: bool) -> Iterator[None]:
-    """Around the update that a micro-batch, added to its sums before, may be the last
-    of.
+    """Add a micro-batch, and subtract it again if the update in the context fails.
 
     Args:
         add: Adds gradients, times `factor`, to accumulators.
         pairs: Accumulators and gradients.
-        factor: What the gradients are multiplied by.
-        take_back: Whether to subtract the micro-batch again where its update fails.
+        factor: The number that gradients are multiplied by.
+        take_back: Whether to subtract the micro-batch if the update fails.
     """
     add(pairs, factor)
     try:
@@ -46,9 +45,9 @@ def lost(who: str, error: BaseException, update: str) -> RuntimeError:
     """The error for processes that do not answer.
 
     Args:
-        who: One of them, in words.
-        error: The error that was seen here.
-        update: A sentence on the update at hand, or nothing.
+        who: One of the processes, in words.
+        error: The error that this process received.
+        update: A sentence about the current update, or an empty string.
     """
     return RuntimeError(
         f"{who} did not answer: it has failed, or was ended, and its own output says "

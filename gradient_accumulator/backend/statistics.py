@@ -1,12 +1,12 @@
-"""The state of layers that moves once an update: moving statistics, and the like.
+"""Layer state that moves once an update, such as moving statistics.
 
-A layer tells of such state by what it has; docs/layers.md says it to users:
+A layer declares such state by its attributes, which docs/layers.md describes to users:
 
-- `update_variables`, a list of variables that the layer moves in training by itself,
-  whatever the data: every micro-batch begins with their values of before the update,
-  and what the last one leaves stays.
-- `within_update`, a context manager around the forward passes of an update, in which
-  the layer pools what it sees, and `finish_update`, which moves its state by that.
+- `update_variables` lists variables that the layer moves in training, whatever the data
+  is. Every micro-batch begins with their values from before the update, and the values
+  after the last micro-batch stay.
+- `within_update` is a context manager for the forward passes of an update, in which the
+  layer pools its data. `finish_update` moves the layer's state by the pooled data.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def pooling_layers(model: keras.Model) -> list:
 
 
 def update_layers(model: keras.Model) -> list:
-    """The layers, of anyone's, that pool what an update's micro-batches show them."""
+    """The layers, of any class, that pool the data of an update's micro-batches."""
     return [
         layer
         for layer in trainer.layers_of(model)
@@ -51,7 +51,7 @@ def update_layers(model: keras.Model) -> list:
 
 
 def rewound(model: keras.Model) -> list:
-    """The variables that every micro-batch of an update finds as the first one did."""
+    """The variables with the same values at the start of an update's micro-batches."""
     layers = trainer.layers_of(model)
     return list(
         {id(v): v for x in layers for v in trainer.update_variables(x)}.values()
@@ -59,13 +59,13 @@ def rewound(model: keras.Model) -> list:
 
 
 def synchronizes(model: keras.Model) -> bool:
-    """Whether a forward pass waits for those of other replicas."""
+    """Whether a forward pass waits for the forward passes of other replicas."""
     return any(layer.synchronized for layer in normalizations(model))
 
 
 @contextmanager
 def apart(model: keras.Model) -> Iterator[None]:
-    """Around forward passes of which only shapes are wanted: nobody waits."""
+    """A context in which batch normalization does not wait for other replicas."""
     with ExitStack() as stack:
         for layer in normalizations(model):
             alone = with_attribute(layer, "synchronized", False)
@@ -75,12 +75,12 @@ def apart(model: keras.Model) -> Iterator[None]:
 
 @contextmanager
 def together(model: keras.Model) -> Iterator[None]:
-    """Around forward passes of devices that normalize by the examples of all."""
+    """A context in which devices normalize by the examples of all devices."""
     with ExitStack() as stack:
         for layer in normalizations(model):
             synchronized = with_attribute(layer, "synchronized", True)
             if not isinstance(layer, AccumBatchNormalization):
-                # Keras's does not know of devices that each have their part.
+                # Keras's layer does not know that each device has only its part.
                 moments = partial(synchronized_moments, layer)
                 synchronized = with_attribute(layer, "_moments", moments)
             stack.enter_context(synchronized)
@@ -88,30 +88,30 @@ def together(model: keras.Model) -> Iterator[None]:
 
 
 class Statistics:
-    """The state of a model's layers that an update moves, or keeps.
+    """The state of a model's layers, as an update moves and restores it.
 
     Args:
-        model: A compiled model that is built.
+        model: A compiled and built model.
     """
 
     def __init__(self, model: keras.Model):
         self.optimizer: Any = model.optimizer
         self.pools = update_layers(model)
-        # Moving statistics of plain batch normalization: every micro-batch moves them.
+        # Moving statistics of plain `BatchNormalization`: every micro-batch moves them.
         self.moving = [
             variable
             for layer in normalizations(model)
             if layer not in self.pools
             for variable in (layer.moving_mean, layer.moving_variance)
         ]
-        # What an update that is skipped must leave as it was. Without a scale none is.
+        # A skipped update must not move these layers. Only a loss scale skips updates.
         left = list(self.pools)
         if trainer.may_skip(model.optimizer):
             left += [x for x in normalizations(model) if x not in left]
         self.variables = [v for x in left for v in x.variables if not v.trainable]
         self.rewound = rewound(model)
-        # What a micro-batch may find otherwise than the one before: seeds, and what
-        # layers of one's own keep. In training no normalization reads its statistics.
+        # State that one micro-batch moves and the next reads: seeds, and the state of
+        # users' layers. No normalization in training reads what a micro-batch moves.
         pooled = [v for layer in self.pools for v in layer.variables]
         known = {id(v) for v in (*self.moving, *self.rewound, *pooled)}
         self.carried = [
@@ -120,21 +120,21 @@ class Statistics:
 
     @contextmanager
     def pooling(self) -> Iterator[None]:
-        """Around the forward passes of an update."""
+        """A context of an update's forward passes, in which layers pool their data."""
         with ExitStack() as stack:
             for layer in self.pools:
                 stack.enter_context(layer.within_update())
             yield
 
     def before(self) -> Any:
-        """The values that `finish` needs, from before the first micro-batch."""
+        """The values from before the first micro-batch, which `finish` needs."""
         mark = trainer.mark(self.optimizer) if self.variables else None
         if mark is None:
             return None
         return mark, [ops.copy(trainer.value(v)) for v in self.variables]
 
     def finish(self, before: Any) -> None:
-        """Move the statistics, after the optimizer had the finished gradient."""
+        """Move the statistics after the optimizer's step, unless it was skipped."""
         for layer in self.pools:
             layer.finish_update()
         if before is None:
@@ -146,20 +146,20 @@ class Statistics:
 
 
 def in_reach(variables: list) -> list[AccumBatchNormalization]:
-    """The layers that some of the variables are trained for.
+    """The layers that own some of the variables.
 
-    None in a call without effects, where their own variables are out of reach.
+    A stateless call gets an empty list: it cannot reach the layers' other variables.
     """
     return [] if trainer.in_stateless_scope() else owners(variables)
 
 
 @contextmanager
 def taken_back(optimizer: Any, variables: list) -> Iterator[None]:
-    """Around an optimizer's step: what layers that count moved, if it makes none.
+    """A context of an optimizer's step: statistics are restored if none is made.
 
     Args:
         optimizer: The optimizer.
-        variables: What it updates, by which the layers are known.
+        variables: The variables that it updates, by which their layers are found.
     """
     layers = in_reach(variables)
     mark = trainer.mark(optimizer) if layers else None

@@ -1,7 +1,7 @@
-"""An update whose micro-batches are sharded: each device adds up its own parts of them.
+"""An update of sharded micro-batches: each device sums over its own parts of them.
 
-Nothing is exchanged before the end, when all that was added up is reduced at once.
-What a device adds up is its entry of a stack, an array with one more axis.
+Devices exchange no sums before the end of the update, when all are reduced at once.
+A stack is an array with one more axis, in which each device's sum is one entry.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gradient_accumulator.backend.statistics import together
 
 
 def zeros(zeros, model, replicas):
-    """A stack of what each device adds up: as on one device, and the metrics."""
+    """Stacks of zeros for each device's sums: those of one device, and the metrics."""
     metrics = [jnp.zeros(v.shape, v.dtype) for v in model.metrics_variables]
     return jax.tree.map(
         lambda array: jnp.zeros((replicas.count, *array.shape), array.dtype),
@@ -24,9 +24,9 @@ def zeros(zeros, model, replicas):
 
 
 def measure(model, measure, replicas, trainable, non_trainable, data):
-    """The denominators of each device's part of a micro-batch, and what it moved.
+    """The denominators of each device's part of a micro-batch, and the moved state.
 
-    Args, returns: As on one device; there is a row of denominators for each device.
+    Args, returns: As on one device, but with a row of denominators for each device.
     """
 
     def run(trainable, non_trainable, data):
@@ -54,9 +54,9 @@ def add_microbatch(
     share,
     factors,
 ):
-    """Add a micro-batch, of which each device has its part, to what each adds up.
+    """Add each device's part of a micro-batch to the device's sums.
 
-    Args, returns: As on one device; the share and the factors are of a device's part.
+    Args, returns: As on one device; share and factors are those of a device's part.
     """
 
     def run(sums, trainable, non_trainable, optimizer, data, share, factors):
@@ -86,7 +86,7 @@ def add_microbatch(
 
 
 def reduce(model, sums, metrics):
-    """The sums of all devices, reduced, and the metrics with what these added."""
+    """The sums reduced over all devices, and the metrics with the devices' added."""
     accumulators, *numbers, own = sums
     with jax.named_scope("reduce_gradients"):
         gradients = [
@@ -101,7 +101,7 @@ def reduce(model, sums, metrics):
 
 
 def _seeded(model, non_trainable, replicas):
-    """The values of variables that are not trained, with seeds of the device's own."""
+    """The values of non-trainable variables, with the device's own seeds."""
     return [
         _of_device(value, replicas) if trainer.is_seed(variable) else value
         for variable, value in zip(model.non_trainable_variables, non_trainable)
@@ -109,7 +109,7 @@ def _seeded(model, non_trainable, replicas):
 
 
 def _of_all(model, non_trainable, moved):
-    """What was moved, with the seeds that are of all devices."""
+    """The moved values, with the seeds that all devices share."""
     return [
         old.at[1].set(new[1]) if new is not None and trainer.is_seed(variable) else new
         for variable, old, new in zip(
@@ -119,9 +119,9 @@ def _of_all(model, non_trainable, moved):
 
 
 def _of_device(seed, replicas):
-    """A seed of the device's own, so that devices draw different masks."""
+    """The device's own seed, so that devices draw different masks."""
     stride = _STRIDE.astype(seed.dtype)
     return seed.at[0].add(jax.lax.axis_index(replicas.axis).astype(seed.dtype) * stride)
 
 
-_STRIDE = np.uint32(0x9E3779B1)  # odd, so that no two devices have the same
+_STRIDE = np.uint32(0x9E3779B1)  # odd, so that no two devices have the same seed

@@ -19,14 +19,14 @@ from gradient_accumulator.gradients import (
 from gradient_accumulator.microbatches import example_count
 from gradient_accumulator.received import check_of_backend, described
 
-# What is traced among further arguments: what `jax.jit` traces, but for ints and bools,
-# which shapes and branches are made of.
+# The types of further arguments that are traced: those that `jax.jit` traces, except
+# ints and bools, which set shapes and choose branches.
 TRACED = (jax.Array, np.ndarray, np.inexact, float, complex)
 
 
 def value_and_grad(loss: LossFunction) -> Callable:
     """The function that `accumulated_value_and_grad` returns."""
-    means: set[bool] = set()  # whether a loss was a mean, when it was traced
+    means: set[bool] = set()  # has True once a traced loss was a mean
     watch = _Watch()
     add = partial(_add, loss, means)
     compiled = jax.jit(add, static_argnames="others", donate_argnames="sums")
@@ -78,7 +78,7 @@ def value_and_grad(loss: LossFunction) -> Callable:
 
 
 def _arrays(variables):
-    """The arrays to differentiate by, of whatever they come in."""
+    """The nested arrays to differentiate by; those of an iterator as a list."""
     if isinstance(variables, (Iterator, ValuesView)):
         variables = listed(variables)
     leaves = jax.tree.leaves(variables)
@@ -93,10 +93,10 @@ def _arrays(variables):
 
 
 class _Watch:
-    """Looks at losses when they are computed, and waits for the first one only.
+    """Checks losses once they are computed, and waits for the first one only.
 
-    To wait for each would let the device wait for the host (a quarter of the time of
-    an update of a small network).
+    If the host waited for each, the device would wait for the host (a quarter of the
+    time of a small network's update).
     """
 
     def __init__(self):
@@ -104,8 +104,8 @@ class _Watch:
         self.running: list = []
 
     def is_nan(self, value: jax.Array) -> bool:
-        """Whether this loss, or one of those before that ran then, is not a number."""
-        # Of other processes' devices it would not be here.
+        """Whether this loss, or an earlier one computed by now, is not a number."""
+        # This process cannot read a value that is on other processes' devices.
         if value.is_fully_addressable or value.is_fully_replicated:
             self.running.append(value)
         self.running = [v for v in self.running if not v.is_deleted()]  # or donated
@@ -116,8 +116,7 @@ class _Watch:
 
 
 def _taken_apart(args, kwargs):
-    """The arrays and floats among arguments, and what else there is, which a jitted
-    function takes as it is."""
+    """The arrays and floats among arguments, and the rest as a static argument."""
     leaves, structure = jax.tree.flatten((args, kwargs))
     is_array = [isinstance(leaf, TRACED) for leaf in leaves]
     arrays = [leaf for leaf, is_one in zip(leaves, is_array) if is_one]
@@ -133,7 +132,7 @@ def _together(arrays, others):
 
 
 def _zeros(loss, variables):
-    """What micro-batches add up to: gradients, losses and denominators."""
+    """Zeros for the sums of gradients, losses and denominators."""
     gradients = jax.tree.map(
         lambda v: jnp.zeros(jnp.shape(v), loss.accumulator_dtype(jnp.result_type(v))),
         variables,
@@ -149,14 +148,14 @@ def _take(batch, start, length):
             if isinstance(start, int):
                 return array[start : start + length]
             array = jnp.asarray(array)
-        # With the start an operand, one program serves all micro-batches.
+        # `start` is an operand, so that one program serves all micro-batches.
         return jax.lax.dynamic_slice_in_dim(array, start, length)
 
     return jax.tree.map(take, batch)
 
 
 def _add(loss, means, sums, variables, microbatch, inverse, arrays, others):
-    """Add a micro-batch's numerator over the number of examples, and its gradient."""
+    """Add a micro-batch's loss and gradient, over the batch's number of examples."""
     args, kwargs = _together(arrays, others)
 
     def worth(variables):
@@ -197,6 +196,6 @@ def _finished(sums, variables, size):
 
 
 def _joined(*stacked):
-    """What micro-batches return, along their first axis; scalars as a vector."""
+    """The micro-batches' `aux`, joined along the first axis; scalars as a vector."""
     flat = [s if s.ndim == 1 else s.reshape(-1, *s.shape[2:]) for s in stacked]
     return jnp.concatenate(flat)

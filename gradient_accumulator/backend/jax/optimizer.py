@@ -17,15 +17,15 @@ accumulator = new_accumulator
 
 
 def add_local_variable(optimizer: Any, shape: tuple, **kwargs) -> keras.Variable:
-    """A variable of an optimizer that each replica has its own value of."""
+    """An optimizer's variable, of which each replica has its own value."""
     return optimizer.add_variable(shape, **kwargs)
 
 
 def add(pairs: list, factor: Any) -> None:
     """Add gradients, times `factor`, to their accumulators.
 
-    A factor that was given, no `float`, may be 0, and nothing is then added: a mean
-    over nothing is not a number, nor is 0 times it.
+    A given factor, which is no `float`, may be 0. Nothing is then added: a mean over
+    nothing is not a number, nor is 0 times that mean.
     """
     for held, gradient in pairs:
         gradient = jnp.asarray(gradient).astype(held.dtype)
@@ -36,15 +36,15 @@ def add(pairs: list, factor: Any) -> None:
 
 
 def add_and_update(pairs: list, factor: Any, update: Callable) -> None:
-    """Add a micro-batch, and call `update`, which updates if it is the last."""
+    """Add a micro-batch, and call `update`, which applies the sums after the last."""
     with added(add, pairs, factor, not isinstance(factor, jax.core.Tracer)):
         update()
 
 
 @contextmanager
 def divided(accumulators: list, total: Any) -> Iterator[dict]:
-    """Sums divided by that of the factors, by the `id` of what holds them."""
-    # It is 0 only if all gradients were multiplied by 0.
+    """Yields the accumulators' sums over `total`, by the accumulators' `id`."""
+    # The total is 0 only if all gradients were multiplied by 0.
     total = jnp.where(jnp.asarray(total) == 0, 1, total)
     yield {
         id(held): held.value / jnp.asarray(total, held.dtype) for held in accumulators
@@ -62,7 +62,7 @@ def total(variable: keras.Variable, weighed: bool) -> Any:
 
 
 def dense(gradient: Any) -> jax.Array:
-    """A gradient that is an array, as all of JAX's are."""
+    """The gradient as an array, which all gradients on JAX are."""
     return jnp.asarray(gradient)
 
 
@@ -74,8 +74,8 @@ def clip(clipping: Any, optimizer: Any, variables: list, gradients: list) -> lis
 def apply(optimizer: Any, gradients: list, variables: list, trainable: list) -> None:
     """Hand the gradients of some of the trainable variables to an optimizer, once."""
     given = {id(v): g for v, g in zip(variables, gradients)}
-    # Without effects: some optimizers (loss scaling) branch, and JAX's branches may not
-    # have any. By its class's method, for the object may have the accumulating one.
+    # The call is stateless, because loss scaling branches, and JAX's branches may have
+    # no effects. The object's own method may be the accumulating one.
     new_trainable, new_optimizer = type(optimizer).stateless_apply(
         optimizer,
         [v.value for v in optimizer.variables],
@@ -91,9 +91,9 @@ def apply(optimizer: Any, gradients: list, variables: list, trainable: list) -> 
 def when(predicate: Callable, function: Callable, variables: Callable) -> None:
     """Call a function that assigns `variables()`, if the predicate is true.
 
-    A loop that runs at most once, not `jax.lax.cond`: of a conditional XLA copies every
-    result, here the weights and all of the optimizer's state, in either branch. What a
-    loop carries stays where it is.
+    It is a loop that runs at most once, not `jax.lax.cond`: XLA copies every result of
+    a conditional in either branch, here the weights and all of the optimizer's state.
+    Values that a loop carries stay where they are.
     """
     chosen = predicate()
     if not isinstance(chosen, jax.core.Tracer):
@@ -127,7 +127,7 @@ def everywhere(function: Callable, variable: keras.Variable) -> None:
 
 
 def read(variable: keras.Variable) -> np.ndarray | None:
-    """A counter's value; None where it is not known while a function is compiled."""
+    """A counter's value; None while a function that uses it is being compiled."""
     return None if is_traced(variable) else np.asarray(variable.value)
 
 
@@ -137,16 +137,16 @@ def is_traced(variable: keras.Variable) -> bool:
 
 
 def guard() -> None:
-    """What `same` remembers by: nothing, calls are checked as they are made."""
+    """None: `same` remembers nothing, because each call is checked when it is made."""
 
 
 def same(
     guard: None, given: list[int], count: keras.Variable
 ) -> AbstractContextManager:
-    """Around what is done for variables that no compiled call can have changed."""
+    """A context without effect: no compiled call can have changed the variables."""
     return nullcontext()
 
 
 def stateless(values: list) -> list:
-    """Values of variables, for a call without effects."""
+    """The values of variables, for a stateless call."""
     return values

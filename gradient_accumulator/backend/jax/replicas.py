@@ -1,8 +1,8 @@
-"""The devices that a batch is sharded over: each computes on its part of every
-micro-batch.
+"""The devices that a batch is sharded over: each has its part of every micro-batch.
 
-With `jax.shard_map`, for XLA itself would gather a batch to cut it in micro-batches,
-and reduce the gradients of every micro-batch."""
+They compute in `jax.shard_map`, because XLA itself would gather a batch to cut it into
+micro-batches, and would reduce the gradients of every micro-batch.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gradient_accumulator.backend.common import NOT_APPLIED, lost
 from gradient_accumulator.microbatches import leaves
 
-# The mesh axis of the devices that what is traced runs on, each on its part.
+# The mesh axis of the devices that run the traced function, each on its part.
 _axis: ContextVar[str | None] = ContextVar("axis", default=None)
 
 
 def total(tensor: jax.Array) -> jax.Array:
-    """A tensor's sum over the devices; outside of what runs on each, the tensor itself:
-    a sharded array is one array."""
+    """A tensor's sum over the devices.
+
+    Outside of `Replicas.on_each` it is the tensor itself: a sharded array is one array.
+    """
     axis = _axis.get()
     return tensor if axis is None else jax.lax.psum(tensor, axis)
 
@@ -48,18 +50,18 @@ class Replicas:
         """The sharding of a stack of arrays, one for each device.
 
         Args:
-            sharding: Of one of them, along the mesh's other axes.
+            sharding: The sharding of one array, along the mesh's other axes.
         """
         spec = getattr(sharding, "spec", PartitionSpec())
         return NamedSharding(self.mesh, PartitionSpec(self.axis, *spec))
 
     def on_each(self, function: Callable, sharded: tuple, sharded_out: Any) -> Callable:
-        """The function, run on each device on its part of the arguments.
+        """A function that runs `function` on each device, on its part of the arguments.
 
         Args:
-            function: Its arguments and results are nested arrays.
-            sharded: For each argument whether it is sharded along its first axis.
-            sharded_out: The same of the results, nested as they are.
+            function: A function whose arguments and results are nested arrays.
+            sharded: For each argument, whether it is sharded along its first axis.
+            sharded_out: Whether each result is sharded so, nested as the results are.
         """
 
         def run(*args):
@@ -81,7 +83,7 @@ class Replicas:
         )
 
     def take(self, array: jax.Array, start: int, stop: int) -> jax.Array:
-        """Those examples, from `start` to `stop`, that each device has."""
+        """The examples from `start` to `stop` of each device's part."""
         return _taking(self, stop - start)(array, start)
 
 
@@ -90,7 +92,7 @@ def _taking(replicas, length):
     def take(array, start):
         return jax.lax.dynamic_slice_in_dim(array, start, length)
 
-    # With the start an operand, one program serves all micro-batches.
+    # `start` is an operand, so that one program serves all micro-batches.
     return jax.jit(replicas.on_each(take, (True, False), True))
 
 
@@ -99,9 +101,9 @@ _LOST = ("gloo", "connection", "coordination", "unavailable", "heartbeat", "nccl
 
 
 def waited_for(function: Callable) -> Callable:
-    """The same, ended when all processes have: one that fails fails in it.
+    """The function, but it waits for its results, and raises if a process fails.
 
-    JAX would go on, and callbacks would save what never comes.
+    JAX itself would go on, and callbacks would save values that never arrive.
     """
 
     def run(*args):
@@ -123,7 +125,7 @@ def several(model: keras.Model) -> bool:
 
 
 def is_first(model: keras.Model) -> bool:
-    """Whether this process is the first of those that train together."""
+    """Whether this process is the first of those that train the model."""
     return jax.process_index() == 0
 
 
@@ -135,12 +137,12 @@ def several_processes(model: keras.Model) -> bool:
 def check_in_step(epoch: int, update: int, microbatches: int) -> None:
     """Raise in all processes if they are not at the same place in their training.
 
-    A process alone in an update would wait for the others for good.
+    A process alone in an update would wait for the others forever.
 
     Args:
         epoch: The number of the epoch.
         update: The number of the update.
-        microbatches: How many micro-batches it has; none at the end of an epoch.
+        microbatches: The number of its micro-batches, 0 at the end of an epoch.
     """
     if jax.process_count() == 1:
         return
@@ -169,7 +171,7 @@ def has_layout(path: str) -> bool:
 
 
 def state_shardings(model: keras.Model) -> tuple | None:
-    """The shardings of the four lists of values that `fit` keeps, if any has one."""
+    """The shardings of `fit`'s four lists of values; None without a distribution."""
     if keras.distribution.distribution() is None:
         return None
     state = (
@@ -182,7 +184,7 @@ def state_shardings(model: keras.Model) -> tuple | None:
 
 
 def active_replicas(batch: Any) -> Replicas | None:
-    """Those of Keras's distribution; None where a batch is on one device.
+    """The devices of Keras's distribution; None where a batch is on one device.
 
     Args:
         batch: Nested arrays, as Keras distributed them.
@@ -196,7 +198,7 @@ def active_replicas(batch: Any) -> Replicas | None:
 
 
 def _shard_map(function, mesh, axis, in_specs, out_specs):
-    # Other axes of the mesh, which variables may be sharded over, are left to XLA.
+    # XLA handles the mesh's other axes, which variables may be sharded over.
     if hasattr(jax, "shard_map"):
         return jax.shard_map(
             function,

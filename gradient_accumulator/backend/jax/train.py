@@ -67,14 +67,14 @@ def make_train_function(
 
 @contextmanager
 def _kept_on_failure(model: keras.Model, state: tuple) -> Iterator[None]:
-    """Give the model the state of before the update, if that fails.
+    """Give the model its state from before the update, if the update fails.
 
-    During `fit` the state is here only: Keras takes the values out of its variables.
+    During `fit` the model has no state: Keras takes the values out of its variables.
     """
     try:
         yield
     except StopIteration:
-        raise  # an epoch's end
+        raise  # the epoch ends
     except BaseException:
         names = ("trainable", "non_trainable", "optimizer", "metrics")
         model._jax_state = {
@@ -93,32 +93,32 @@ def _cut(batch, microbatch_size):
 
 def _take(array, start, stop):
     if isinstance(array, jax.Array):
-        # With the start an operand, one program serves all micro-batches.
+        # `start` is an operand, so that one program serves all micro-batches.
         return jax.lax.dynamic_slice_in_dim(array, start, stop - start)
     return array[start:stop]
 
 
 def _drawn(epoch, first, iterator, accumulation):
-    """The micro-batches of a batch, which are drawn one by one: see `batches`."""
+    """The micro-batches of a batch, drawn one by one from `_in_microbatches`."""
     size = epoch.next_size(iterator)
     count = math.ceil(size / accumulation.microbatch_size)
     return Microbatches(chain([first], islice(iterator, count - 1)), count, size)
 
 
 def after_fit(model: keras.Model, epoch: Epoch) -> None:
-    """Called when `fit` is through."""
+    """Called at the end of `fit`."""
 
 
 def before_epoch(model: keras.Model, epoch: Epoch) -> None:
-    """Called where Keras resets the metrics."""
+    """Called when Keras resets the metrics."""
 
 
 def metrics_result(model: keras.Model, epoch: Epoch, own: Callable[[], dict]) -> dict:
-    """The logs. Processes have them together.
+    """The logs, which are of all processes on JAX.
 
     Args:
         model: The model.
-        epoch: Where `fit` stands.
+        epoch: The position of `fit`.
         own: Keras's `get_metrics_result`.
     """
     return own()
@@ -127,24 +127,24 @@ def metrics_result(model: keras.Model, epoch: Epoch, own: Callable[[], dict]) ->
 def batches(
     model: keras.Model, epoch: Epoch, accumulation: Accumulation, adapter: Any
 ) -> tuple[Callable, Callable]:
-    """What the train function draws from, and what Keras builds the model from.
+    """The data of the train function, and the data that Keras builds the model from.
 
     Args:
         model: The model.
-        epoch: Where `fit` stands. It is told the sizes of batches whose micro-batches
+        epoch: The position of `fit`. It gets the sizes of batches whose micro-batches
             are drawn.
         accumulation: How the model accumulates.
-        adapter: That which Keras makes of the data.
+        adapter: Keras's adapter over the data.
 
     Returns:
-        Two functions that Keras calls in the place of the adapter's.
+        Two functions that Keras calls instead of the adapter's.
     """
     microbatch_size = accumulation.microbatch_size
     drawn = adapter.get_jax_iterator
     if microbatch_size is None:
         return drawn, lambda: map(checked, drawn())
     arrays = trainer.large_arrays(adapter)
-    # Of a distribution each device gets its part of a batch.
+    # With a distribution, each device gets its part of a whole batch.
     if arrays and not arrays.sparse and keras.distribution.distribution() is None:
         epoch.sizes = arrays.sizes
 
@@ -161,9 +161,9 @@ def batches(
 
 
 def _in_microbatches(arrays, microbatch_size):
-    """The micro-batches of one batch after the other."""
-    inputs = arrays.sliceable("jax")  # in each epoch, for callbacks may change arrays
-    # As far ahead as Keras draws batches, for NumPy's random state to be the same.
+    """The micro-batches of all batches, in order."""
+    inputs = arrays.sliceable("jax")  # anew in each epoch: callbacks may change arrays
+    # Keras's iterator draws ahead, so that NumPy's random state is as in Keras.
     drawn = JAXEpochIterator(x=arrays.numbers())._get_iterator()
     for (numbers,) in drawn:
         numbers = np.asarray(numbers)
@@ -183,6 +183,6 @@ def epoch_ended(epoch: Epoch) -> None:
 
 
 def call_once(function: Callable, *data: Any) -> list:
-    """A function's list of results for nested arrays, without gradients, in NumPy."""
-    # Else JAX would compile each of its operations for itself.
+    """The list of a function's results, as NumPy arrays, without gradients."""
+    # Without `jax.jit`, JAX would compile each operation separately.
     return [np.asarray(value) for value in jax.jit(function)(*data)]

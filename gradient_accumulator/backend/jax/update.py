@@ -1,7 +1,7 @@
 """An update on JAX: a host loop over one jitted function that adds a micro-batch.
 
-Not `jax.lax.scan`: XLA runs convolutions inside a loop many times slower on CPUs, and
-a loop of the host takes micro-batches of different shapes.
+The loop is no `jax.lax.scan`: on CPUs, XLA runs convolutions inside a loop many times
+slower, and a host loop takes micro-batches of different shapes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gradient_accumulator.backend.statistics import Statistics, normalizations
 
 
 def make_update(model, training):
-    """A function of the state and one update's micro-batches."""
+    """A function that makes an update, from the state and the micro-batches."""
     accumulation, epoch = training.accumulation, training.epoch
 
     def check(microbatches):
@@ -41,14 +41,14 @@ def make_update(model, training):
     statistics = Statistics(model)
     positions = _positions(model, statistics.variables)
     rewound = _positions(model, statistics.rewound)
-    # Scaling the loss may need the optimizer's variables; else they stay out of it.
+    # Loss scaling may read the optimizer's variables; else they are not passed.
     scales = trainer.has_own_scale_loss(model.optimizer)
-    shardings = state_shardings(model)  # while `fit` has the values in the variables
+    shardings = state_shardings(model)  # while the variables hold their values
     programs: _Programs | None = None
 
     @lru_cache(maxsize=2)
     def number(value):
-        # A dispatch takes an array of JAX's faster than one of NumPy's.
+        # JAX dispatches its own arrays faster than NumPy's.
         return jnp.asarray(value, normalizers.dtype())
 
     def update(state, microbatches):
@@ -71,7 +71,7 @@ def make_update(model, training):
         check(microbatches.count)  # processes may wait for each other in a micro-batch
         microbatches = programs.weighed(microbatches, trainable, non_trainable)
         sums = programs.zeros()
-        found = non_trainable  # by the next micro-batch
+        found = non_trainable  # the values that the next micro-batch begins with
         for microbatch, share, kinds, factors in microbatches:
             sums, moved, metrics, own_logs = programs.add_microbatch(
                 kinds,
@@ -114,10 +114,10 @@ class _Programs:
 
     Args:
         model: A compiled and built model.
-        training: Its `Training`.
-        statistics: Its `Statistics`.
+        training: The model's `Training`.
+        statistics: The model's `Statistics`.
         state: The shardings of the four lists of values that `fit` keeps, or None.
-        check: Function of the number of an update's micro-batches, which must be the
+        check: A function of an update's number of micro-batches, which must be the
             same in all processes.
         replicas: The devices that each work on their part of a micro-batch, or None.
     """
@@ -169,18 +169,18 @@ class _Programs:
 
 
 def _sharded(model, trainable, non_trainable, microbatch):
-    """The devices that can work on their part of a micro-batch, each for itself."""
+    """The devices that can compute on their parts of a micro-batch, or None."""
     if model.run_eagerly or not model.jit_compile:
         return None
     replicas = active_replicas(microbatch)
     if replicas is None:
         return None
-    if trainer.has_own_metrics(model):  # its logs are of what it sees
+    if trainer.has_own_metrics(model):  # they would see one device's part
         return None
     if not all(trainer.is_keras_own(kind) for kind in trainer.metric_types(model)):
-        return None  # of one's own it is not known whether it adds up
+        return None  # a user's own metric may not add up over devices
     if any(has_layout(f"{layer.path}/output") for layer in trainer.layers_of(model)):
-        return None  # what a layer returns is to be sharded over all devices
+        return None  # a layer's output must be sharded over all devices
     x, _, _ = keras.utils.unpack_x_y_sample_weight(microbatch)
     known = {id(v) for layer in normalizations(model) for v in layer.variables}
     unknown: list[keras.Variable] = []
@@ -200,18 +200,18 @@ def _sharded(model, trainable, non_trainable, microbatch):
         return ()
 
     jax.eval_shape(run, trainable, non_trainable, x)
-    # What a layer keeps of a micro-batch may depend on all of its examples: XLA then
-    # sees to it, and reduces the gradients of every micro-batch.
+    # A layer's new state may depend on all examples of a micro-batch. XLA then computes
+    # it over all devices, and reduces the gradients of every micro-batch.
     return None if unknown else replicas
 
 
 def _reduced(sums, metrics):
-    """Sums of all devices and the metrics: nothing is left to be reduced."""
+    """The sums and the metrics, which need no reduction."""
     return sums, metrics
 
 
 def _shardings(state, replicas):
-    """Those of what the programs return: sums are sharded as their variables."""
+    """The shardings of the programs' results; sums are sharded as their variables."""
     if state is None:
         return None, None, None, None
     trainable, non_trainable, optimizer, metrics = state
@@ -229,9 +229,7 @@ def _shardings(state, replicas):
 
 
 def _zeros(model, accumulation):
-    """What micro-batches add up to: gradients, loss, and what these are divided by
-    last.
-    """
+    """Zeros for the sums over micro-batches: gradients, losses and denominators."""
     gradients = [
         jnp.zeros(v.shape, trainer.accumulator_dtype(v, accumulation.accum_dtype))
         for v in model.trainable_variables
@@ -241,11 +239,11 @@ def _zeros(model, accumulation):
 
 
 def _measure(model, statistics, trainable, non_trainable, data):
-    """The denominators of a micro-batch; of its forward pass only the masks are
-    computed.
+    """The denominators of a micro-batch, and the values that it moved.
 
-    And what it moved that the next micro-batch's masks may depend on, as
-    `_add_microbatch` does."""
+    Values are None unless the next micro-batch's masks may depend on them.
+    Of the forward pass, a compiler keeps only what these and the masks need.
+    """
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
     with _variables(model, trainable, non_trainable) as scope, statistics.pooling():
         y_pred = trainer.forward(model, x, training=True)
@@ -260,14 +258,14 @@ def _measure(model, statistics, trainable, non_trainable, data):
 
 
 def _measured(measure, state, microbatch, losses):
-    """What `normalizers.HostWeights` wants to know."""
+    """The denominators and the next state, for `normalizers.HostWeights`."""
     trainable, non_trainable = state
     worth, moved = measure(trainable, non_trainable, microbatch)
     return worth, (trainable, _replaced(non_trainable, moved))
 
 
 def _moved(before, after):
-    """The new values, None for old ones, which a compiled function would copy."""
+    """The new values, None for unmoved ones, which a compiled function would copy."""
     return [None if new is old else new for old, new in zip(before, after, strict=True)]
 
 
@@ -300,8 +298,8 @@ def _add_microbatch(
 ):
     """Add a micro-batch's part of the batch's gradient, and its metrics.
 
-    Of variables that are not trained only what the micro-batch has moved is returned,
-    else None: a compiled function would copy all frozen weights for every micro-batch.
+    For non-trainable variables that the micro-batch did not move, None is returned: a
+    compiled function would copy all frozen weights for every micro-batch.
     """
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
 
@@ -384,10 +382,10 @@ def _apply(
     before,
     pooled,
 ):
-    """The finished gradient to the optimizer, once.
+    """Hand the finished gradient to the optimizer, once.
 
-    Returns the new values of the variables, the logs of the update, and the new
-    statistics, which were `before` and are `pooled`.
+    Returns the new values of the variables, the logs of the update, and the new values
+    of the statistics, which are `before` and, after the micro-batches, `pooled`.
     """
     accumulators, loss, divisor = sums
     if divided_last:
@@ -424,7 +422,7 @@ def _apply(
 
 
 def _positions(model, variables):
-    """Where those of them that are not trained are among the model's."""
+    """The variables' indices in `model.non_trainable_variables`, if they are in it."""
     found = {id(v): i for i, v in enumerate(model.non_trainable_variables)}
     return [found[id(v)] for v in variables if id(v) in found]
 

@@ -1,8 +1,8 @@
-"""Activations that are in reference cycles, and so stay when a micro-batch is done.
+"""Activations that are in reference cycles, and so outlive their micro-batch.
 
-Keras's tree functions leave such cycles on PyTorch, with a model's inputs and with what
-a layer merges. Python finds them when it has made some hundred more objects, which
-takes several micro-batches.
+On PyTorch, Keras's tree functions leave such cycles, with a model's inputs and with the
+inputs of merging layers. Python finds them after it has made some hundred more objects,
+which takes several micro-batches.
 """
 
 from __future__ import annotations
@@ -12,21 +12,20 @@ import threading
 
 
 class _Counted:
-    """An object that is made anew, where Python keeps some of other types for later."""
+    """An object that Python makes anew; it reuses objects of some other types."""
 
 
-_made = 0  # objects since Python looked at older ones
-# Python too lets one thread collect, and others go on meanwhile.
+_made = 0  # objects since Python last looked at older ones
+# One thread collects while others go on, as in Python's own collections.
 _collecting = threading.Lock()
 
 
 def free_activations() -> None:
-    """Called after a micro-batch, for the next not to begin with its activations.
+    """Free a micro-batch's activations before the next micro-batch begins.
 
-    A collection that is asked for puts off those that Python starts by itself, which
-    alone look at objects that have lived longer. So one of these is started after as
-    many objects as Python would have waited for. Nothing happens where a user has
-    turned the collector off.
+    An explicit collection delays Python's automatic ones, and only these look at older
+    objects. So an automatic one is started after as many objects as Python would have
+    waited for. Nothing happens where a user has turned the collector off.
     """
     global _made
     if not gc.isenabled() or not _collecting.acquire(blocking=False):
@@ -46,7 +45,7 @@ def free_activations() -> None:
 
 
 def _start_collector() -> None:
-    """Let Python collect what it finds that it is time for."""
+    """Make Python start the automatic collection that is due."""
     before = gc.get_threshold()
     gc.set_threshold(1, *before[1:])
     try:

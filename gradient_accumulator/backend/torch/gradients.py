@@ -1,4 +1,4 @@
-"""`accumulated_value_and_grad` on PyTorch: `backward` adds to what is there."""
+"""`accumulated_value_and_grad` on PyTorch, where `backward` adds to `grad`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def value_and_grad(loss: LossFunction) -> Callable:
                     f"Received: {described(parameter)} (of type {type(parameter)})"
                 )
         check_leaves(batch, leaves(batch))
-        # A mean over processes: each adds its sum, times their number.
+        # Gradients are averaged over processes: their number multiplies each sum.
         (size,) = processes.totals([example_count(batch) / processes.count])
         dtypes = [
             processes.dtype(p) or getattr(torch, loss.accumulator_dtype(p.dtype))
@@ -77,7 +77,7 @@ def value_and_grad(loss: LossFunction) -> Callable:
             total, weight = _over(processes, total, weight)
             correction = None if denominator is None else _inverse(weight, size)
             if correction is not None and processes.count > 1:
-                correction = float(correction)  # a part of a parameter takes no tensor
+                correction = float(correction)  # sharded gradients take no tensor
             gradients = [sum_.finish(correction) for sum_ in sums]
             gradients = [
                 None if g is None else g.to(p.dtype)
@@ -97,7 +97,7 @@ def value_and_grad(loss: LossFunction) -> Callable:
 
 
 def _over(processes, total, weight):
-    """The means over processes."""
+    """The means of the loss and the denominator over processes."""
     if processes.count == 1:
         return total, weight
     sums = processes.totals([float(total), float(weight)])
@@ -112,6 +112,6 @@ def _inverse(weight, size):
 
 
 def _joined(*tensors: Any) -> torch.Tensor:
-    """What micro-batches return, along their first axis; scalars as a vector."""
+    """The micro-batches' `aux`, joined along the first axis; scalars as a vector."""
     parts = [torch.as_tensor(tensor).detach() for tensor in tensors]
     return torch.cat(parts) if parts[0].dim() else torch.stack(parts)

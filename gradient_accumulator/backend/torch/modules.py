@@ -1,6 +1,6 @@
 """Modules of `torch.distributed`, which reduce gradients over processes by themselves.
 
-They are asked to once an update, in the backward pass of its last micro-batch.
+They do so once an update, in the backward pass of its last micro-batch.
 """
 
 from __future__ import annotations
@@ -15,38 +15,36 @@ from gradient_accumulator.received import described
 
 
 class Alone:
-    """What a loop over micro-batches does where there is no such module."""
+    """Stands in for a module where a loop over micro-batches has none."""
 
-    count = 1  # how many processes the gradients are a mean over
+    count = 1  # the number of processes that gradients are averaged over
 
     def dtype(self, parameter: torch.Tensor) -> torch.dtype | None:
-        """What it sums a parameter's gradients in, None if that is not its affair."""
+        """The dtype that the module sums gradients in, None if it does not sum them."""
         return None
 
     def totals(self, numbers: list[float]) -> list[float]:
-        """The sum over the processes of each number."""
+        """Each number's sum over the processes."""
         return numbers
 
     def check(self, microbatches: int, parameters: list) -> None:
-        """Raise if they cannot work on so many micro-batches each, or for these
-        parameters.
-        """
+        """Raise if the module cannot take so many micro-batches or these parameters."""
 
     def microbatch(self, last: bool) -> AbstractContextManager:
-        """Around the forward and the backward pass of a micro-batch."""
+        """A context of a micro-batch's forward and backward pass."""
         return nullcontext()
 
     def backward(self, worth: torch.Tensor, parameters: list) -> None:
-        # What else the loss depends on keeps its own `grad`.
+        # Other parameters that the loss depends on keep their `grad`.
         worth.backward(inputs=parameters)
 
 
 class _Reducing(Alone):
-    """What is common to modules that reduce.
+    """The base class of modules that reduce gradients.
 
     Args:
         module: The module.
-        group: The processes that have it, None for all.
+        group: The processes that have the module, None for all.
     """
 
     def __init__(self, module: Any, group: Any = None):
@@ -98,15 +96,15 @@ class Sharded(_Reducing):
         return nullcontext()
 
     def backward(self, worth, parameters):
-        # Its parameters are not those that the forward pass gathered.
+        # No `inputs`: the forward pass gathers parameters, which are not these.
         worth.backward()
 
 
 def reducing(module: Any) -> Alone:
-    """How the loop is to treat what the user gave as `module`.
+    """The loop's adapter for the user's argument `module`.
 
     Raises:
-        TypeError: If it is no module that reduces gradients.
+        TypeError: If the argument is no module that reduces gradients.
     """
     if module is None:
         return Alone()

@@ -16,7 +16,7 @@ accumulator = new_accumulator
 
 
 def add_local_variable(optimizer: Any, shape: tuple, **kwargs) -> keras.Variable:
-    """A variable of an optimizer that each replica has its own value of."""
+    """An optimizer's variable, of which each replica has its own value."""
     return optimizer.add_variable(shape, **kwargs)
 
 
@@ -24,8 +24,8 @@ def add_local_variable(optimizer: Any, shape: tuple, **kwargs) -> keras.Variable
 def add(pairs: list, factor: Any) -> None:
     """Add gradients, times `factor`, to their accumulators.
 
-    A factor that was given, no `float`, may be 0, and nothing is then added: a mean
-    over nothing is not a number, nor is 0 times it.
+    A given factor, which is no `float`, may be 0. Nothing is then added: a mean over
+    nothing is not a number, nor is 0 times that mean.
     """
     together: dict[tuple, tuple[list, list]] = {}
     for held, gradient in pairs:
@@ -48,17 +48,17 @@ def add(pairs: list, factor: Any) -> None:
 
 
 def add_and_update(pairs: list, factor: Any, update: Callable) -> None:
-    """Add a micro-batch, and call `update`, which updates if it is the last."""
+    """Add a micro-batch, and call `update`, which applies the sums after the last."""
     with added(add, pairs, factor, not torch.compiler.is_compiling()):
         update()
 
 
 @contextmanager
 def divided(accumulators: list, total: torch.Tensor) -> Iterator[dict]:
-    """Sums divided by that of the factors, by the `id` of what holds them.
+    """Yields the accumulators' sums over `total`, by the accumulators' `id`.
 
-    In place, for they are as much memory as a set of gradients; taken back if what is
-    done with them fails.
+    The division is in place, because the sums take as much memory as the gradients. It
+    is undone if the code in the context fails.
     """
     divisor = None if is_one(total) else torch.where(total == 0, 1, total)
     if divisor is not None:
@@ -93,7 +93,7 @@ def total(variable: keras.Variable, weighed: bool) -> Any:
 
 
 def dense(gradient: torch.Tensor) -> torch.Tensor:
-    """A gradient whose rows that occur several times are summed."""
+    """The gradient as a dense tensor, which sums rows that occur several times."""
     gradient = keras.ops.convert_to_tensor(gradient)
     return gradient.to_dense() if gradient.is_sparse else gradient
 
@@ -107,7 +107,7 @@ def clip(clipping: Any, optimizer: Any, variables: list, gradients: list) -> lis
 @torch.no_grad()
 def apply(optimizer: Any, gradients: list, variables: list, trainable: list) -> None:
     """Hand the gradients of some of the trainable variables to an optimizer, once."""
-    # By its class's method, for the object may have the accumulating one.
+    # The object's own method may be the accumulating one.
     type(optimizer).apply(optimizer, gradients, variables)
 
 
@@ -136,16 +136,16 @@ def is_traced(variable: keras.Variable) -> bool:
 
 
 def guard() -> None:
-    """What `same` remembers by: nothing, calls are checked as they are made."""
+    """None: `same` remembers nothing, because each call is checked when it is made."""
 
 
 def same(
     guard: None, given: list[int], count: keras.Variable
 ) -> AbstractContextManager:
-    """Around what is done for variables that no compiled call can have changed."""
+    """A context without effect: no compiled call can have changed the variables."""
     return nullcontext()
 
 
 def stateless(values: list) -> list:
-    """Values of variables, for a call without effects: sums are made in place here."""
+    """Copies of values, for a stateless call, because sums are made in place."""
     return [torch.clone(torch.as_tensor(value).detach()) for value in values]

@@ -1,4 +1,4 @@
-"""What the processes of `torch.distributed` do together."""
+"""Operations over the processes of `torch.distributed`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch.distributed as dist
 
 from gradient_accumulator.backend.common import NOT_APPLIED, lost
 
-# Whether processes can wait for each other where they are in an update.
+# Whether processes can wait for each other at this place in an update.
 _together: ContextVar[bool | None] = ContextVar("together", default=None)
 
 
 def count(group: Any = None) -> int:
-    """The number of processes that train together."""
+    """The number of processes that train the model."""
     if not dist.is_available() or not dist.is_initialized():
         return 1
     return dist.get_world_size(group)
@@ -30,7 +30,7 @@ def several(model: Any) -> bool:
 
 
 def is_first(model: Any) -> bool:
-    """Whether this process is the first of those that train together."""
+    """Whether this process is the first of those that train the model."""
     return count() == 1 or dist.get_rank() == 0
 
 
@@ -40,16 +40,16 @@ def several_processes(model: Any) -> bool:
 
 
 def total(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's sum over all processes; the tensor itself where there is one."""
+    """A tensor's sum over all processes; with one process, the tensor itself."""
     if count() == 1:
         return tensor
-    from torch.distributed.nn.functional import all_reduce  # the one with a gradient
+    from torch.distributed.nn.functional import all_reduce  # which has a gradient
 
     return all_reduce(tensor)
 
 
 def totals(numbers: Sequence[float], group: Any = None) -> list[float]:
-    """The sum over all processes of each number."""
+    """Each number's sum over all processes."""
     if count(group) == 1:
         return list(numbers)
     summed = torch.tensor(numbers, dtype=torch.float64, device=_device(group))
@@ -63,14 +63,14 @@ def reduce(tensors: Iterable[torch.Tensor], largest: bool = False) -> None:
     """Sum tensors over all processes in place, all of one dtype at once.
 
     Args:
-        tensors: As many, of the same shapes, in every process.
-        largest: Whether the largest is wanted in the place of the sum.
+        tensors: Tensors, of the same number and shapes in every process.
+        largest: Whether to take the largest values instead of sums.
     """
     kinds: dict[tuple, list[torch.Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     for together in kinds.values():
-        # Of one tensor no copy is made.
+        # One tensor alone needs no copy.
         flat = (
             torch.cat([tensor.reshape(-1) for tensor in together])
             if len(together) > 1
@@ -97,7 +97,7 @@ def broadcast(variables: Iterable[keras.Variable]) -> None:
 
 @contextmanager
 def together(yes: bool = True) -> Iterator[None]:
-    """Around what of an update all processes do as often, or do not."""
+    """A context that says whether all processes run its code equally often."""
     token = _together.set(yes)
     try:
         yield
@@ -106,7 +106,7 @@ def together(yes: bool = True) -> Iterator[None]:
 
 
 def are_together() -> bool | None:
-    """Whether that is so where this is called, None outside of updates."""
+    """Whether all processes run this code equally often; None outside of updates."""
     return _together.get()
 
 
@@ -122,12 +122,12 @@ def summed(variables: Sequence[keras.Variable]) -> Iterator[None]:
 def check_in_step(epoch: int, update: int, at_end: bool) -> None:
     """Raise in all processes if they are not at the same position of their training.
 
-    A process alone in an update would wait for the others for good.
+    A process alone in an update would wait for the others forever.
 
     Args:
         epoch: The number of the epoch.
         update: The number of the update.
-        at_end: Whether no other update will come, in this epoch.
+        at_end: Whether the epoch has no further update.
     """
     if count() == 1:
         return
@@ -175,7 +175,7 @@ def _exchange() -> Iterator[None]:
 
 
 def _device(group: Any = None) -> torch.device:
-    """Where tensors have to be for the processes to exchange them."""
+    """The device on which processes can exchange tensors."""
     if dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

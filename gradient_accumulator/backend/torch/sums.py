@@ -10,12 +10,12 @@ import torch
 class Sum:
     """The sum of a parameter's gradients.
 
-    Where `backward` sums in the wanted dtype already, the sum stays where it is.
+    Where `backward` already sums in the wanted dtype, the sum stays in `grad`.
 
     Args:
-        parameter: What gradients are taken by.
-        dtype: What to sum in.
-        largest: Whether the largest gradient is wanted in the place of the sum.
+        parameter: The parameter whose gradients are summed.
+        dtype: The dtype to sum in.
+        largest: Whether to keep the largest gradient instead of the sum.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Sum:
         """The finished gradient, in the dtype that it was summed in.
 
         Args:
-            correction: What the sum is to be multiplied by.
+            correction: The number that the sum is multiplied by, or None.
         """
         gradient, self.sum = self.sum, None
         if gradient is None:

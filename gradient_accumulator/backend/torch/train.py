@@ -38,8 +38,8 @@ def make_train_function(model: keras.Model, training: Any) -> Callable[[list], d
             f"Received: steps_per_execution={model.steps_per_execution}"
         )
     update = make_update(model, training)
-    processes = replicas.count()  # that the update is for
-    alike = False  # whether they began with the same weights
+    processes = replicas.count()  # the number that `update` is for
+    alike = False  # whether processes began with the same weights
 
     def train_function(data):
         nonlocal update, processes, alike
@@ -69,7 +69,7 @@ def make_train_function(model: keras.Model, training: Any) -> Callable[[list], d
             with replicas.together(False):
                 return update(microbatches, epoch.fitting and epoch.updates == 1)
         except BaseException:
-            # The micro-batches before the failing one moved it.
+            # Micro-batches before the failing one moved these variables.
             assign(before)
             raise
         finally:
@@ -79,7 +79,7 @@ def make_train_function(model: keras.Model, training: Any) -> Callable[[list], d
 
 
 def _cut(batch, microbatch_size):
-    if isinstance(batch, Microbatches):  # of arrays
+    if isinstance(batch, Microbatches):  # already cut, from arrays
         return batch
     if replicas.count() > 1 and normalizers.examples(batch) == 0:
         # Other processes have the last batch's examples.
@@ -88,20 +88,20 @@ def _cut(batch, microbatch_size):
 
 
 def after_fit(model: keras.Model, epoch: Epoch) -> None:
-    """Called when `fit` is through."""
+    """Called at the end of `fit`."""
     replicas.check_in_step(epoch.number, epoch.updates, True)
 
 
 def before_epoch(model: keras.Model, epoch: Epoch) -> None:
-    """Called where Keras resets the metrics."""
+    """Called when Keras resets the metrics."""
 
 
 def metrics_result(model: keras.Model, epoch: Epoch, own: Callable[[], dict]) -> dict:
-    """The logs of `fit` are of all processes; of `evaluate`, as ever, each its own.
+    """The logs: of all processes in `fit`, of this process in `evaluate`.
 
     Args:
         model: The model.
-        epoch: Where `fit` stands.
+        epoch: The position of `fit`.
         own: Keras's `get_metrics_result`.
     """
     if replicas.count() == 1:
@@ -118,16 +118,16 @@ def metrics_result(model: keras.Model, epoch: Epoch, own: Callable[[], dict]) ->
 def batches(
     model: keras.Model, epoch: Epoch, accumulation: Accumulation, adapter: Any
 ) -> tuple[Callable, Callable]:
-    """What the train function draws from, and what Keras builds the model from.
+    """The data of the train function, and the data that Keras builds the model from.
 
     Args:
         model: The model.
-        epoch: Where `fit` stands.
+        epoch: The position of `fit`.
         accumulation: How the model accumulates.
-        adapter: That which Keras makes of the data.
+        adapter: Keras's adapter over the data.
 
     Returns:
-        Two functions that Keras calls in the place of the adapter's.
+        Two functions that Keras calls instead of the adapter's.
     """
     arrays = None
     if accumulation.microbatch_size is not None:
@@ -138,7 +138,7 @@ def batches(
             loader = adapter.get_torch_dataloader()
         else:
             loader = _in_microbatches(arrays, accumulation.microbatch_size)
-        # At once: to begin an epoch draws from PyTorch's seed.
+        # `iter` is called at once, because it draws from PyTorch's seed.
         return _updates(iter(loader), epoch, accumulation)
 
     def first():
@@ -150,14 +150,14 @@ def batches(
 
 
 def _first_of(accumulation, batch):
-    """A micro-batch: where PyTorch tells no shapes, Keras runs the model on it."""
+    """A micro-batch, on which Keras runs the model where it knows no shapes."""
     if accumulation.accum_steps is not None:
         return checked(batch)
     return next(cut(batch, accumulation.microbatch_size).iterator)
 
 
 def _updates(batches, epoch, accumulation):
-    """The data of one update after the other, no more than an epoch has."""
+    """The data of each update of an epoch, in order."""
     if accumulation.accum_steps is not None:
         batches = map(checked, batches)
     while True:
@@ -172,10 +172,10 @@ def _updates(batches, epoch, accumulation):
 
 
 class _InMicrobatches(torch.utils.data.Dataset):
-    """Gives the micro-batches of a batch, where another data set gives the batch.
+    """A data set that gives the micro-batches of another data set's batches.
 
     Args:
-        batches: A function of examples' numbers that returns the batch of them.
+        batches: A function of examples' numbers that returns these examples.
         microbatch_size: Number of examples in a micro-batch.
     """
 
@@ -191,7 +191,7 @@ class _InMicrobatches(torch.utils.data.Dataset):
 
 
 def _in_microbatches(arrays, microbatch_size, symbolic=False):
-    """Keras's batches of arrays, each as its micro-batches, or what is known of it."""
+    """A loader of batches of arrays, each as its micro-batches or symbolic."""
     batches = arrays.adapter.get_torch_dataloader()
     examples = batches.dataset.__getitems__
 
@@ -202,7 +202,7 @@ def _in_microbatches(arrays, microbatch_size, symbolic=False):
             else microbatches
         )
 
-    # A micro-batch goes to the device when it is its turn.
+    # A micro-batch goes to the device when it is drawn.
     return torch.utils.data.DataLoader(
         _InMicrobatches(examples, microbatch_size),
         batch_sampler=batches.batch_sampler,
@@ -216,5 +216,5 @@ def epoch_ended(epoch: Epoch) -> None:
 
 @torch.no_grad()
 def call_once(function: Callable, *data: Any) -> list:
-    """A function's list of results for nested arrays, without gradients, in NumPy."""
+    """The list of a function's results, as NumPy arrays, without gradients."""
     return [keras.ops.convert_to_numpy(value) for value in function(*data)]

@@ -1,4 +1,4 @@
-"""An update on PyTorch: `backward` on each micro-batch adds to what is there."""
+"""An update on PyTorch: `backward` on each micro-batch adds to `grad`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gradient_accumulator.microbatches import map_leaves
 
 
 def make_update(model, training):
-    """A function of one update's micro-batches, and whether a call of `fit` begins."""
+    """A function that makes an update, from micro-batches and whether `fit` begins."""
     accumulation = training.accumulation
     forward = partial(trainer.forward, model, training=True)
     if model.jit_compile and not model.run_eagerly:
@@ -28,9 +28,10 @@ def make_update(model, training):
     if clipping is not None:
         clipping.check_excluded(model.weights)
     statistics = Statistics(model)
-    waiting = synchronizes(model)  # for each other, in every micro-batch
+    waiting = synchronizes(model)  # whether processes wait in each micro-batch
     totals = replicas.totals if replicas.count() > 1 else None
-    # These ask for the logs at every micro-batch, of which processes differ in number.
+    # Own metrics compute logs at every micro-batch, and processes may differ in their
+    # number of micro-batches.
     own_metrics = totals is not None and trainer.has_own_metrics(model)
     weighed = normalizers.HostWeights(
         model,
@@ -41,7 +42,7 @@ def make_update(model, training):
     )
 
     def update(microbatches, begins):
-        if begins:  # a loss may be another than in the `fit` before
+        if begins:  # the loss may differ from the last `fit`'s
             weighed.inspected.clear()
         variables = model.trainable_variables
         clear_gradients(variables)
@@ -77,7 +78,7 @@ def make_update(model, training):
             free_activations()
         if own_metrics and not drawn:
             with replicas.together():
-                own_logs = model.get_metrics_result()  # the others wait for it
+                own_logs = model.get_metrics_result()  # other processes wait
         correction = microbatches.correction(denominator)
         gradients = [s.finish(None if correction == 1 else correction) for s in sums]
         loss = loss * correction
@@ -92,9 +93,9 @@ def make_update(model, training):
 
 
 def _measure(model, statistics, waiting, state, microbatch, losses):
-    """The denominators of a micro-batch, and the state that the next one finds.
+    """The denominators of a micro-batch, and the state that the next one begins with.
 
-    Nothing else of the forward pass stays, nor of what it draws.
+    The forward pass leaves nothing else behind, and random states stay as they were.
     """
     x, _, _ = keras.utils.unpack_x_y_sample_weight(microbatch)
     (carried,) = state
@@ -102,7 +103,7 @@ def _measure(model, statistics, waiting, state, microbatch, losses):
         if not losses.by_predictions:
             y_pred = _of_shape(model, x)
         else:
-            # Without a compiler that drops what is not used, it costs as much as any.
+            # No compiler drops unused results: this is a whole forward pass.
             with statistics.pooling(), nullcontext() if waiting else apart(model):
                 y_pred = trainer.forward(model, x, training=True)
         worth = normalizers.values(normalizers.measure(model, microbatch, y_pred))
@@ -118,7 +119,7 @@ def _of_shape(model, x):
         map_leaves(normalizers.symbolic, x),
     )
     return map_leaves(
-        # One number in the place of all, for a shape costs nothing then.
+        # A broadcast number takes no memory, whatever the shape.
         lambda spec: keras.ops.broadcast_to(
             keras.ops.zeros((), spec.dtype), spec.shape
         ),
@@ -128,9 +129,9 @@ def _of_shape(model, x):
 
 @contextmanager
 def _stateless(model, state, **settings):
-    """A stateless scope, also for what Keras does not know of.
+    """A stateless scope, also for state that Keras does not know of.
 
-    Seeds of PyTorch's own, and the statistics of its modules, are left as they were.
+    PyTorch's own seeds, and the statistics of its modules, are restored.
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = range(torch.cuda.device_count())
@@ -164,13 +165,13 @@ def _add_microbatch(model, variables, forward, data, share, weigh):
 
 @torch.no_grad()
 def _reduced(sums, gradients, loss, moving):
-    """The gradients of all processes, from one reduction.
+    """The gradients, reduced over all processes.
 
     Args:
-        sums: What the gradients were summed by.
-        gradients: Those of this process, None where there is none.
-        loss: This process's part of the loss, which becomes the loss.
-        moving: Variables that become their mean over the processes.
+        sums: The `Sum` of each gradient.
+        gradients: The gradients of this process, None where there is none.
+        loss: This process's part of the loss, which becomes the batch's loss.
+        moving: The variables that become their mean over the processes.
     """
     connected = torch.tensor([g is not None for g in gradients], dtype=torch.float32)
     connected = connected.to(loss.device)
@@ -185,7 +186,7 @@ def _reduced(sums, gradients, loss, moving):
 
 
 def _apply(model, clipping, variables, gradients):
-    """The finished gradient to the optimizer, once."""
+    """Hand the finished gradient to the optimizer, once."""
     if not variables:
         warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         return
@@ -211,6 +212,6 @@ def values_of(variables):
 
 @torch.no_grad()
 def assign(values):
-    """Give variables the values of such pairs."""
+    """Assign the pairs of `values_of` to their variables."""
     for variable, value in values:
         variable.assign(value)
