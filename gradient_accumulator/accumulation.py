@@ -1,4 +1,4 @@
-"""How a model accumulates: the settings, checked."""
+"""`Accumulation`: the settings by which a model accumulates, checked."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from gradient_accumulator.received import described
 
 @dataclass(frozen=True)
 class Accumulation:
-    """How a model accumulates: one of the two sizes is set, the other is None.
+    """The settings by which a model accumulates.
+
+    One of `accum_steps` and `microbatch_size` is set, and the other is None.
 
     Args:
-        accum_steps: Number of micro-batches in an update, where `fit` is given
+        accum_steps: Number of micro-batches in an update, if `fit` is given
             micro-batches.
-        microbatch_size: Number of examples in a micro-batch, where `fit` is given
-            batches.
+        microbatch_size: Number of examples in a micro-batch, if `fit` is given batches.
         accum_dtype: Dtype in which gradients are summed.
-        clipping: How an update's gradient is clipped, or None.
-        warn: Whether to say what makes updates differ from those on the batch.
+        clipping: The settings of adaptive clipping, or None.
+        warn: Whether to warn if updates differ from those on the batch, or if nothing
+            is accumulated.
     """
 
     accum_steps: int | None = None
@@ -66,16 +68,16 @@ class Accumulation:
 
     @property
     def size(self) -> int:
-        """It."""
+        """The size that is set."""
         return getattr(self, self.mode)
 
     @property
     def is_plain(self) -> bool:
-        """Whether an update is what plain training does."""
+        """Whether an update is one of plain training."""
         return self.accum_steps == 1 and self.clipping is None
 
     def get_config(self, variables: list) -> dict:
-        """What makes this again for a model whose variables have the same names."""
+        """Returns a config for a saved model whose variables have the same names."""
         config: dict[str, Any] = {
             "accum_steps": self.accum_steps,
             "microbatch_size": self.microbatch_size,
@@ -94,13 +96,17 @@ class Accumulation:
 
 
 def positive_int(name: str, value: Any) -> int:
-    """A size as a plain int, from whatever Python takes for an integer.
+    """Returns a size as an `int`.
+
+    Args:
+        name: Name of the argument, for errors.
+        value: Any object that Python accepts as an integer, such as NumPy's integers.
 
     Raises:
-        TypeError: If it is none.
-        ValueError: If it is not positive.
+        TypeError: If `value` is no integer.
+        ValueError: If `value` is not positive.
     """
-    # A bool is an int to Python, a tensor of one to PyTorch, and neither is a size.
+    # `operator.index` accepts bools, and tensors of a bool, which are no sizes.
     is_bool = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
     try:
         size = None if is_bool else operator.index(value)
@@ -119,6 +125,7 @@ def positive_int(name: str, value: Any) -> int:
 
 
 def check_float_dtype(dtype: Any) -> None:
+    """Raise unless `dtype` is the name of a float dtype."""
     if not isinstance(dtype, str):
         raise TypeError(
             "Argument `accum_dtype` must be the name of a float dtype. "
