@@ -1,7 +1,7 @@
 """`GradientAccumulateOptimizer` on Keras 2, around new optimizers and legacy ones.
 
-Its loss scaling unscales the gradients of every micro-batch, so that what is summed
-here is never scaled."""
+Keras 2 unscales the gradients of every micro-batch, so that the sums are never scaled.
+"""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
     """An optimizer that updates the weights on every `accum_steps`-th call.
 
     It sums the gradients that it is given, one call for each micro-batch of a batch,
-    and hands the finished sum to the optimizer that it wraps. See the class of the same
-    name for Keras 3, whose arguments and methods are the same, but for `apply` and the
-    stateless ones, which Keras 2 does not have.
+    and hands the finished sum to the optimizer that it wraps. The class of the same
+    name for Keras 3 describes the rest. It has the same arguments and methods, and also
+    `apply` and the stateless methods, which Keras 2 does not have.
 
     Args:
         optimizer: The optimizer to wrap: a name, a config, or any optimizer of Keras 2,
-            also of `tf.keras.optimizers.legacy`.
+            also one of `tf.keras.optimizers.legacy`.
         accum_steps: Positive int, the number of calls that make an update.
-        reduction: `"MEAN"` or `"SUM"`, of the micro-batches' gradients.
+        reduction: `"MEAN"` or `"SUM"` of the micro-batches' gradients.
         name: Name of the optimizer.
-        accum_dtype: Name of the float dtype that gradients are summed in.
+        accum_dtype: Name of the float dtype in which gradients are summed.
         use_agc: Whether to clip the finished gradient adaptively.
         clip_factor: Positive number, of adaptive clipping.
         eps: Positive number, of adaptive clipping.
-        agc_exclude: What adaptive clipping leaves out.
+        agc_exclude: The variables that are not clipped.
 
     Raises:
         TypeError: If `accum_steps` is no int, or `optimizer` no optimizer of Keras 2.
@@ -87,7 +87,7 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
         self._wrapped = False
         self._remember([])
         self._set_up(inner, accum_steps, reduction, accum_dtype, clipping)
-        # What TensorFlow makes of a saved optimizer looks for it there.
+        # The optimizer that TensorFlow restores from a file reads this attribute.
         self._iterations = inner.iterations
 
     # ------------------------------------------------------------------ applying
@@ -103,11 +103,11 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
         return list(zip(inner.get_unscaled_gradients(gradients), variables))
 
     def get_scaled_loss(self, loss):
-        """As the wrapped `LossScaleOptimizer`, for loops of your own."""
+        """Calls the wrapped `LossScaleOptimizer`, for loops of your own."""
         return self.inner_optimizer.get_scaled_loss(loss)
 
     def get_unscaled_gradients(self, gradients):
-        """As the wrapped `LossScaleOptimizer`, for loops of your own."""
+        """Calls the wrapped `LossScaleOptimizer`, for loops of your own."""
         return self.inner_optimizer.get_unscaled_gradients(gradients)
 
     def apply_gradients(
@@ -118,18 +118,17 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
         weight=None,
         **kwargs,
     ):
-        """Add a micro-batch's gradients; the last micro-batch of an update applies the
-        sum.
+        """Add a micro-batch's gradients. After the last micro-batch, apply the sum.
 
         Args:
             grads_and_vars: Pairs of a gradient, or None, and its variable, the same
                 variables in every call of an update.
             name: Not used.
-            skip_gradients_aggregation: Whether replicas have summed the gradients that
-                are given, which they may not have.
-            weight: What the micro-batch is worth, a number or a scalar tensor, not
-                negative. If not given, 1. What weighs 0 adds nothing, also if its
-                gradient is not finite.
+            skip_gradients_aggregation: Whether replicas have summed the gradients
+                before. It is an error if they have.
+            weight: The weight of the micro-batch, a number or a scalar tensor that is
+                not negative. If not given, 1. A micro-batch of weight 0 adds nothing,
+                even if its gradient is not finite.
 
         Returns:
             The number of updates so far.
@@ -143,7 +142,7 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
             "experimental_aggregate_gradients", True
         )
         if self._finishing:
-            # The optimizer around has the finished sum, checked and reduced.
+            # The optimizer around this one has checked and reduced the finished sum.
             trainer.step(self.inner_optimizer, pairs, aggregated)
         elif aggregated and tf.distribute.get_strategy().num_replicas_in_sync > 1:
             raise ValueError(
@@ -179,7 +178,7 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
         self._built = True
 
     def _remember(self, variables):
-        # Past the optimizer's own `__setattr__`, which would save them with it.
+        # The optimizer's own `__setattr__` would save them with it.
         object.__setattr__(self, "_trainable_variables", variables)
         indices = {self._var_key(v): i for i, v in enumerate(variables)}
         object.__setattr__(self, "_trainable_variables_indices", indices)
@@ -217,29 +216,29 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
 
     @_is_wrapped_by_loss_scale_optimizer.setter
     def _is_wrapped_by_loss_scale_optimizer(self, wrapped):
-        # All that a `LossScaleOptimizer` tells the optimizer that is put into it.
+        # A `LossScaleOptimizer` does nothing else to its inner optimizer.
         self._wrapped = wrapped
         scaler = _scaler_that_calls(self)
         if scaler is None:
             return
-        # Which a model compiled under mixed_float16 has as its optimizer.
+        # A model compiled under mixed_float16 has the scaler as its optimizer.
         scaler.flush, scaler.reset = self.flush, self.reset
         if isinstance(self.inner_optimizer, _LossScaleOptimizer):
-            # Keras puts one around under the policy mixed_float16. One is enough.
+            # Under mixed_float16 Keras puts a second one around. The inner one scales.
             scaler.get_scaled_loss = self.get_scaled_loss
             scaler.get_unscaled_gradients = self.get_unscaled_gradients
             scaler.compute_gradients = self.compute_gradients
             scaler.apply_gradients = self.apply_gradients
             return
-        # It would drop a micro-batch that is not finite, and count the micro-batch: it
-        # gets the finished sum instead, which is what it does on a batch.
+        # It would drop a micro-batch that is not finite, and count it. With the
+        # finished sum it does what it does on a batch.
         self._scaler = weakref.ref(scaler)
         scaler.apply_gradients = self._accumulate_pairs
 
-    # ---------------------------------------------- what is the wrapped optimizer's
+    # ------------------------------------------ attributes of the wrapped optimizer
 
     def _create_iteration_variable(self):
-        """None: the wrapped optimizer counts updates."""
+        """Creates no variable, because the wrapped optimizer counts updates."""
 
     @property
     def optimizer(self):
@@ -329,7 +328,7 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
         return cls(**config)
 
 
-# By the name that version 0.5 saved it with, and as a LossScaleOptimizer looks for it.
+# The name that version 0.5 saved, and the name that a `LossScaleOptimizer` looks for.
 keras.utils.get_custom_objects().update(
     {
         "gradient-accumulator>GradientAccumulateOptimizer": GradientAccumulateOptimizer,
@@ -342,12 +341,15 @@ def _deserialized(config: dict, custom_objects: Any) -> Any:
     made = keras.optimizers.deserialize(copy.deepcopy(config), custom_objects)
     if trainer.is_optimizer(made):
         return made
-    # It does not know AdamW, Adafactor and Lion, and returns their name.
+    # `keras.optimizers.deserialize` returns the names of AdamW, Adafactor and Lion.
     return keras.saving.deserialize_keras_object(config, custom_objects)
 
 
 class _CallableList(list):
-    """Of variables: a property of new optimizers, a method of legacy ones."""
+    """A list of variables that can be called.
+
+    `variables` is a property of new optimizers, and a method of legacy ones.
+    """
 
     def __call__(self):
         return self
@@ -372,7 +374,7 @@ def _optimizer(identifier: Any) -> Any:
 
 
 def _scaler_that_calls(optimizer: Any) -> Any:
-    """The `LossScaleOptimizer` around `optimizer` whose constructor is running."""
+    """Returns the `LossScaleOptimizer` around `optimizer`, if it is being made."""
     frame = inspect.currentframe()
     while frame is not None:
         caller = frame.f_locals.get("self")

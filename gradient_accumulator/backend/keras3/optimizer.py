@@ -1,4 +1,4 @@
-"""`GradientAccumulateOptimizer`: accumulation in training loops of one's own."""
+"""`GradientAccumulateOptimizer`: it accumulates in a training loop of your own."""
 
 from __future__ import annotations
 
@@ -33,46 +33,47 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
         gradient = sum_k weight_k * gradient_k / sum_k weight_k      reduction="MEAN"
         gradient = sum_k weight_k * gradient_k                       reduction="SUM"
 
-    Nothing of the wrapped optimizer runs before: clipping, weight decay, averages of
-    the weights, constraints, learning-rate schedules, momentums and `iterations` know
-    of updates only. It is for training loops that are your own (a custom `train_step`,
-    a `tf.GradientTape`, `jax.jit` or PyTorch loop). Where `fit` trains the model,
-    `accumulate` does the same, is faster, and exact in more cases:
+    The wrapped optimizer runs only then: clipping, weight decay, averages of the
+    weights, constraints, learning-rate schedules, momentums and `iterations` see
+    updates, and no micro-batches. It is for training loops of your own (a custom
+    `train_step`, or a loop with `tf.GradientTape`, `jax.jit` or PyTorch). If `fit`
+    trains the model, use `accumulate`, which is faster, and exact in more cases.
 
-    **What an optimizer cannot know.** It sees gradients, not what the losses were
-    divided by. Micro-batches weigh equally here, which is the batch's mean if all have
-    as many examples, and no mask, `ignore_class` or
-    `reduction="mean_with_sample_weight"` makes the loss of one a mean over fewer
-    values. A loss with `reduction="sum"` needs `reduction="SUM"` here, and then
-    regularizers count once a micro-batch. The model wrapper, `accumulate`, is exact in
-    all these cases; in a loop of your own, `weight=` tells what a micro-batch is worth.
+    **What an optimizer cannot know.** It sees gradients, but not the numbers that the
+    losses were divided by. Here all micro-batches weigh the same. Their mean is that of
+    the batch if all have as many examples, and if no mask, `ignore_class` or
+    `reduction="mean_with_sample_weight"` makes a loss a mean over fewer values. A loss
+    with `reduction="sum"` needs `reduction="SUM"` here, and regularizers then count
+    once a micro-batch. `accumulate` is exact in all these cases; in a loop of your own,
+    give each micro-batch its `weight`.
 
-    An epoch's last micro-batches wait for the next epoch if they are fewer than
-    `accum_steps`: the callback `FlushGradients` applies them at the epoch's end, and
-    `flush` does at any time.
+    If an epoch's last micro-batches are fewer than `accum_steps`, they wait for the
+    next epoch. The callback `FlushGradients` applies them at the epoch's end, and
+    `flush` applies them at any time.
 
-    Two facts about what is wrapped. With a `LossScaleOptimizer`, inside or around, the
-    gradients of one update are scaled by one scale, and one that is not finite skips
-    the whole update and lowers the scale once; Keras itself puts one around under the
-    policy `mixed_float16`. One around has `flush` and `reset` too, and a `weight` in
-    its `apply` and `stateless_apply`, but not in `apply_gradients`; `pending` is found
-    by its `inner_optimizer`. On TensorFlow, the sparse gradients of embeddings are
-    added to a dense sum, so that rows that occur several times are merged; Keras's
-    optimizers do not merge them, and square the parts of such a row where they should
-    square its sum.
+    **Loss scaling.** A `LossScaleOptimizer` may be inside of this optimizer or around
+    it; under the policy `mixed_float16` Keras itself puts one around it. All gradients
+    of an update then have the same scale. If one is not finite, the whole update is
+    skipped, and the scale is lowered once. A `LossScaleOptimizer` around it has `flush`
+    and `reset` too, and takes a `weight` in `apply` and `stateless_apply`, but not in
+    `apply_gradients`; its `inner_optimizer` has `pending`.
+
+    **Sparse gradients.** On TensorFlow, the sparse gradients of embeddings are added to
+    a dense sum, which merges rows that occur several times. Keras's optimizers do not
+    merge them: they square each of the rows, and not their sum.
 
     Args:
         optimizer: The optimizer to wrap: a name, a config, or any Keras 3 optimizer.
         accum_steps: Positive int, the number of calls that make an update.
-        reduction: `"MEAN"` or `"SUM"`, of the micro-batches' gradients.
+        reduction: `"MEAN"` or `"SUM"` of the micro-batches' gradients.
         name: Name of the optimizer.
-        accum_dtype: Name of the float dtype that gradients are summed in (float64
-            variables always sum in float64).
+        accum_dtype: Name of the float dtype in which gradients are summed (gradients of
+            float64 variables are always summed in float64).
         use_agc: Whether to clip the finished gradient adaptively, before the wrapped
             optimizer sees it: see `adaptive_clip_grad`.
         clip_factor: Positive number, of adaptive clipping.
         eps: Positive number, of adaptive clipping.
-        agc_exclude: What adaptive clipping leaves out, as for `adaptive_clip_grad`.
+        agc_exclude: The variables that are not clipped, as for `adaptive_clip_grad`.
 
     Raises:
         TypeError: If `accum_steps` is no int, or `optimizer` no optimizer of Keras 3.
@@ -87,7 +88,7 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
     model.fit(x, y, batch_size=8, callbacks=[FlushGradients()])
     ```
 
-    In a loop of your own, here on PyTorch, with micro-batches of uneven worth:
+    In a loop of your own, here on PyTorch, with micro-batches of different weights:
 
     ```python
     for tokens, labels in microbatches:
@@ -126,31 +127,30 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
     # ------------------------------------------------------------------ applying
 
     def apply(self, grads, trainable_variables=None, weight=None):
-        """Add a micro-batch's gradients; the last micro-batch of an update applies the
-        sum.
+        """Add a micro-batch's gradients. After the last micro-batch, apply the sum.
 
         Args:
-            grads: List of gradients, one for each variable; None where there is none.
+            grads: List with one gradient, or None, for each variable.
             trainable_variables: The variables, the same in every call of an update. If
                 not given, those that the optimizer was built with.
-            weight: What the micro-batch is worth, a number or a scalar tensor, not
-                negative: what its loss was divided by, such as its number of tokens. If
-                not given, 1. What weighs 0 adds nothing, also where its gradient is not
-                finite.
+            weight: The weight of the micro-batch, a number or a scalar tensor that is
+                not negative: the number that its loss was divided by, such as its
+                number of tokens. If not given, 1. A micro-batch of weight 0 adds
+                nothing, even if its gradient is not finite.
 
         Raises:
             ValueError: If variables change before the update is complete, or gradients
-                do not fit them; nothing has been added then.
+                do not fit them. Nothing has been added then.
         """
         if self._finishing:
-            # The optimizer around has the finished sum, checked and unscaled.
+            # The optimizer around this one has checked and unscaled the finished sum.
             self.inner_optimizer.apply(grads, trainable_variables)
             return
         self._check_outermost()
         self._accumulate(grads, trainable_variables, weight)
 
     def apply_gradients(self, grads_and_vars, weight=None):
-        """As `apply`, from pairs of a gradient and its variable.
+        """Does the same as `apply`, from pairs of a gradient and its variable.
 
         Returns:
             The number of updates so far.
@@ -162,10 +162,10 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
     def stateless_apply(
         self, optimizer_variables, grads, trainable_variables, weight=None
     ):
-        """As `apply`, without effects: for `jax.jit`.
+        """Does the same as `apply`, without side effects: for `jax.jit`.
 
-        The update is in a loop that runs once or not at all, through which JAX
-        differentiates forwards but not in reverse.
+        The update is in a loop that runs once or not at all. JAX can differentiate
+        through it in forward mode, but not in reverse mode.
 
         Args:
             optimizer_variables: List of the values of `variables`.
@@ -175,7 +175,7 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
             weight: As for `apply`.
 
         Returns:
-            The new values of the trainable variables and of the optimizer's.
+            The new values of the trainable variables, and of the optimizer's variables.
         """
         if self._finishing:
             own = len(self._variables)
@@ -190,9 +190,9 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
         )
 
     def stateless_flush(self, optimizer_variables, trainable_variables):
-        """As `flush`, without effects: for `jax.jit`.
+        """Does the same as `flush`, without side effects: for `jax.jit`.
 
-        Args, returns: As `stateless_apply`.
+        Args, returns: As in `stateless_apply`.
         """
         return self._stateless(self.flush, optimizer_variables, trainable_variables)
 
@@ -200,7 +200,7 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
         """Create the accumulators, and the variables of the wrapped optimizer."""
         if self.built:
             return
-        # Keras before 3.10 does nothing to the optimizer inside when it puts it there.
+        # Keras before 3.10 does not set `loss_scale_factor` of the inner optimizer.
         self._look_for_scaler()
         variables = list(variables)
         check_variables("variables", variables)
@@ -261,7 +261,7 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
                 "Received: a call of the inner one"
             )
 
-    # ---------------------------------------------- what is the wrapped optimizer's
+    # ------------------------------------------ attributes of the wrapped optimizer
 
     @property
     def variables(self):
@@ -297,7 +297,7 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
 
     @property
     def _model_variables_moving_average(self):
-        # Keras's `SwapEMAWeights` looks through the outer optimizer, which may scale.
+        # Keras's `SwapEMAWeights` reads it, also through a `LossScaleOptimizer`.
         return self.inner_optimizer._model_variables_moving_average
 
     @property
@@ -312,8 +312,9 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
         if name == "loss_scale_factor" and "inner_optimizer" in self.__dict__:
-            # All that a `LossScaleOptimizer` does to an optimizer put into it. Not in
-            # the property: on TensorFlow Keras leaves an equal value alone.
+            # A `LossScaleOptimizer` does nothing else to its inner optimizer. This is
+            # not in the setter, which Keras on TensorFlow does not call for an equal
+            # value.
             self._look_for_scaler()
 
     def _look_for_scaler(self):
@@ -322,29 +323,29 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
             self._let_scale(scaler)
 
     def _let_scale(self, scaler):
-        """A `LossScaleOptimizer` was put around.
+        """Give the `LossScaleOptimizer` around this optimizer the finished sum only.
 
-        It would drop a micro-batch that is not finite without a word. Here it gets the
-        finished sum of scaled gradients instead: what it does on a batch.
+        It would silently drop a micro-batch that is not finite. With the finished sum
+        of scaled gradients it does what it does on a batch.
         """
-        # Which a model compiled under mixed_float16 has as its optimizer.
+        # A model compiled under mixed_float16 has the scaler as its optimizer.
         scaler.flush, scaler.reset = self.flush, self.reset
         if isinstance(self.inner_optimizer, keras.optimizers.LossScaleOptimizer):
-            # Keras puts one around under the policy mixed_float16. One is enough.
+            # Under mixed_float16 Keras puts a second one around. The inner one scales.
             scaler.scale_loss = self.scale_loss
             scaler.apply = self.apply
             scaler.stateless_apply = partial(_stateless_apply_inside, self)
             return
-        # Weakly, or Keras would save the outer optimizer as a part of the inner one.
+        # A weak reference, because Keras would save the outer optimizer with this one.
         self._scaler = weakref.ref(scaler)
         scaler.apply = self._accumulate
         scaler.stateless_apply = self._stateless_accumulate
         for name in ("_tf_apply", "_common_apply"):
-            # Keras before 3.10 may be in `apply` already, and goes on with one of them.
+            # Keras before 3.10 may be in `apply` already, which calls one of these.
             setattr(scaler, name, partial(self._scaled, getattr(scaler, name)))
 
     def _scaled(self, apply, grads, trainable_variables):
-        """A method of the scaler's: `apply` only with the finished sum."""
+        """Replaces a method `apply` of the scaler, which gets the finished sum only."""
         if self._finishing:
             apply(grads, trainable_variables)
         else:
@@ -414,9 +415,9 @@ def _optimizer(identifier: Any) -> keras.optimizers.Optimizer:
 
 
 def _scaler_that_calls(optimizer) -> keras.optimizers.LossScaleOptimizer | None:
-    """The `LossScaleOptimizer` around `optimizer`, if a method of it is running.
+    """Returns the `LossScaleOptimizer` around `optimizer`, if it is calling.
 
-    Keras tells the optimizer inside nothing of the one around.
+    An optimizer has no reference to the one around it: the stack is searched.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -433,7 +434,7 @@ def _scaler_that_calls(optimizer) -> keras.optimizers.LossScaleOptimizer | None:
 def _stateless_apply_inside(
     optimizer, optimizer_variables, grads, trainable_variables, weight=None
 ):
-    """`stateless_apply` of a `LossScaleOptimizer` that lets `optimizer` do it all."""
+    """`stateless_apply` of a `LossScaleOptimizer` around one that scales itself."""
     own = len(optimizer_variables) - len(optimizer.variables)
     trainable_variables, inner = optimizer.stateless_apply(
         optimizer_variables[own:], grads, trainable_variables, weight
