@@ -12,7 +12,7 @@ import tensorflow as tf
 from gradient_accumulator.backend.keras2.names import keras
 from gradient_accumulator.microbatches import leaves, no_data, not_empty
 
-BuiltByFit: Any = keras.Model  # the train function builds it
+BuiltByFit: Any = keras.Model  # the train function builds the model
 
 
 class FitData:
@@ -30,15 +30,16 @@ class FitData:
         self.length = _length(data)
         if self.length == 0:
             raise no_data()
-        self._steps: Any = None  # per execution, of a call of `fit`
+        self._steps: Any = None  # the variable `steps_per_execution` of this call
 
     @contextmanager
     def handed(self, callback: Any) -> Iterator[dict]:
-        """Around `fit` of Keras, which is to be called with these arguments.
+        """A context in which Keras's `fit` is called with the arguments that it yields.
 
-        Keras counts an update as so many steps, as it does for itself. What reads the
-        data keeps the variable that it was given when it was made; validation has the
-        user's.
+        With `accum_steps` an update is as many steps as it has micro-batches, which
+        Keras counts by its `steps_per_execution`. Keras's reader of the data keeps the
+        variable that the model has while the reader is made. Afterwards the model has
+        the user's variable again, which validation reads.
         """
         own = self.model._steps_per_execution
         if self.training.accumulation.accum_steps is not None:
@@ -66,27 +67,27 @@ class FitData:
         yield [callback, *tf.nest.flatten(callbacks or [])]
 
     def begin(self, params: dict) -> None:
-        """Called where training begins.
+        """Called when training begins: multiplies the steps of an execution.
 
-        Keras refuses more than one step where it does not know how long an epoch is.
+        Keras refuses more than one step if it does not know the length of an epoch.
         """
         if self._steps is not None and params.get("steps") is not None:
             self._steps.assign(self._steps * self.training.accumulation.accum_steps)
 
     def epoch_length(self, params: dict) -> int | None:
-        """The number of batches in an epoch, None if it is not known."""
+        """Returns the number of batches in an epoch, or None if it is not known."""
         return params.get("steps")
 
 
 def _set_steps(model, steps):
-    # Past the model's own `__setattr__`, for which a variable is a weight.
+    # The model's own `__setattr__` would make the variable a weight.
     object.__setattr__(model, "_steps_per_execution", steps)
 
 
 def _length(data):
-    """The number of batches of a data set, or of examples of arrays.
+    """Returns the number of batches of a data set, or of examples of arrays.
 
-    None where they do not tell.
+    It is None if it is not known.
     """
     if callable(getattr(data, "cardinality", None)):
         cardinality = int(data.cardinality())
@@ -96,5 +97,5 @@ def _length(data):
         return None if data is None else 0
     try:
         return len(arrays[0])
-    except TypeError:  # has no length
+    except TypeError:  # the array has no length
         return None

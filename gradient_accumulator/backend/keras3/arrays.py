@@ -1,7 +1,7 @@
-"""Arrays given to `fit`: micro-batches are drawn from them, and no batch is made.
+"""Arrays that `fit` draws micro-batches from, without making the batches.
 
-Keras's adapter of arrays still decides which examples a batch has, and in which
-order: they are those of plain training.
+Keras's adapter of arrays still decides which examples a batch has, and in which order,
+as in plain training.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from keras.src.trainers.data_adapters.data_adapter_utils import (
     is_tensorflow_sparse,
 )
 
-# Values in a batch, 1 MiB of float32, from which on its micro-batches are drawn. To
-# draw a small one at once takes less time, and no memory to speak of.
+# The number of values from which on a batch is large: 1 MiB of float32. A smaller batch
+# is drawn as a whole, which takes less time, and little memory.
 LARGE = 2**18
 
 
@@ -38,14 +38,14 @@ class Arrays:
 
     @property
     def sizes(self) -> list[int]:
-        """The number of examples of each batch, in their order."""
+        """The number of examples of each batch, in the order of the batches."""
         last = self.adapter.partial_batch_size
         whole = self.adapter.num_batches - bool(last)
         return [self.adapter.batch_size] * whole + ([last] if last else [])
 
     @property
     def sparse(self) -> bool:
-        """Whether some are."""
+        """Whether one of the arrays is sparse."""
         return any(
             is_scipy_sparse(array)
             or is_jax_sparse(array)
@@ -54,20 +54,20 @@ class Arrays:
         )
 
     def sliceable(self, backend: str) -> Any:
-        """The arrays as Keras takes examples out of them for a backend, nested."""
+        """Returns the nested arrays as Keras slices them for a backend."""
         return convert_to_sliceable(self.adapter._inputs, target_backend=backend)
 
     def numbers(self) -> ArrayDataAdapter:
-        """Keras's adapter over the examples' numbers, in the place of the arrays."""
+        """Returns Keras's adapter with the examples' numbers in place of the arrays."""
         adapter = copy.copy(self.adapter)
         adapter._inputs = (np.arange(sum(self.sizes)),)
         return adapter
 
     def symbolic(self, examples: Any, size: int) -> Any:
-        """The shapes and dtypes of the first micro-batch.
+        """Returns the shapes and dtypes of the first micro-batch.
 
         Args:
-            examples: Some examples, as the model gets them.
+            examples: Examples in the form in which the model gets them.
             size: The number of examples in a micro-batch.
         """
 
@@ -82,9 +82,9 @@ class Arrays:
 
 
 def large_arrays(adapter: DataAdapter) -> Arrays | None:
-    """The arrays that an adapter draws from, if batches of them are large.
+    """Returns the arrays that an adapter draws from, if their batches are large.
 
-    None for any other data.
+    For any other data it returns None.
     """
     if not isinstance(adapter, ArrayDataAdapter):
         return None

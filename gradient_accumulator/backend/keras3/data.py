@@ -1,4 +1,4 @@
-"""The data of `fit` on Keras 3: Keras's own adapter of it, counted in updates."""
+"""The data of `fit` on Keras 3: an adapter that counts updates instead of batches."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from gradient_accumulator.microbatches import Epoch, leaves, no_data, not_empty
 
 
 class Updates(DataAdapter):
-    """An adapter of data, for Keras to call the train function once an update.
+    """An adapter of data with which Keras calls the train function once an update.
 
     Args:
-        adapter: The adapter that Keras makes of the data.
-        batches: Function without arguments that gives what the train function draws
-            from, for an epoch or several.
-        to_build: The same for what Keras builds the model from. None if the train
-            function builds it.
-        count: The number of updates in the data, as Keras counts them; None if the
-            data does not tell its length.
+        adapter: Keras's adapter of the data.
+        batches: Function without arguments that returns the iterable from which the
+            train function draws, for one epoch or several.
+        to_build: Function without arguments that returns the iterable from which Keras
+            builds the model; None if the train function builds it.
+        count: The number of updates in the data, as Keras counts them; None if the data
+            has no known length.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class Updates(DataAdapter):
 
 
 class _First(Updates):
-    """`Updates` for building a model, after which Keras itself ends the epoch."""
+    """`Updates` that only build a model. Keras ends the epoch once more later."""
 
     def on_epoch_end(self):
         pass
 
 
 class BuiltByFit(keras.Model):
-    """A model that Keras's `fit` builds from what `Updates` says."""
+    """A model that Keras's `fit` builds from the data that `Updates` has for this."""
 
     def _symbolic_build(self, iterator=None, data_batch=None):
         updates = getattr(iterator, "data_adapter", None)
@@ -88,11 +88,11 @@ class BuiltByFit(keras.Model):
         try:
             super()._symbolic_build(first, data_batch)
         finally:
-            first.reset()  # or it would hold itself, and the data
+            first.reset()  # a reference cycle would keep the data in memory
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
-        # Keras would take the mean of the replicas' first batches, which does not exist
-        # if one is larger, nor for several workers.
+        # Keras would average the first batches of the replicas, which fails if they
+        # differ in size, or if there are several workers.
         updates = getattr(iterator, "data_adapter", None)
         if isinstance(updates, Updates) and updates.to_build is None:
             return
@@ -108,10 +108,11 @@ class FitData:
         arguments: All arguments of `fit`, by name.
 
     Attributes:
-        arguments: The arguments, of which training data is what is trained on.
-        steps_per_epoch: The user's.
-        length: The number of batches in the data, None if it does not tell.
-        endless: Whether nobody but us checks that there are `steps_per_epoch`.
+        arguments: The arguments, whose training data does not contain validation data.
+        steps_per_epoch: `steps_per_epoch` as the user gave it, or None.
+        length: The number of batches in the data, or None if it is not known.
+        endless: Whether the data is a generator, whose length Keras does not check
+            against `steps_per_epoch`.
 
     Raises:
         ValueError: If there is no data.
@@ -152,10 +153,10 @@ class FitData:
 
     @contextmanager
     def handed(self, callback: keras.callbacks.Callback) -> Iterator[dict]:
-        """Around `fit` of Keras, which is to be called with these arguments.
+        """A context in which Keras's `fit` is called with the arguments that it yields.
 
         Args:
-            callback: Called before the others.
+            callback: A callback that is called before the user's callbacks.
         """
         epoch = self.training.epoch
         batches, to_build = self.training.engine.batches(
@@ -175,23 +176,26 @@ class FitData:
         }
 
     def begin(self, params: dict) -> None:
-        """Called where training begins."""
+        """Called when training begins; on Keras 3 nothing is left to do."""
 
     def epoch_length(self, params: dict) -> int | None:
-        """The number of batches in an epoch, None if it is not known."""
+        """Returns the number of batches in an epoch, or None if it is not known."""
         return self.steps_per_epoch or self.length
 
     def _updates(self, batches):
-        """The number of updates in so many batches of an epoch."""
+        """Returns the number of updates in some batches of an epoch."""
         return math.ceil(batches / (self.training.accumulation.accum_steps or 1))
 
     def _counted(self, batches):
-        """The number that Keras counts them as."""
+        """Returns that number, rounded up to calls of the train function.
+
+        Keras counts `steps_per_execution` updates for a call.
+        """
         executed = self.model.steps_per_execution
         return executed * math.ceil(self._updates(batches) / executed)
 
     def _count(self):
-        """The number of updates that Keras counts in all data."""
+        """Returns the number of updates that Keras counts in all data."""
         if self.length is None:
             return None
         if not self.steps_per_epoch:
@@ -201,7 +205,7 @@ class FitData:
 
 
 def _limited(name: str, number: int | None) -> int | None:
-    """A number of steps or epochs, as far as Keras's configuration lets it go.
+    """Returns a number of steps or epochs, at most the one in Keras's configuration.
 
     Keras 3.8 has no such configuration.
     """
@@ -210,21 +214,21 @@ def _limited(name: str, number: int | None) -> int | None:
 
 
 class _Counting(keras.callbacks.CallbackList):
-    """The callbacks of a call of `fit`, told the numbers of batches, not of updates.
+    """The callbacks of a call of `fit`. They get numbers of batches, not of updates.
 
     Args:
-        first: Called before the user's.
+        first: A callback that is called before the user's callbacks.
         data: The data of the call.
-        epoch: Where `fit` stands.
+        epoch: The position of `fit` in its epoch.
     """
 
     def __init__(self, first: keras.callbacks.Callback, data: FitData, epoch: Epoch):
         given = data.arguments
         self._of_model = data.model
         self._of_epoch = epoch
-        self._seen = 0  # batches of the epoch
+        self._seen = 0  # the number of batches of the epoch so far
         if isinstance(given["callbacks"], keras.callbacks.CallbackList):
-            # It has its own parameters, and model.
+            # The user's `CallbackList` has its own parameters and its own model.
             super().__init__([first, given["callbacks"]])
             return
         super().__init__(
@@ -237,7 +241,7 @@ class _Counting(keras.callbacks.CallbackList):
         )
 
     def on_train_begin(self, logs=None):
-        self.set_model(self._of_model)  # which Keras has built in the meantime
+        self.set_model(self._of_model)  # Keras has built the model by now
         super().on_train_begin(logs)
 
     def on_epoch_begin(self, epoch, logs=None):

@@ -1,4 +1,4 @@
-"""Functions for what Keras 3's `Trainer` keeps private, for every backend here."""
+"""Functions that use private attributes of Keras 3's `Trainer`, for all backends."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from gradient_accumulator.backend.keras3.data import FitData as FitData
 
 A_MODEL = "a Keras 3 model, a `keras.Model`"
 
-# Of a functional model that accumulates. Keras saves where a class is from and its
-# name: of its own class, which loads the file where this package is not imported.
+# The class name of a functional model that accumulates. Keras saves a class by its module
+# and its name. With those of Keras's own class, the file loads without this package.
 FUNCTIONAL_NAME = Functional.__name__
 
 StatelessScope: Any = backend.StatelessScope
@@ -36,7 +36,7 @@ get_stateless_scope: Any = backend.get_stateless_scope
 compute_output_spec: Any = backend.compute_output_spec
 get_mask = backend.get_keras_mask
 set_mask = backend.set_keras_mask
-print_message: Callable[[str], None] = print_msg  # where Keras shows how it goes on
+print_message: Callable[[str], None] = print_msg  # prints where Keras shows progress
 
 
 def is_keras_own(function: Callable) -> bool:
@@ -46,7 +46,7 @@ def is_keras_own(function: Callable) -> bool:
 
 
 def layers_of(model: keras.Model) -> list:
-    """The model and all its layers, at any depth."""
+    """Returns the model and all its layers, at any depth."""
     return list(model._flatten_layers())
 
 
@@ -56,23 +56,24 @@ def rename(layer: Any, name: str) -> None:
 
 
 def constructor(finish: Callable) -> Callable:
-    """The constructor of a functional model, which calls `finish` with the model.
+    """Returns a constructor of a functional model that calls `finish` with the model.
 
-    Keras clones and saves by its graph a model whose constructor looks like its own.
+    Keras clones and saves a model by its graph if its constructor has the signature of
+    Keras's own.
     """
 
     def __init__(self, inputs, outputs, name=None, **kwargs):
         Functional.__init__(self, inputs, outputs, name=name, **kwargs)
         finish(self)
 
-    # In some versions its own is decorated.
+    # In some versions Keras's own constructor is decorated.
     return (
         _wrapped(__init__) if hasattr(Functional.__init__, "__wrapped__") else __init__
     )
 
 
 def register(cls: type) -> None:
-    """Let a class be found by its bare name too, which no format needs."""
+    """Register a class by its name alone. On Keras 3 no file format needs that."""
 
 
 def _wrapped(function):
@@ -84,7 +85,7 @@ def _wrapped(function):
 
 
 def copy_adapted(original: Any, layer: Any) -> None:
-    """Give a preprocessing layer what another has learned of data beside variables."""
+    """Give a preprocessing layer the adapted state of another, such as a vocabulary."""
     if not hasattr(layer, "finalize_state"):
         return
     stored: dict[str, Any] = {}
@@ -101,14 +102,14 @@ def copy_adapted(original: Any, layer: Any) -> None:
 
 
 def same_inputs(model: keras.Model, made: dict[int, Any]) -> Any:
-    """Inputs for a copy of a functional model, with the names of its own.
+    """Returns inputs for a copy of a functional model, with the names of its inputs.
 
     Args:
         model: The functional model.
         made: Input layers of copies by the `id` of their originals; new ones are added.
     """
 
-    def same(tensor):
+    def copied(tensor):
         layer = tensor._keras_history.operation
         if id(layer) not in made:
             new = keras.Input(
@@ -117,11 +118,11 @@ def same_inputs(model: keras.Model, made: dict[int, Any]) -> Any:
             made[id(layer)] = new._keras_history.operation
         return made[id(layer)].output
 
-    return keras.tree.map_structure(same, model.input)
+    return keras.tree.map_structure(copied, model.input)
 
 
 def has_static_inputs(model: keras.Model) -> bool:
-    """Whether the model takes one shape only, but for the number of examples."""
+    """Whether the shapes of inputs are fixed, except for the number of examples."""
     return type(model).call is Functional.call and all(
         None not in tensor.shape[1:] for tensor in model.inputs
     )
@@ -136,14 +137,15 @@ def value(variable: keras.Variable) -> Any:
 
 
 def native(variable: keras.Variable) -> Any:
-    """The backend's own variable."""
+    """Returns the backend's own variable."""
     return variable.value
 
 
 def moved_by_microbatches(model: keras.Model) -> list:
-    """The variables that forward passes move: seeds, statistics and the like.
+    """Returns the variables that forward passes move: seeds, statistics and the like.
 
-    Not what a frozen layer created as trainable, which may be most of a model.
+    It leaves out the variables that frozen layers created as trainable, which may be
+    most of a model.
     """
     frozen = {id(v) for layer in layers_of(model) for v in layer._trainable_variables}
     return [v for v in model.non_trainable_variables if id(v) not in frozen]
@@ -154,20 +156,22 @@ def metrics_variables(model: keras.Model) -> list:
 
 
 def update_variables(layer: Any) -> list:
-    """What a layer moves in training by itself, whatever the data: see
-    `backend/statistics.py`."""
+    """Returns the variables that a layer moves in training, whatever the data is.
+
+    See `backend/statistics.py`.
+    """
     if isinstance(layer, keras.layers.SpectralNormalization):
         return [layer.vector_u, layer.kernel]
     return list(getattr(layer, "update_variables", ()))
 
 
-# Whether denominators are measured with the masks that training makes: with the same
-# seeds, and without effects.
+# Whether denominators are measured in passes in training, whose masks are those of the
+# update. Here such a pass can have the same seeds, and has no side effects.
 MEASURES_IN_TRAINING = True
 
 
 def path(variable: Any) -> str:
-    """The name with the layer's in front; nothing for a tensor."""
+    """Returns a variable's name, after its layer's; an empty string for a tensor."""
     named = is_variable(variable) or hasattr(variable, "handle")
     return (getattr(variable, "path", None) or variable.name) if named else ""
 
@@ -177,33 +181,33 @@ def is_optimizer(identifier: Any) -> bool:
 
 
 def scale_loss(optimizer: Any, loss: Any) -> Any:
-    """The loss as large as the optimizer wants its gradients to be."""
+    """Returns the loss, multiplied by the optimizer's scale."""
     return optimizer.scale_loss(loss)
 
 
 def apply_gradients(optimizer: Any, gradients: list, variables: list) -> None:
-    """One step of the optimizer, with gradients of the scaled loss."""
+    """Make one step of the optimizer, with gradients of the scaled loss."""
     optimizer.apply_gradients(zip(gradients, variables))
 
 
 def step(optimizer: Any, pairs: list) -> None:
-    """One step of the optimizer, with gradients as they are."""
-    # By its class's method, for the object may have the accumulating one.
+    """Make one step of the optimizer, with pairs of a gradient and its variable."""
+    # The method of its class, because the object may have one that accumulates.
     type(optimizer).apply(optimizer, *zip(*pairs))
 
 
 def add_variable(
     optimizer: Any, shape: tuple, dtype: str, name: str, like: Any = None, **arguments
 ) -> keras.Variable:
-    """A new variable of an optimizer, of zeros.
+    """Returns a new variable of an optimizer, filled with zeros.
 
     Args:
-        optimizer: Whose it is.
-        shape: Its shape.
+        optimizer: The optimizer.
+        shape: The variable's shape.
         dtype: Its dtype.
         name: Its name.
-        like: A variable that has the same place.
-        **arguments: Of `add_variable`.
+        like: A variable whose layout over devices it gets, or None.
+        **arguments: Arguments of the optimizer's `add_variable`.
     """
     # Older versions of Keras take the layout from the variable's path.
     if "layout" in inspect.signature(optimizer.add_variable).parameters:
@@ -217,13 +221,13 @@ def may_skip(optimizer: Any) -> bool:
 
 
 def mark(optimizer: Any) -> Any:
-    """Where an optimizer stands that may skip an update; None for any other."""
+    """Returns the current scale of an optimizer that may skip updates, or None."""
     scale = _dynamic_scale(optimizer)
     return None if scale is None else keras.ops.copy(scale.value)
 
 
 def skipped(optimizer: Any, mark: Any) -> Any:
-    """Whether it skipped the update since: it then lowers the scale."""
+    """Whether the optimizer skipped an update since `mark`, which lowers its scale."""
     return _dynamic_scale(optimizer).value < mark
 
 
@@ -251,8 +255,11 @@ def overwrites(variable: keras.Variable) -> bool:
 
 
 def rounds_or_overwrites(model: keras.Model) -> bool:
-    """Whether gradients depend on more than a factor on how large the loss is: in half
-    precision, or in float8 by the largest value so far."""
+    """Whether a factor of the loss changes its gradients by more than that factor.
+
+    It does in half precision, which rounds, and in float8, which depends on the largest
+    values so far.
+    """
     return any(
         layer.compute_dtype in ("float16", "bfloat16") for layer in layers_of(model)
     ) or any(overwrites(variable) for variable in model.trainable_variables)
@@ -264,13 +271,13 @@ def steps_per_execution(model: keras.Model) -> int:
 
 
 def public_module(cls: type) -> str:
-    """Where a class can be imported from, if it is Keras's and has such a place."""
+    """Returns the module from which users import a class, if the class is Keras's."""
     public = getattr(keras, cls.__name__, None)
     return "keras" if public is cls else cls.__module__
 
 
 def count_update(model: keras.Model) -> None:
-    """Count an update where Keras counts for callbacks: nothing in Keras 3."""
+    """Count an update for callbacks. On Keras 3 nothing is left to do."""
 
 
 def build(model: keras.Model, data: Any) -> None:
@@ -279,7 +286,7 @@ def build(model: keras.Model, data: Any) -> None:
 
 
 def build_from_values(model: keras.Model, data: Any) -> None:
-    """`build` for a model that runs eagerly, and may branch on its data's values."""
+    """Does the same as `build` for an eager model, which may branch on values."""
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     with StatelessScope():
         y_pred = forward(model, x, training=False)
@@ -293,39 +300,46 @@ def build_from_values(model: keras.Model, data: Any) -> None:
 
 
 def has_known_train_step(model: keras.Model) -> bool:
-    """Whether its `train_step` does what Keras's does."""
+    """Whether the model's `train_step` does the same as Keras's."""
     return is_keras_own(type(model).train_step)
 
 
 def check_compiled(model: keras.Model) -> None:
-    """Raise if what the model is compiled with cannot be taken apart."""
+    """Raise if a compiled loss has no known denominator. On Keras 3 all have one."""
 
 
 def unpack(model: keras.Model, data: Any) -> tuple:
-    """Inputs, targets and sample weights, as the model takes them."""
+    """Returns inputs, targets and sample weights as the model takes them."""
     return keras.utils.unpack_x_y_sample_weight(data)
 
 
 def forward(model: keras.Model, x: Any, training: bool) -> Any:
+    """Returns the model's predictions."""
     with summed_activity_losses(model):
         return model(x, training=training) if model._call_has_training_arg else model(x)
 
 
-Normalization = keras.layers.BatchNormalization  # that ours is made of
-State = object  # what holds variables of it
+Normalization = keras.layers.BatchNormalization  # the base of `AccumBatchNormalization`
+State = object  # the base of a class that holds its variables
 
 
 def feature_axis(layer: Any) -> int:
-    """The axis of features of a batch normalization layer."""
+    """Returns the axis of features of a batch normalization layer."""
     return layer.axis
 
 
 def forget(layer: Any) -> None:
-    """Leave of a layer what Keras's own has, before it is one."""
+    """Delete attributes that Keras's layer does not have. On Keras 3 there are none."""
 
 
 def variance_to_move_by(layer: Any, variance: Any, count: Any) -> Any:
-    """The variance that the moving variance takes, from that of `count` values."""
+    """Returns the variance by which the moving variance moves.
+
+    Args:
+        layer: The batch normalization layer.
+        variance: The variance of the layer's inputs.
+        count: The number of values that it is the variance of.
+    """
     return variance
 
 
@@ -335,7 +349,10 @@ _SUMS_ACTIVITY_LOSSES = tuple(map(int, keras.__version__.split(".")[:2])) < (3, 
 
 @contextmanager
 def summed_activity_losses(model: keras.Model) -> Iterator[None]:
-    """Around a forward pass: sums over examples come with an axis, as all sums do."""
+    """A context of a forward pass, in which activity losses that are sums get an axis.
+
+    `compute_loss` takes additional losses with axes as sums.
+    """
     if not _SUMS_ACTIVITY_LOSSES:
         yield
         return
@@ -358,17 +375,20 @@ def summed_activity_losses(model: keras.Model) -> Iterator[None]:
 
 
 def loss_dtype(loss: keras.losses.Loss) -> str:
-    """The dtype that a compiled loss computes in."""
+    """Returns the dtype that a compiled loss computes in."""
     return loss.dtype
 
 
 def is_loss_of_keras(loss: keras.losses.Loss) -> bool:
-    """Whether Keras's own code computes a loss's values, and their mask."""
+    """Whether Keras's own code computes the values of a loss, and their mask."""
     return is_keras_own(type(loss)) and is_keras_own(getattr(loss, "fn", type(loss)))
 
 
 def _like(loss: keras.losses.Loss, **attributes: Any) -> keras.losses.Loss:
-    """A loss with other attributes. The loss itself may be in use elsewhere."""
+    """Returns a copy of a loss with other attributes.
+
+    The loss itself may be in use elsewhere.
+    """
     other = object.__new__(type(loss))
     other.__dict__.update(loss.__dict__, **attributes)
     for name, value in attributes.items():
@@ -384,16 +404,16 @@ def _like(loss: keras.losses.Loss, **attributes: Any) -> keras.losses.Loss:
 def denominator(
     loss: keras.losses.Loss, values: Any, y_true: Any, y_pred: Any, sample_weight: Any
 ) -> Any:
-    """The denominator of a loss with a mask or weights.
+    """Returns the denominator of a loss with a mask or weights.
 
-    Keras says it: the sum of a loss whose values are all 1, over its mean.
+    It is measured: a loss whose values are all 1 has this ratio of its sum to its mean.
 
     Args:
         loss: A compiled loss.
         values: Its values, with their mask.
         y_true: The targets that it was called with.
-        y_pred: The predictions.
-        sample_weight: The sample weights.
+        y_pred: The predictions that it was called with.
+        sample_weight: The sample weights that it was called with.
     """
     ones = keras.ops.ones_like(values)
     mask = get_mask(values)
@@ -402,7 +422,7 @@ def denominator(
     if loss.reduction != "mean_with_sample_weight":
         sample_weight = None
     elif _is_number(sample_weight):
-        # The weight of each value: Keras would divide by one number for all.
+        # A weight for each value, because Keras would divide by the one number.
         sample_weight = ones * keras.ops.cast(sample_weight, ones.dtype)
     elif sample_weight is not None:
         # On PyTorch Keras multiplies weights in place.
@@ -417,7 +437,7 @@ def denominator(
 
 
 def loss_values(loss: keras.losses.Loss, y_true: Any, y_pred: Any) -> Any:
-    """A loss before it is reduced, with its mask."""
+    """Returns the values of a loss before it is reduced, with their mask."""
 
     def convert(x):
         return keras.ops.convert_to_tensor(x, dtype=loss.dtype)
@@ -434,7 +454,7 @@ def _update_loss(model: keras.Model, loss: Any, examples: Any) -> None:
 
 
 def metric_types(model: keras.Model) -> set[type]:
-    """The classes of a model's metrics, also of those that it was compiled with."""
+    """Returns the classes of a model's metrics, also of the compiled metrics."""
     return {
         type(each)
         for metric in model.metrics
@@ -443,9 +463,9 @@ def metric_types(model: keras.Model) -> set[type]:
 
 
 _number_weight: ContextVar[Any] = ContextVar("number_weight")
-# The micro-batch's sample weights that are one number.
+# The micro-batch's sample weights that are one number, the weight of each example.
 _weights_of_each: ContextVar[list] = ContextVar("weights_of_each")
-# The metrics that were updated by a number, where that is asked for.
+# The metrics that were updated by a number; None if nobody asks.
 _numbers_seen: ContextVar[list | None] = ContextVar("numbers_seen", default=None)
 
 
@@ -454,10 +474,10 @@ def _is_number(tensor: Any) -> bool:
 
 
 class _AveragesNumbers(keras.metrics.Mean):
-    """A mean in which one number for a micro-batch weighs as its update says.
+    """A mean in which one number for a micro-batch has the weight `_number_weight`.
 
-    In Keras's each counts 1, so that those of an update would count more than the one
-    of its batch.
+    In Keras's `Mean` a number has the weight 1: those of the micro-batches of an update
+    would weigh more than the one number of the batch.
     """
 
     def update_state(self, values, sample_weight=None):
@@ -476,7 +496,7 @@ class _AveragesNumbers(keras.metrics.Mean):
 
 @functools.cache
 def _averaging(cls: Any) -> Any:
-    """A class of metrics that lies between a class and Keras's `Mean`."""
+    """Returns a subclass of a metric's class, with ours before Keras's `Mean`."""
     bases = (
         (_AveragesNumbers,) if cls is keras.metrics.Mean else (cls, _AveragesNumbers)
     )
@@ -484,7 +504,7 @@ def _averaging(cls: Any) -> Any:
 
 
 def _means(model: keras.Model) -> list:
-    """The model's metrics that average what they are given, but for losses' own."""
+    """Returns the model's metrics that average values, without those of losses."""
     compiled = model._compile_loss
     losses_own = [model._loss_tracker, *(compiled.metrics if compiled else [])]
     found = {
@@ -500,13 +520,16 @@ def _means(model: keras.Model) -> list:
 def weighing_numbers(
     model: keras.Model, weight: Any, sample_weight: Any
 ) -> Iterator[None]:
-    """Around what updates metrics: one number for a micro-batch weighs `weight`.
+    """A context that updates metrics: one number for a micro-batch weighs `weight`.
 
-    A sample weight that is one number weighs each example, of which other micro-batches
-    may have more.
+    Metrics have another class meanwhile, because a user's class calls Keras's by
+    `super()`.
 
-    A metric has another class meanwhile, for a class of the user's calls that of Keras
-    by `super()`.
+    Args:
+        model: A compiled model.
+        weight: The micro-batch's part of the batch's weight.
+        sample_weight: Nested sample weights. A number among them weighs each example,
+            because other micro-batches may have more examples.
     """
     means = _means(model)
     classes: list[Any] = [type(metric) for metric in means]
@@ -525,10 +548,10 @@ def weighing_numbers(
 
 
 def may_average_numbers(model: keras.Model, y_pred: Any) -> bool:
-    """Whether a metric may average numbers that are each of a whole micro-batch.
+    """Whether a metric may average one number for a whole micro-batch.
 
-    Those that Keras has classes for average a value of each example, if predictions
-    have an axis besides.
+    The metrics that Keras has classes for average a value for each example, if
+    predictions have an axis after the first.
     """
     wrapper = keras.metrics.MeanMetricWrapper
     flat = any(len(each.shape) < 2 for each in keras.tree.flatten(y_pred))
@@ -542,7 +565,9 @@ def may_average_numbers(model: keras.Model, y_pred: Any) -> bool:
 
 
 def averages_numbers(model: keras.Model, microbatch: tuple, additional: list) -> bool:
-    """Whether some do, learnt from a call in a stateless scope.
+    """Whether a metric averages one number for a micro-batch, found out by a call.
+
+    The call must be in a stateless scope.
 
     Args:
         model: A compiled model.
@@ -561,50 +586,52 @@ def averages_numbers(model: keras.Model, microbatch: tuple, additional: list) ->
 
 
 def has_own_metrics(model: keras.Model) -> bool:
-    """Whether only the model's own `compute_metrics` knows what the logs are."""
+    """Whether the model has its own `compute_metrics`, which alone knows the logs."""
     return not is_keras_own(type(model).compute_metrics)
 
 
 def update_metrics(
     model: keras.Model, microbatch: tuple, loss: Any, examples: Any, share: Any
 ) -> dict:
-    """Add a micro-batch to the metrics; returns the logs if they are the model's own.
+    """Add a micro-batch to the metrics.
 
     Args:
         model: A compiled model.
-        microbatch: Its inputs, targets, predictions and sample weights.
-        loss: Its loss.
-        examples: Number of its examples.
-        share: The micro-batch's part of the batch's examples.
+        microbatch: The inputs, targets, predictions and sample weights.
+        loss: The micro-batch's loss.
+        examples: The number of its examples.
+        share: Its part of the batch's examples.
+
+    Returns:
+        The logs, if the model has its own `compute_metrics`; else an empty dictionary.
     """
     x, y, y_pred, sample_weight = microbatch
     with weighing_numbers(model, share, sample_weight):
         if has_own_metrics(model):
             _update_loss(model, loss, examples)
             return model.compute_metrics(x, y, y_pred, sample_weight)
-        # What Keras's own does but for the results, which only the last micro-batch's
-        # count.
+        # Keras's `compute_metrics` also computes results, which are needed only once.
         if model._compile_metrics is not None:
             model._compile_metrics.update_state(y, y_pred, sample_weight)
     return {}
 
 
 def metrics_result(model: keras.Model) -> dict:
-    """The values of the model's metrics, of this process's data only.
+    """Returns the values of the model's metrics on this process's data.
 
-    Newer Keras on PyTorch sums over processes, a variable at a time.
+    Newer versions of Keras on PyTorch sum each variable over processes.
     """
     return Trainer.get_metrics_result(model)
 
 
 def logs(model: keras.Model, own: dict, loss: Any, examples: Any) -> dict:
-    """The logs of an update, after its last micro-batch.
+    """Returns the logs of an update, after its last micro-batch.
 
     Args:
         model: A compiled model.
-        own: What `update_metrics` returned for the last micro-batch.
+        own: The logs that `update_metrics` returned for the last micro-batch.
         loss: The batch's loss.
-        examples: Number of its examples.
+        examples: The number of examples in the batch.
     """
     if has_own_metrics(model):
         return own
@@ -613,7 +640,7 @@ def logs(model: keras.Model, own: dict, loss: Any, examples: Any) -> dict:
 
 
 def accumulator_dtype(variable: keras.Variable, accum_dtype: str) -> str:
-    """The dtype that a variable's gradients are summed in."""
+    """Returns the dtype in which a variable's gradients are summed."""
     return "float64" if variable.dtype == "float64" else accum_dtype
 
 
@@ -622,14 +649,14 @@ def has_compiled_losses(model: keras.Model) -> bool:
 
 
 def compiled_loss_is_all(model: keras.Model) -> bool:
-    """Whether a loss and logs come from nothing but a compiled loss and `add_loss`."""
+    """Whether compiled losses and `add_loss` alone determine the loss and the logs."""
     return is_keras_own(model.compute_loss) and not has_own_metrics(model)
 
 
 def records_shares(model: keras.Model, y: Any) -> bool:
-    """Whether compiled losses are recorded by what a micro-batch's share is.
+    """Whether compiled losses are recorded with the micro-batch's share as weight.
 
-    So they are where there are several, each with an entry in the logs.
+    They are if there are several, because each then has an entry in the logs.
     """
     return bool(model._compile_loss.metrics)
 
@@ -641,19 +668,19 @@ def compute_loss(
     share: Any,
     weigh: Callable | None,
 ) -> Any:
-    """A micro-batch's loss, of which `share` is its part of the batch's loss.
+    """Returns a micro-batch's loss: times `share`, it is a part of the batch's loss.
 
     Args:
         model: A compiled model.
-        microbatch: Its inputs, targets, predictions and sample weights.
+        microbatch: The inputs, targets, predictions and sample weights.
         additional: The additional losses of the micro-batch's forward pass,
             `model.losses`.
         share: The micro-batch's part of the batch's examples.
-        weigh: Function of a compiled loss that returns what is called in its place,
-            or None if they are called themselves.
+        weigh: Function of a compiled loss that returns the function to call instead; or
+            None to call the losses themselves.
     """
-    # Keras sums an additional loss with axes, so that micro-batches of it add up. One
-    # without is taken as a mean over examples.
+    # Keras sums an additional loss with axes: its sums on micro-batches add up. One
+    # without axes is taken as a mean over examples.
     x, y, y_pred, sample_weight = microbatch
     additional = [loss / share if len(loss.shape) else loss for loss in additional]
     model._losses_override.clear()
@@ -671,7 +698,7 @@ def compute_loss(
 
 
 def numerator(loss: keras.losses.Loss, y_true, y_pred, sample_weight=None) -> Any:
-    """A loss before it is divided by anything."""
+    """Returns the numerator of a loss: the loss with the reduction `sum`."""
     value = _like(loss, reduction="sum")(y_true, y_pred, sample_weight)
     if loss.reduction == "sum":
         return value
@@ -679,7 +706,7 @@ def numerator(loss: keras.losses.Loss, y_true, y_pred, sample_weight=None) -> An
 
 
 def taken_apart(loss: keras.losses.Loss, y_true, y_pred, sample_weight=None) -> tuple:
-    """A loss's numerator and its denominator, from one call."""
+    """Returns the numerator and the denominator of a loss, from one call."""
     kept: list = []
 
     def call(*args):
@@ -694,13 +721,14 @@ def taken_apart(loss: keras.losses.Loss, y_true, y_pred, sample_weight=None) -> 
 
 @contextmanager
 def _weighed(model: keras.Model, share: Any, weigh: Callable | None) -> Iterator[None]:
+    """A context of `_compute_loss`: see `compute_loss`."""
     if not has_compiled_losses(model):
         yield
         return
 
     def counting_once(update_state):
-        # Where Keras does not know the size of the batch either, it gives it a
-        # weight of 1, of which the micro-batch has its share.
+        # If Keras does not know the size of a batch, the batch has the weight 1, and
+        # the micro-batch has its share of that.
         def update(values, sample_weight=None):
             weight = share if sample_weight is None else sample_weight
             update_state(values, sample_weight=weight)
@@ -718,7 +746,7 @@ def _weighed(model: keras.Model, share: Any, weigh: Callable | None) -> Iterator
 
 @contextmanager
 def replaced_losses(model: keras.Model, replace: Callable) -> Iterator[None]:
-    """The model with each of its compiled losses replaced by `replace(loss)`."""
+    """A context in which `replace(loss)` stands in for each compiled loss."""
     compiled = model._compile_loss
     original = compiled._flat_losses
     compiled._flat_losses = [
@@ -731,15 +759,18 @@ def replaced_losses(model: keras.Model, replace: Callable) -> Iterator[None]:
 
 
 def standing_in(model: keras.Model, stand_in: Callable, microbatch: tuple) -> list:
-    """Call the compiled losses with stand-ins; returns them, one for each call.
+    """Compute the loss with stand-ins for the compiled losses, in a stateless scope.
 
-    Keras takes outputs, targets and weights apart for each loss, and a model's own
-    `compute_loss` may give it others than it got. Call it in a stateless scope.
+    Each stand-in gets the outputs, targets and weights of its loss. A model's own
+    `compute_loss` may change them, or call a loss several times.
 
     Args:
         model: A compiled model.
-        stand_in: Makes what is called in the place of a loss.
+        stand_in: Function of a loss that returns a stand-in, which is called instead.
         microbatch: Inputs, targets, predictions and sample weights of a micro-batch.
+
+    Returns:
+        The stand-ins, one for each call of a loss.
     """
     made: list = []
 
@@ -768,7 +799,7 @@ def standing_in(model: keras.Model, stand_in: Callable, microbatch: tuple) -> li
 
 
 def zero_metrics(model: keras.Model) -> None:
-    """Give metrics values in a stateless scope: during `fit` on JAX they have none."""
+    """Set metrics to 0 in a stateless scope. In `fit` on JAX they have no values."""
     scope = get_stateless_scope()
     for variable in model.metrics_variables:
         scope.add_update((variable, keras.ops.zeros(variable.shape, variable.dtype)))
