@@ -1,8 +1,8 @@
-"""What the `train_step` of Hugging Face's TensorFlow models does besides Keras's.
+"""The steps that Hugging Face's TensorFlow models add to Keras's `train_step`.
 
-It finds labels among the inputs, and the outputs that they are of. A model that was
-compiled without a loss is trained on the loss that its `call` returns, by the labels
-among its inputs.
+Their `train_step` finds the labels among the inputs, and the output that belongs to
+each label. A model that was compiled without a loss is trained on the loss that its
+`call` returns from the labels among its inputs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def is_one(model: Any) -> bool:
 
 
 def has_own_loss(model: Any) -> bool:
-    """Whether it was compiled without a loss."""
+    """Whether a model was compiled without a loss, and so trains on its own."""
     return bool(getattr(model, "_using_dummy_loss", False))
 
 
@@ -37,7 +37,10 @@ def _library(model) -> ModuleType:
 
 
 def unpack(model: Any, data: Any) -> tuple:
-    """Inputs, with the labels that `call` takes; targets; and sample weights."""
+    """Returns inputs, targets and sample weights.
+
+    The inputs contain the labels that the model's `call` takes.
+    """
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     arguments = list(inspect.signature(model.call).parameters)
     labels = _library(model).find_labels(type(model))
@@ -72,7 +75,7 @@ def _with_labels(x, y, arguments, labels, outputs):
 
 
 def matched(y: Any, outputs: Any) -> tuple:
-    """The targets, and the outputs that they are of."""
+    """Returns the targets, and the outputs that belong to them."""
     loss_first = next(iter(outputs)) == "loss"
     others = outputs.to_tuple()[int(loss_first) :]
     if isinstance(y, dict) and len(y) > 1:
@@ -89,9 +92,10 @@ def matched(y: Any, outputs: Any) -> tuple:
 
 
 def _counted(model) -> dict[Callable, Callable | None]:
-    """Functions of labels that tell which ones a model's own loss is the mean of.
+    """Returns the loss functions that are known, each with a function of the labels.
 
-    None for losses that have a value for each example.
+    That function tells which labels count in the mean that the loss is. It is None for
+    losses that have a value for each example.
     """
     library = _library(model)
 
@@ -103,7 +107,8 @@ def _counted(model) -> dict[Callable, Callable | None]:
         of("TFMultipleChoiceLoss"): None,
         of("TFQuestionAnsweringLoss"): None,
     }
-    if not model.config.tf_legacy_loss:  # values of those labels only that count
+    # With legacy losses, the values of labels that do not count are missing.
+    if not model.config.tf_legacy_loss:
         known[of("TFNextSentencePredictionLoss")] = None
         known[of("TFCausalLanguageModelingLoss")] = lambda labels: labels != -100
         known[of("TFTokenClassificationLoss")] = lambda labels: labels >= 0
@@ -116,7 +121,7 @@ def is_mean_of_labels(model: Any) -> bool:
 
 
 def check_own_loss(model: Any) -> None:
-    """Raise unless what a model's own loss is divided by can be told."""
+    """Raise unless the denominator of a model's own loss is known."""
     if getattr(type(model), "hf_compute_loss", None) not in _counted(model):
         raise _not_known(model)
 
@@ -134,9 +139,10 @@ def _not_known(model):
 
 
 def with_own_loss(model: Any, x: Any, training: bool) -> Any:
-    """Call a model; its loss comes as values whose mean, as a mask weighs them, it is.
+    """Call a model, whose own loss becomes values with a mask.
 
-    So Keras tells from it what it is divided by, as from a loss with a mask.
+    Their masked mean is the loss. The denominator is then measured as for any loss with
+    a mask.
     """
     counted = _counted(model)[type(model).hf_compute_loss]
     compute = model.hf_compute_loss
@@ -147,7 +153,7 @@ def with_own_loss(model: Any, x: Any, training: bool) -> Any:
             made.append((compute(labels, logits), None))
         else:
             mask = counted(labels)
-            # A mean over nothing, not to be counted, is one over anything.
+            # The mean of no values is NaN. It has no weight, so that any other will do.
             some = tf.where(tf.reduce_any(mask), labels, tf.zeros_like(labels))
             made.append((compute(some, logits), tf.reshape(mask, [-1])))
         return made[-1][0]
@@ -166,7 +172,7 @@ def with_own_loss(model: Any, x: Any, training: bool) -> Any:
 
 
 def own_loss(model: Any, outputs: Any, sample_weight: Any) -> tuple:
-    """What the compiled loss is called with, as targets and as predictions."""
+    """Returns the targets and predictions that the compiled loss is called with."""
     loss = outputs.loss
     if not is_mean_of_labels(model):
         return loss, loss
@@ -177,5 +183,5 @@ def own_loss(model: Any, outputs: Any, sample_weight: Any) -> tuple:
             "loss of Keras's. Received: sample weights of shape "
             f"{tuple(sample_weight.shape)}"
         )
-    # Keras counts a batch by the targets' length, which was 1.
+    # Keras weighs a batch by the length of the targets, which is 1 in plain training.
     return loss[:1], loss

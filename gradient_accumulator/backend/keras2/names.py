@@ -1,6 +1,6 @@
 """Keras 2 by Keras 3's names, as far as this package uses them.
 
-`keras` is the module itself with what Keras 3 has besides, and `ops` are the operations
+`keras` is the module with further names of Keras 3, and `ops` has Keras 3's operations
 on TensorFlow's tensors.
 """
 
@@ -37,7 +37,7 @@ class _Extended(types.ModuleType):
 def _variable(
     initializer: str, shape: tuple, dtype: str, trainable: bool, autocast: bool, name
 ) -> tf.Variable:
-    """`keras.Variable`; each replica has a value of its own."""
+    """Stands in for `keras.Variable`. Each replica has its own value."""
     return tf.Variable(
         lambda: _keras.initializers.get(initializer)(shape, dtype),
         trainable=trainable,
@@ -49,18 +49,21 @@ def _variable(
 
 @contextmanager
 def _stateless_scope(**_: Any):
-    """`keras.StatelessScope`: what is traced and never run has no effects here."""
+    """Stands in for `keras.StatelessScope`.
+
+    It does nothing: functions are traced and never run, which has no side effects.
+    """
     yield
 
 
 def _result_type(*dtypes: Any) -> str:
-    """The wider of float dtypes."""
+    """Returns the widest of some float dtypes."""
     names = [tf.as_dtype(dtype).name for dtype in dtypes]
     return max(names, key=lambda name: tf.as_dtype(name).size)
 
 
 def _register(package: str = "Custom", name: str | None = None):
-    """`keras.saving.register_keras_serializable`, also where another is registered."""
+    """Stands in for `register_keras_serializable`, and replaces a registered class."""
 
     def decorator(cls):
         objects, full_name = _keras.utils.get_custom_objects(), f"{package}>{name}"

@@ -1,4 +1,4 @@
-"""Keras 2's batch normalization, for inputs of several ranks, and what is saved."""
+"""Keras 2's batch normalization, for inputs of several ranks, and the saving of it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import tensorflow as tf
 
 from gradient_accumulator.backend.keras2.names import keras, ops
 
-# What is saved with the layer whose attribute it is, as graphs of the layer are that
-# use its variables. It is no layer, so that these are no weights.
+# The base of a layer's attribute that holds variables. It is saved with the layer,
+# whose saved graphs use its variables. It is no layer, so that its variables are no
+# weights.
 State: Any = tf.__internal__.tracking.AutoTrackable
 
 
 class Normalization(keras.layers.BatchNormalization):
-    """Keras's layer, in inference, for inputs of every rank that has its axis.
+    """Keras's layer, whose inference takes inputs of every rank that has the axis.
 
-    Keras's own counts the axis from the front, and has a kernel, for one rank.
+    Keras's own layer takes inputs of one rank only, for which it counts the axis from
+    the front and chooses a kernel.
     """
 
     input_spec: Any
-    _keras_spec: Any = None  # of inputs that Keras's own takes, where others come too
+    _keras_spec: Any = None  # the spec of the inputs that Keras's own layer takes
 
     def build(self, input_shape):
         axes = self.axis if isinstance(self.axis, (list, tuple)) else [self.axis]
@@ -56,7 +58,7 @@ class Normalization(keras.layers.BatchNormalization):
 
 
 def feature_axis(layer: Any) -> int:
-    """The axis of features of a batch normalization layer."""
+    """Returns the axis of features of a batch normalization layer."""
     if getattr(layer, "_keras_spec", None) is not None:
         return layer._feature_axis
     axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
@@ -69,7 +71,7 @@ def feature_axis(layer: Any) -> int:
 
 
 def forget(layer: Any) -> None:
-    """Leave of a layer what Keras's own has, before it is one."""
+    """Delete attributes that Keras's layer does not have, before it becomes one."""
     if layer._keras_spec is not None:
         layer.input_spec = layer._keras_spec
         del layer._keras_spec, layer._feature_axis

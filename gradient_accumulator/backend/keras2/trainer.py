@@ -1,6 +1,6 @@
-"""Functions for what Keras 2's `Model` keeps private: losses, metrics, training.
+"""Functions that use private attributes of Keras 2's `Model`.
 
-The functions are those of `backend/keras3/trainer.py`.
+They are the functions of `backend/keras3/trainer.py`, which describes their arguments.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ _ROOT = _ENGINE.rpartition(".")[0]
 
 A_MODEL = "a Keras 2 model, a `tf.keras.Model`"
 
-# Of a functional model that accumulates. HDF5 files hold nothing else of a class, and
-# a model that loaded as a plain one would go on training with micro-batches as batches.
+# The class name of a functional model that accumulates. HDF5 files hold only the name
+# of a class. A model that loaded as a plain one would train on micro-batches as if they
+# were batches.
 FUNCTIONAL_NAME = "GradientAccumulateModel"
 
-# Marks methods that Keras takes for its own.
+# A decorator of methods that makes Keras take them for its own.
 default: Any = importlib.import_module(f"{_ROOT}.utils.generic_utils").default
 Functional: Any = importlib.import_module(f"{_ENGINE}.functional").Functional
 StatelessScope = keras.StatelessScope
-# Where Keras shows how it goes on.
+# Prints where Keras shows its progress.
 print_message: Any = importlib.import_module(f"{_ROOT}.utils.io_utils").print_msg
 
 Normalization: Any = normalization.Normalization
@@ -55,7 +56,7 @@ def is_keras_own(function: Callable) -> bool:
 
 
 def layers_of(model: Any) -> list:
-    """The model and all its layers, at any depth."""
+    """Returns the model and all its layers, at any depth."""
     return list(model._flatten_layers())
 
 
@@ -65,9 +66,10 @@ def rename(layer: Any, name: str) -> None:
 
 
 def constructor(finish: Callable) -> Callable:
-    """The constructor of a functional model, which calls `finish` with the model.
+    """Returns a constructor of a functional model that calls `finish` with the model.
 
-    Keras clones and saves by its graph a model whose constructor looks like its own.
+    Keras clones and saves a model by its graph if its constructor has the signature of
+    Keras's own.
     """
 
     def __init__(self, inputs, outputs, name=None, trainable=True, **kwargs):
@@ -78,28 +80,28 @@ def constructor(finish: Callable) -> Callable:
 
 
 def register(cls: type) -> None:
-    """Let a class be found by its bare name too: older formats hold no other."""
+    """Register a class by its name alone, which is all that older file formats hold."""
     keras.utils.get_custom_objects()[cls.__name__] = cls
 
 
 def copy_adapted(original: Any, layer: Any) -> None:
-    """Give a preprocessing layer what another has learned of data beside variables.
+    """Give a preprocessing layer the adapted state of another.
 
-    Vocabularies are in its config here.
+    On Keras 2 the config of the layer has its vocabulary.
     """
     if isinstance(layer, keras.layers.experimental.preprocessing.PreprocessingLayer):
         layer.finalize_state()
 
 
 def same_inputs(model: Any, made: dict[int, Any]) -> Any:
-    """Inputs for a copy of a functional model, with the names of its own.
+    """Returns inputs for a copy of a functional model, with the names of its inputs.
 
     Args:
         model: The functional model.
         made: Input layers of copies by the `id` of their originals; new ones are added.
     """
 
-    def same(tensor):
+    def copied(tensor):
         layer = tensor._keras_history.layer
         if id(layer) not in made:
             new = keras.Input(
@@ -108,11 +110,11 @@ def same_inputs(model: Any, made: dict[int, Any]) -> Any:
             made[id(layer)] = new._keras_history.layer
         return made[id(layer)].output
 
-    return tf.nest.map_structure(same, model.input)
+    return tf.nest.map_structure(copied, model.input)
 
 
 def has_static_inputs(model: Any) -> bool:
-    """Whether the model takes one shape only, but for the number of examples."""
+    """Whether the shapes of inputs are fixed, except for the number of examples."""
     return type(model).call is Functional.call and all(
         None not in tensor.shape[1:] for tensor in model.inputs
     )
@@ -130,14 +132,15 @@ def value(variable: tf.Variable) -> tf.Tensor:
 
 
 def native(variable: tf.Variable) -> tf.Variable:
-    """TensorFlow's own variable."""
+    """Returns TensorFlow's own variable."""
     return variable
 
 
 def moved_by_microbatches(model: Any) -> list:
-    """The variables that forward passes move: seeds, statistics and the like.
+    """Returns the variables that forward passes move: seeds, statistics and the like.
 
-    Not what a frozen layer created as trainable, which may be most of a model.
+    It leaves out the variables that frozen layers created as trainable, which may be
+    most of a model.
     """
     return [v for v in model.non_trainable_variables if not v.trainable]
 
@@ -147,31 +150,33 @@ def metrics_variables(model: Any) -> list:
 
 
 def update_variables(layer: Any) -> list:
-    """What a layer moves in training by itself, whatever the data: see
-    `backend/statistics.py`."""
+    """Returns the variables that a layer moves in training, whatever the data is.
+
+    See `backend/statistics.py`.
+    """
     spectral = getattr(keras.layers, "SpectralNormalization", ())  # since 2.13
     if isinstance(layer, spectral):
         return [layer.vector_u, layer.kernel]
     return list(getattr(layer, "update_variables", ()))
 
 
-# Whether denominators are measured with the masks that training makes: seeds cannot be
-# drawn from twice here.
+# Whether denominators are measured in passes in training, whose masks are those of the
+# update. On Keras 2 two passes cannot have the same seeds.
 MEASURES_IN_TRAINING = False
 
 
 def path(variable: Any) -> str:
-    """The name with the layer's in front; nothing for a tensor."""
+    """Returns a variable's name, after its layer's; an empty string for a tensor."""
     return variable.name.partition(":")[0] if is_variable(variable) else ""
 
 
 def overwrites(variable: Any) -> bool:
-    """Whether the optimizer assigns a variable its gradient, as float8 scales need."""
+    """Whether the optimizer assigns a variable its gradient. On Keras 2 none does."""
     return False
 
 
 def accumulator_dtype(variable: tf.Variable, accum_dtype: str) -> str:
-    """The dtype that a variable's gradients are summed in."""
+    """Returns the dtype in which a variable's gradients are summed."""
     return "float64" if variable.dtype.base_dtype == tf.float64 else accum_dtype
 
 
@@ -179,31 +184,31 @@ def accumulator_dtype(variable: tf.Variable, accum_dtype: str) -> str:
 
 
 def is_optimizer(identifier: Any) -> bool:
-    """Whether it is an optimizer, of the new or of the legacy kind."""
+    """Whether an object is a new optimizer or a legacy one."""
     kinds = keras.optimizers.Optimizer, keras.optimizers.legacy.Optimizer
     return isinstance(identifier, (*kinds, keras.optimizers.LossScaleOptimizer))
 
 
 def scale_loss(optimizer: Any, loss: Any) -> Any:
-    """The loss as large as the optimizer wants its gradients to be."""
+    """Returns the loss, multiplied by the optimizer's scale."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return optimizer.get_scaled_loss(loss)
     return loss
 
 
 def apply_gradients(optimizer: Any, gradients: list, variables: list) -> None:
-    """One step of the optimizer, with gradients of the scaled loss."""
+    """Make one step of the optimizer, with gradients of the scaled loss."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         gradients = optimizer.get_unscaled_gradients(gradients)
     optimizer.apply_gradients(list(zip(gradients, variables)))
 
 
 def step(optimizer: Any, pairs: list, aggregated: bool = False) -> None:
-    """One step of the optimizer, with gradients of the loss itself.
+    """Make one step of the optimizer, with gradients of the loss itself.
 
     Args:
         optimizer: An optimizer.
-        pairs: Of a gradient, or None, and its variable.
+        pairs: Pairs of a gradient, or None, and its variable.
         aggregated: Whether the gradients are summed over replicas already.
     """
     keywords: dict[str, bool] = {}
@@ -211,7 +216,7 @@ def step(optimizer: Any, pairs: list, aggregated: bool = False) -> None:
         keywords["experimental_aggregate_gradients"] = False
     elif aggregated:
         keywords["skip_gradients_aggregation"] = True
-    # By its class's method, for the object may have the accumulating one.
+    # The method of its class, because the object may have one that accumulates.
     type(optimizer).apply_gradients(optimizer, pairs, **keywords)
 
 
@@ -226,15 +231,15 @@ def build_optimizer(optimizer: Any, variables: list) -> None:
 def add_variable(
     optimizer: Any, shape: tuple, dtype: str, name: str, like: Any = None, **arguments
 ) -> tf.Variable:
-    """A new variable of an optimizer, of zeros.
+    """Returns a new variable of an optimizer, filled with zeros.
 
     Args:
-        optimizer: Whose it is.
-        shape: Its shape.
+        optimizer: The optimizer.
+        shape: The variable's shape.
         dtype: Its dtype.
         name: Its name.
-        like: A variable that has the same place.
-        **arguments: Of `tf.Variable`.
+        like: Not used on Keras 2.
+        **arguments: Arguments of `tf.Variable`.
     """
     variable = tf.Variable(
         lambda: tf.zeros(shape, dtype), trainable=False, name=name, **arguments
@@ -260,22 +265,25 @@ def _dynamic_scaler(optimizer):
 
 
 def mark(optimizer: Any) -> Any:
-    """Where an optimizer stands that may skip an update; None for any other."""
+    """Returns the current scale of an optimizer that may skip updates, or None."""
     scaler = _dynamic_scaler(optimizer)
     return None if scaler is None else tf.identity(scaler.loss_scale)
 
 
 def skipped(optimizer: Any, mark: Any) -> Any:
-    """Whether it skipped the update since.
+    """Whether the optimizer skipped an update since `mark`.
 
-    It then lowers the scale, if that is not 1, and begins to count anew.
+    A skipped update lowers the scale, unless it is 1, and restarts the counter.
     """
     scaler = _dynamic_scaler(optimizer)
     return (scaler.loss_scale <= mark) & tf.equal(scaler.dynamic_counter, 0)
 
 
 def rounds_or_overwrites(model: Any) -> bool:
-    """Whether gradients depend on more than a factor on how large the loss is."""
+    """Whether a factor of the loss changes its gradients by more than that factor.
+
+    It does in half precision, which rounds.
+    """
     return any(
         getattr(layer, "compute_dtype", None) in ("float16", "bfloat16")
         for layer in layers_of(model)
@@ -291,12 +299,12 @@ def steps_per_execution(model: Any) -> int:
 
 
 def public_module(cls: type) -> str:
-    """Where a class can be imported from: nothing that is saved holds it."""
+    """Returns the module of a class. Files of Keras 2 do not hold it."""
     return cls.__module__
 
 
 def count_update(model: Any) -> None:
-    """Count an update where Keras counts for callbacks."""
+    """Count an update in the counter that Keras keeps for callbacks."""
     model._train_counter.assign_add(1)
 
 
@@ -313,7 +321,7 @@ def build(model: Any, data: Any) -> None:
     def run(data):
         tf.distribute.get_strategy().run(partial(_evaluate, model), args=(data,))
 
-    # Traced and never run: the variables that are made in it outlive it.
+    # The function is traced and never run. The variables that it makes stay.
     specs = tf.nest.map_structure(
         lambda leaf: None if leaf is None else tf.TensorSpec(leaf.shape, leaf.dtype),
         data,
@@ -322,7 +330,7 @@ def build(model: Any, data: Any) -> None:
 
 
 def build_from_values(model: Any, data: Any) -> None:
-    """`build` for a model that runs eagerly, and may branch on its data's values."""
+    """Does the same as `build` for an eager model, which may branch on values."""
     if not _is_built(model):
         _evaluate(model, data)
         model.reset_metrics()
@@ -341,51 +349,56 @@ def _evaluate(model, data):
 
 
 def has_known_train_step(model: Any) -> bool:
-    """Whether its `train_step` does what Keras's does, or what is done here for it.
+    """Whether the model's `train_step` is known: Keras's, or that of Hugging Face.
 
-    That of a Hugging Face model finds, among several outputs, what a loss is of.
+    `hugging_face.py` does what that of Hugging Face does besides.
     """
     return is_keras_own(type(model).train_step) or hugging_face.is_one(model)
 
 
 def check_compiled(model: Any) -> None:
-    """Raise if the model is not compiled, or with what cannot be taken apart."""
+    """Raise if the model is not compiled, or its own loss has no known denominator."""
     model._assert_compile_was_called()
     if hugging_face.has_own_loss(model):
         hugging_face.check_own_loss(model)
 
 
 def unpack(model: Any, data: Any) -> tuple:
-    """Inputs, targets and sample weights, as the model takes them."""
+    """Returns inputs, targets and sample weights as the model takes them."""
     if hugging_face.is_one(model):
         return hugging_face.unpack(model, data)
     return keras.utils.unpack_x_y_sample_weight(data)
 
 
 def forward(model: Any, x: Any, training: bool) -> Any:
+    """Returns the model's predictions."""
     if hugging_face.has_own_loss(model):
         return hugging_face.with_own_loss(model, x, training)
     return model(x, training=training)
 
 
 def _of_metrics(model, y, y_pred):
-    """Targets, and what of the model's outputs they are compared with."""
+    """Returns the targets, and the outputs that metrics compare them with."""
     if hugging_face.is_one(model):
         return hugging_face.matched(y, y_pred)
     return y, y_pred
 
 
 def _of_loss(model, y, y_pred, sample_weight):
-    """The same for the compiled losses, with the sample weights."""
+    """Returns targets, outputs and sample weights for the compiled losses."""
     if hugging_face.has_own_loss(model):
         return *hugging_face.own_loss(model, y_pred, sample_weight), sample_weight
     return *_of_metrics(model, y, y_pred), sample_weight
 
 
 def compute_output_spec(function: Callable, data: Any) -> Any:
-    """What a function returns for data of such specs, in `tf.TensorSpec`s.
+    """Returns the `tf.TensorSpec`s of a function's outputs.
 
-    It is traced in a graph that never runs.
+    The function is traced in a graph that never runs.
+
+    Args:
+        function: Function of the data.
+        data: Nested specs of the data.
     """
 
     def placeholder(spec):
@@ -399,9 +412,9 @@ def compute_output_spec(function: Callable, data: Any) -> Any:
 
 
 def variance_to_move_by(layer: Any, variance: Any, count: Any) -> Any:
-    """The variance that the moving variance takes, from that of `count` values.
+    """Returns the variance by which the moving variance moves.
 
-    Where Keras 2 normalizes images by TensorFlow's fused operation, it is the unbiased
+    If Keras 2 normalizes images by TensorFlow's fused operation, it is the unbiased
     estimate of the variance.
     """
     if not layer.fused:
@@ -413,7 +426,7 @@ def variance_to_move_by(layer: Any, variance: Any, count: Any) -> Any:
 
 
 _number_weight: ContextVar[Any] = ContextVar("number_weight")
-# The metrics that were updated by a number, where that is asked for.
+# The numbers that metrics were updated by; None if nobody asks.
 _numbers_seen: ContextVar[list | None] = ContextVar("numbers_seen", default=None)
 
 _Reduce: Any = keras.metrics.Mean.__mro__[1]
@@ -421,7 +434,7 @@ _Wrapper: Any = keras.metrics.MeanMetricWrapper
 
 
 def _weight_of(values: Any, sample_weight: Any) -> Any:
-    """The weight of what a mean is updated by: of one number, as its update says."""
+    """Returns the weight of a mean's values: `_number_weight` for one number."""
     if sample_weight is not None or len(np.shape(values)):
         return sample_weight
     seen = _numbers_seen.get()
@@ -431,7 +444,7 @@ def _weight_of(values: Any, sample_weight: Any) -> Any:
 
 
 class _AveragesNumbers(_Reduce):
-    """A mean in which one number for a micro-batch weighs as its update says."""
+    """A mean in which one number for a micro-batch has the weight `_number_weight`."""
 
     def update_state(self, values, sample_weight=None):
         return super().update_state(values, _weight_of(values, sample_weight))
@@ -439,12 +452,12 @@ class _AveragesNumbers(_Reduce):
 
 @functools.cache
 def _averaging(cls: Any) -> Any:
-    """A class of metrics that lies between a class and Keras's base of `Mean`."""
+    """Returns a subclass of a metric's class, with ours before the base of `Mean`."""
     return type(cls.__name__, (cls, _AveragesNumbers), {"__module__": cls.__module__})
 
 
 def _means(model: Any) -> list:
-    """The model's metrics that average what they are given, but for losses' own."""
+    """Returns the model's metrics that average values, without those of losses."""
     losses_own = model.compiled_loss.metrics if model.compiled_loss else []
     known = set(map(id, losses_own))
     return [
@@ -456,10 +469,11 @@ def _means(model: Any) -> list:
 
 @contextmanager
 def weighing_numbers(model: Any, weight: Any) -> Iterator[None]:
-    """Around what updates metrics: one number for a micro-batch weighs `weight`.
+    """A context that updates metrics: one number for a micro-batch weighs `weight`.
 
-    A metric has another class meanwhile, for a class of the user's calls that of Keras
-    by `super()`; one of Keras's itself has its method bound already.
+    Metrics of a user's class have another class meanwhile, because that class calls
+    Keras's by `super()`. Metrics of Keras's classes have another method, because their
+    constructor bound it.
     """
     token = _number_weight.set(weight)
     with ExitStack() as stack:
@@ -483,10 +497,10 @@ def _weighing_number(update_state):
 
 
 def may_average_numbers(model: Any, y_pred: Any) -> bool:
-    """Whether a metric may average numbers that are each of a whole micro-batch.
+    """Whether a metric may average one number for a whole micro-batch.
 
-    Those that Keras has classes for average a value of each example, if predictions
-    have an axis besides.
+    The metrics that Keras has classes for average a value for each example, if
+    predictions have an axis after the first.
     """
     flat = any(len(each.shape) < 2 for each in tf.nest.flatten(y_pred))
     return any(
@@ -499,7 +513,10 @@ def may_average_numbers(model: Any, y_pred: Any) -> bool:
 
 
 def averages_numbers(model: Any, microbatch: tuple, additional: list) -> bool:
-    """Whether some do, learnt from a trace that never runs."""
+    """Whether a metric averages one number for a micro-batch, found out by a call.
+
+    The call must be traced, and never run.
+    """
     seen: list = []
     token = _numbers_seen.set(seen)
     try:
@@ -511,16 +528,19 @@ def averages_numbers(model: Any, microbatch: tuple, additional: list) -> bool:
 
 
 def has_own_metrics(model: Any) -> bool:
-    """Whether only the model's own `compute_metrics` knows what the logs are."""
+    """Whether the model has its own `compute_metrics`, which alone knows the logs."""
     return not is_keras_own(type(model).compute_metrics)
 
 
 def update_metrics(
     model: Any, microbatch: tuple, loss: Any, examples: Any, share: Any
 ) -> dict:
-    """Add a micro-batch to the metrics; returns the logs if they are the model's own.
+    """Add a micro-batch to the metrics.
 
-    The compiled losses have added their means, which weigh by examples.
+    The compiled losses have recorded their means before, weighed by examples.
+
+    Returns:
+        The logs, if the model has its own `compute_metrics`; else an empty dictionary.
     """
     x, y, y_pred, sample_weight = microbatch
     with weighing_numbers(model, share):
@@ -532,7 +552,7 @@ def update_metrics(
 
 
 def logs(model: Any, own: dict, loss: Any, examples: Any) -> dict:
-    """The logs of an update, after its last micro-batch."""
+    """Returns the logs of an update, after its last micro-batch."""
     return own if has_own_metrics(model) else model.get_metrics_result()
 
 
@@ -546,9 +566,9 @@ def get_mask(tensor: Any) -> Any:
 def denominator(
     loss: Any, values: Any, y_true: Any, y_pred: Any, sample_weight: Any
 ) -> Any:
-    """What a loss with a mask is divided by: its values, by the mask's share.
+    """Returns the denominator of a loss with a mask: the number of unmasked values.
 
-    Keras 2 divides by no sample weights.
+    Keras 2 does not divide by sample weights.
     """
     masks = [m for m in (get_mask(y_pred), get_mask(values)) if m is not None]
     dtype = values.dtype
@@ -557,12 +577,12 @@ def denominator(
 
 
 def loss_dtype(loss: Any) -> str:
-    """The dtype that a compiled loss computes in, where its values do not tell."""
+    """Returns the dtype that a compiled loss computes in, if no values tell it."""
     return keras.backend.floatx()
 
 
 def loss_values(loss: Any, y_true: Any, y_pred: Any) -> tf.Tensor:
-    """A loss before it is reduced, with its mask."""
+    """Returns the values of a loss before it is reduced, with their mask."""
     y_pred = tf.convert_to_tensor(y_pred)
     y_true = tf.cast(y_true, y_pred.dtype) if _casts(y_true) else y_true
     return loss.call(y_true, y_pred)
@@ -573,12 +593,16 @@ def _casts(y_true):
 
 
 def compiled_loss_is_all(model: Any) -> bool:
-    """Never taken for granted: what each micro-batch's loss is worth is in its log."""
+    """Whether compiled losses and `add_loss` alone determine the loss and the logs.
+
+    On Keras 2 this is never assumed: the log records the loss of each micro-batch with
+    the weight of that micro-batch.
+    """
     return False
 
 
 def is_loss_of_keras(loss: Any) -> bool:
-    """Whether Keras's own code computes a loss's values, and their mask."""
+    """Whether Keras's own code computes the values of a loss, and their mask."""
     return is_keras_own(type(loss)) and is_keras_own(getattr(loss, "fn", type(loss)))
 
 
@@ -587,10 +611,10 @@ def has_compiled_losses(model: Any) -> bool:
 
 
 def records_shares(model: Any, y: Any) -> bool:
-    """Whether compiled losses are recorded by what a micro-batch's share is.
+    """Whether compiled losses are recorded with the micro-batch's share as weight.
 
-    So they are without targets, of which Keras 2 takes the number of examples, and
-    where a model's own loss takes their place.
+    They are if there are no targets, from which Keras 2 takes the number of examples,
+    and if a model's own loss replaces them.
     """
     own = hugging_face.has_own_loss(model)
     return y is None or (own and hugging_face.is_mean_of_labels(model))
@@ -599,7 +623,7 @@ def records_shares(model: Any, y: Any) -> bool:
 def compute_loss(
     model: Any, microbatch: tuple, additional: list, share: Any, weigh: Callable | None
 ) -> Any:
-    """A micro-batch's loss, of which `share` is its part of the batch's loss."""
+    """Returns a micro-batch's loss: times `share`, it is a part of the batch's loss."""
     x, y, y_pred, sample_weight = microbatch
     once = records_shares(model, y)
     y, y_pred, sample_weight = _of_loss(model, y, y_pred, sample_weight)
@@ -616,16 +640,19 @@ def compute_loss(
 
 
 def _weighing_once(update_state, share, once):
-    """Records a micro-batch's loss with its part of the batch's weight.
+    """Returns an `update_state` that gives a micro-batch its part of a batch's weight.
 
-    That is 1 if a batch counts `once`.
+    Args:
+        update_state: The method of a loss's metric.
+        share: The micro-batch's part of the batch's examples.
+        once: Whether a batch has the weight 1, and not its number of examples.
     """
 
     def update(value, sample_weight=None):
         if not len(value.shape):
             sample_weight = share if once or sample_weight is None else sample_weight
         elif sample_weight is not None:
-            # Each value counts as often as there are examples.
+            # Keras weighs each value by the number of examples in the batch.
             sample_weight = tf.cast(sample_weight, value.dtype) / share
         return update_state(value, sample_weight=sample_weight)
 
@@ -633,7 +660,7 @@ def _weighing_once(update_state, share, once):
 
 
 def numerator(loss: Any, y_true, y_pred, sample_weight=None) -> Any:
-    """A loss before it is divided by anything."""
+    """Returns the numerator of a loss: the loss with the reduction `sum`."""
     # The loss itself may be in use elsewhere.
     summed = object.__new__(type(loss))
     summed.__dict__.update(loss.__dict__, reduction="sum")
@@ -641,14 +668,19 @@ def numerator(loss: Any, y_true, y_pred, sample_weight=None) -> Any:
 
 
 def taken_apart(loss: Any, y_true, y_pred, sample_weight=None) -> tuple:
-    """A loss's numerator and its denominator."""
+    """Returns the numerator and the denominator of a loss."""
     values = loss_values(loss, y_true, y_pred)
     given = y_true, y_pred, sample_weight
     return numerator(loss, *given), denominator(loss, values, *given)
 
 
 class _InPlaceOf:
-    """What is called for a compiled loss, and reduced as Keras reduces that."""
+    """A stand-in for a compiled loss, with the `reduction` that Keras reads.
+
+    Args:
+        loss: The compiled loss.
+        function: The function that is called instead.
+    """
 
     def __init__(self, loss: Any, function: Callable):
         self.reduction = loss.reduction
@@ -660,7 +692,7 @@ class _InPlaceOf:
 
 @contextmanager
 def replaced_losses(model: Any, replace: Callable) -> Iterator[None]:
-    """The model with each of its compiled losses replaced by `replace(loss)`."""
+    """A context in which `replace(loss)` stands in for each compiled loss."""
     compiled = model.compiled_loss
     losses = [
         None if loss is None else _InPlaceOf(loss, replace(loss))
@@ -671,10 +703,13 @@ def replaced_losses(model: Any, replace: Callable) -> Iterator[None]:
 
 
 def standing_in(model: Any, stand_in: Callable, microbatch: tuple) -> list:
-    """Call the compiled losses with stand-ins; returns them, one for each call.
+    """Compute the loss with stand-ins for the compiled losses, and record nothing.
 
-    Keras takes outputs, targets and weights apart for each loss, and a model's own
-    `compute_loss` may give it others than it got. Nothing is recorded.
+    Each stand-in gets the outputs, targets and weights of its loss. A model's own
+    `compute_loss` may change them, or call a loss several times.
+
+    Returns:
+        The stand-ins, one for each call of a loss.
     """
     made: list = []
 
@@ -702,7 +737,7 @@ def standing_in(model: Any, stand_in: Callable, microbatch: tuple) -> list:
 
 @contextmanager
 def _metrics_kept(model):
-    """Around what updates metrics where it is run, not traced: they stay as is."""
+    """A context that restores the metrics in the end, if it runs eagerly."""
     if not tf.executing_eagerly():
         yield
         return

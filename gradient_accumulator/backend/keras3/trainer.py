@@ -26,8 +26,9 @@ from gradient_accumulator.backend.keras3.data import FitData as FitData
 
 A_MODEL = "a Keras 3 model, a `keras.Model`"
 
-# The class name of a functional model that accumulates. Keras saves a class by its module
-# and its name. With those of Keras's own class, the file loads without this package.
+# The class name of a functional model that accumulates. Keras saves a class by its
+# module and its name. With those of Keras's own class, the file loads without this
+# package.
 FUNCTIONAL_NAME = Functional.__name__
 
 StatelessScope: Any = backend.StatelessScope
