@@ -2,8 +2,8 @@
 
     KERAS_BACKEND=jax python examples/gan.py
 
-The model has its own `train_step` and its own optimizers. `FlushGradients` gets both, so
-that an epoch's last micro-batches make an update of their own.
+The model has its own `train_step` and its own optimizers. `FlushGradients` gets both
+optimizers, so that an epoch's last micro-batches make an update of their own.
 """
 
 import keras
@@ -97,7 +97,7 @@ class JAXGAN(Networks):
 
 
 def differentiated(loss, variables, state, batch):
-    """Returns a loss and its gradients on JAX, with the variables' values in `state`."""
+    """Returns a loss and its gradients on JAX, where `state` has variables' values."""
     import jax
 
     def value(values):
