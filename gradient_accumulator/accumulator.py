@@ -462,8 +462,8 @@ def check_variables(name: str, variables: list) -> None:
     if others:
         raise TypeError(
             f"Argument `{name}` must hold Keras's variables, such as "
-            "`model.trainable_variables`, for no other are updated by an optimizer of "
-            "Keras's. With PyTorch's or optax's, take the gradients from "
+            "`model.trainable_variables`, because Keras's optimizers update no others. "
+            "With optimizers of PyTorch or optax, take the gradients from "
             f"`accumulated_value_and_grad`. Received: {name}={described(others)}"
         )
 

@@ -211,8 +211,8 @@ class AdaptiveClipping:
             if named and not _places(entry, parameters):
                 names = [trainer.path(p) or "a tensor without name" for p in parameters]
                 raise ValueError(
-                    "Argument `agc_exclude` must name layers or variables that there "
-                    f"are: {names}. Received: agc_exclude={described(entry)}"
+                    "Argument `agc_exclude` must name layers or variables among these: "
+                    f"{names}. Received: agc_exclude={described(entry)}"
                 )
 
     def get_config(self, parameters: list | None) -> dict:
@@ -236,8 +236,9 @@ class AdaptiveClipping:
                 names.append(entry.name)
             else:
                 raise ValueError(
-                    "A function as `agc_exclude` is saved as the names of what it "
-                    "excludes, which are not known before the optimizer is built. "
+                    "A function as `agc_exclude` is saved as the names of variables "
+                    "that it excludes. They are not known before the optimizer is "
+                    "built. "
                     f"Received: agc_exclude={described(entry)}"
                 )
         return {

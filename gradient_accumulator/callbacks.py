@@ -55,8 +55,8 @@ class FlushGradients(keras.callbacks.Callback):
         if found is None:
             raise ValueError(
                 "`FlushGradients` needs a model that was compiled with a "
-                "`GradientAccumulateOptimizer`, or to be given the optimizers that the "
-                "model holds: `FlushGradients(g_optimizer, d_optimizer)`. "
+                "`GradientAccumulateOptimizer`, or else the optimizers that the model "
+                "has: `FlushGradients(g_optimizer, d_optimizer)`. "
                 f"Received: optimizer={described(optimizer)}"
             )
         return found
@@ -90,8 +90,8 @@ def _accumulating(optimizer: Any) -> Accumulator:
     found = accumulating(optimizer)
     if found is None:
         raise ValueError(
-            "`FlushGradients` takes optimizers that accumulate, each a "
-            "`GradientAccumulateOptimizer` or with one inside. "
+            "`FlushGradients` takes optimizers that accumulate: each must be a "
+            "`GradientAccumulateOptimizer`, or wrap one. "
             f"Received: optimizer={described(optimizer)}"
         )
     return found

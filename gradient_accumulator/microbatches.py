@@ -336,9 +336,9 @@ class Epoch:
         if self.sized:
             # Keras itself warns only if the data ends between two updates.
             warnings.warn(
-                "The data ended in the middle of an update, which took the "
-                "micro-batches that there were: `steps_per_epoch` asks for "
-                f"{self.steps} batches, and {seen} were left.",
+                "The data ended in the middle of an update, which took fewer "
+                "micro-batches than usual: `steps_per_epoch` asks for "
+                f"{self.steps} batches, and the data has {seen}.",
                 stacklevel=2,
             )
             return

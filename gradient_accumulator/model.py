@@ -273,8 +273,8 @@ class GradientAccumulateModel(_WithSettings):
         kind: Any = cls
         if kind is GradientAccumulateModel and "layers" not in config:
             raise ValueError(
-                "The config is of no functional `GradientAccumulateModel` of this "
-                "version; those of version 0.5 do not hold their layers. Received: "
+                "The config is not that of a functional `GradientAccumulateModel` of "
+                "this version. Configs of version 0.5 do not contain layers. Received: "
                 f"config with {sorted(config)}"
             )
         if "layers" in config and _has_our_constructor(kind):

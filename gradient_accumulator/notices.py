@@ -137,9 +137,8 @@ class Notices:
             self.warn(
                 model,
                 f"has the loss `{name_of(loss)}`, whose class overrides `__call__`: "
-                "what it divides by where there are masks or sample weights is not "
-                "known, and micro-batches weigh by their examples. Override `call` "
-                "instead.",
+                "its denominator under masks or sample weights is not known, and "
+                "micro-batches weigh by their examples. Override `call` instead.",
             )
             return
         y_true, y_pred = denominator.arguments
@@ -181,10 +180,10 @@ class Notices:
         if own:
             self.warn(
                 model,
-                "normalizes each micro-batch by its own statistics, where the batch is "
-                f"normalized by its own: batch normalization in {_few(own)}. "
-                "`replace_batchnorm_layers(model)` makes the moving statistics, at "
-                "least, those of the batch.",
+                "normalizes each micro-batch by its own statistics, and not by those "
+                f"of the batch: batch normalization in {_few(own)}. "
+                "`replace_batchnorm_layers(model)` makes at least the moving "
+                "statistics those of the batch.",
             )
 
     def after_epoch(self, model: keras.Model, epoch: Epoch) -> None:

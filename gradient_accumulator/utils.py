@@ -67,8 +67,9 @@ def replace_batchnorm_layers(
             AccumBatchNormalization.take_over(layer, accum_steps)
         elif isinstance(layer, keras.layers.BatchNormalization):
             raise ValueError(
-                "A subclass of `BatchNormalization` cannot be replaced: what it does "
-                f"is its own. Received: layer={layer} (of type {type(layer)})"
+                "A subclass of `BatchNormalization` cannot be replaced, because it may "
+                "compute something else. "
+                f"Received: layer={layer} (of type {type(layer)})"
             )
 
     return _copied(model, replace)
@@ -108,7 +109,7 @@ def _copied(model, change: Callable[[Any], None]) -> keras.Model:
     check_is_model(model)
     if not model.built:
         raise ValueError(
-            "Argument `model` must be a model that is built: call it on data, or begin "
+            "Argument `model` must be a built model: call the model on data, or begin "
             f"it with an `Input`. Received: model={model}"
         )
     copy = _clone(model, made={})
@@ -201,9 +202,9 @@ def _not_rebuilt(layer, cause=""):
     inside = [each.name for each in normalizations(layer)]
     return ValueError(
         f"The layer {layer.name!r} cannot be made again from its `get_config` with the "
-        "same layers and weights, and its batch normalization not be replaced. "
+        "same layers and weights, so that its batch normalization cannot be replaced. "
         "Implement `get_config` (and `build` for a subclassed model), register the "
-        "classes that it names, or use `AccumBatchNormalization` in it. "
+        "classes that the config names, or use `AccumBatchNormalization` in the layer. "
         f"{cause} Received: "
         f"{layer} (of type {type(layer)}), with batch normalization {inside}"
     )

@@ -128,11 +128,11 @@ def check_own_loss(model: Any) -> None:
 
 def _not_known(model):
     return ValueError(
-        "What this Hugging Face model's own loss is divided by is not known here: "
-        "compile the model with a loss of Keras's for its first output, or a dict of "
-        "losses by the names of its outputs, such as "
+        "The denominator of this Hugging Face model's own loss is not known. Compile "
+        "the model with a loss of Keras for its first output, or with a dict of losses "
+        "by the names of its outputs, such as "
         "`tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)`, with "
-        "`ignore_class=-100` where labels are not to count, and give `fit` the targets "
+        "`ignore_class=-100` if some labels do not count, and give `fit` the targets "
         f"beside the inputs. Received: model={model} (of type {type(model).__name__}) "
         "compiled without a loss"
     )
@@ -178,9 +178,9 @@ def own_loss(model: Any, outputs: Any, sample_weight: Any) -> tuple:
         return loss, loss
     if sample_weight is not None:
         raise ValueError(
-            "Argument `sample_weight` of `fit` must be left out where a Hugging Face "
+            "Argument `sample_weight` of `fit` must be left out if a Hugging Face "
             "model's own loss is one number for the batch: compile the model with a "
-            "loss of Keras's. Received: sample weights of shape "
+            "loss of Keras. Received: sample weights of shape "
             f"{tuple(sample_weight.shape)}"
         )
     # Keras weighs a batch by the length of the targets, which is 1 in plain training.

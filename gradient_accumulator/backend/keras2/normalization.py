@@ -64,7 +64,7 @@ def feature_axis(layer: Any) -> int:
     axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
     if len(axes) > 1:
         raise ValueError(
-            "Argument `axis` must be one axis where batch normalization accumulates. "
+            "Argument `axis` must be one axis if batch normalization accumulates. "
             f"Received: axis={list(axes)} of layer {layer.name!r}"
         )
     return axes[0]

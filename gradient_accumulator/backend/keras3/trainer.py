@@ -395,9 +395,9 @@ def _like(loss: keras.losses.Loss, **attributes: Any) -> keras.losses.Loss:
     for name, value in attributes.items():
         if getattr(other, name) is not value:
             raise ValueError(
-                f"A loss whose class defines `{name}` otherwise than Keras's cannot be "
-                "taken apart: make it an attribute, which its constructor hands to "
-                f"`super().__init__`. Received: loss={loss}"
+                f"The denominator of a loss whose class itself defines `{name}` is not "
+                "known: make it an attribute, and pass it to `super().__init__`. "
+                f"Received: loss={loss}"
             )
     return other
 
