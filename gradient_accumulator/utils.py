@@ -126,7 +126,7 @@ def _copied(model, change: Callable[[Any], None]) -> keras.Model:
         if type(original) is AccumBatchNormalization is not type(layer):
             AccumBatchNormalization.take_over(layer, *original.settings)
     for variable, original in zip(copy.variables, model.variables):
-        # Variables include seeds. A copy, because JAX frees the memory of variables.
+        # Variables include seeds. A copy, because JAX may reuse the memory of variables.
         variable.assign(ops.copy(trainer.value(original)))
         if variable.trainable != original.trainable:
             variable.trainable = original.trainable
@@ -157,7 +157,7 @@ def _clone(model, made: dict[int, Any]):
         return keras.models.clone_model(model, clone_function=copy_layer)
     if trainer.is_keras_own(type(model)) and isinstance(model, trainer.Functional):
         return keras.models.clone_model(
-            model, trainer.same_inputs(model, made), clone_function=copy_layer
+            model, trainer.copied_inputs(model, made), clone_function=copy_layer
         )
     copy = _from_config(model)
     if copy.built:

@@ -40,7 +40,7 @@ TITLES = {
     "keras": "Keras's own",
     "reordered": "Batch, reordered",
 }
-# Okabe and Ito's colours, which people who cannot tell red from green can tell.
+# Okabe and Ito's colours, which colour-blind people can distinguish.
 COLOURS = {
     "batch": "#000000",
     "microbatches": "#0072B2",

@@ -93,7 +93,7 @@ def copy_adapted(original: Any, layer: Any) -> None:
         layer.finalize_state()
 
 
-def same_inputs(model: Any, made: dict[int, Any]) -> Any:
+def copied_inputs(model: Any, made: dict[int, Any]) -> Any:
     """Returns inputs for a copy of a functional model, with the names of its inputs.
 
     Args:

@@ -102,7 +102,7 @@ def copy_adapted(original: Any, layer: Any) -> None:
             layer.load_assets(folder)
 
 
-def same_inputs(model: keras.Model, made: dict[int, Any]) -> Any:
+def copied_inputs(model: keras.Model, made: dict[int, Any]) -> Any:
     """Returns inputs for a copy of a functional model, with the names of its inputs.
 
     Args:
