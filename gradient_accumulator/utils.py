@@ -126,7 +126,7 @@ def _copied(model, change: Callable[[Any], None]) -> keras.Model:
         if type(original) is AccumBatchNormalization is not type(layer):
             AccumBatchNormalization.take_over(layer, *original.settings)
     for variable, original in zip(copy.variables, model.variables):
-        # Variables include seeds. A copy, because JAX may reuse the memory of variables.
+        # Variables include seeds. A copy, because JAX may reuse a variable's memory.
         variable.assign(ops.copy(trainer.value(original)))
         if variable.trainable != original.trainable:
             variable.trainable = original.trainable

@@ -282,7 +282,7 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
 
     @property
     def lr(self):
-        """`learning_rate`, for callbacks of Keras 2's that look for this name."""
+        """`learning_rate`, for callbacks of Keras 2 that look for this name."""
         return self.learning_rate
 
     @lr.setter
