@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from gradient_accumulator import backend
-from gradient_accumulator.backend import trainer
-from gradient_accumulator.backend.api import keras, ops
+from gradient_accumulator import devices
+from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat.api import keras, ops
 
 # Of Keras's own losses those that may; the others are known not to.
 _OF_KERAS = ("circle", "dice", "tversky")
@@ -114,7 +114,7 @@ def couples(
             ]
 
     try:
-        found = backend.active().call_once(
+        found = devices.active().call_once(
             values,
             keras.tree.map_structure(lambda x: made_up(_targets, x), y_true),
             keras.tree.map_structure(lambda x: made_up(_predictions, x), y_pred),

@@ -1,0 +1,181 @@
+"""What the `train_step` of Hugging Face's TensorFlow models does besides Keras's.
+
+It finds labels among the inputs, and the outputs that they are of. A model that was
+compiled without a loss is trained on the loss that its `call` returns, by the labels
+among its inputs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import tensorflow as tf
+
+from gradient_accumulator.compat.attributes import with_attribute
+from gradient_accumulator.compat.keras2_names import keras
+
+
+def is_one(model: Any) -> bool:
+    """Whether a model trains by Hugging Face's `train_step`."""
+    return (type(model).train_step.__module__ or "").startswith("transformers.")
+
+
+def has_own_loss(model: Any) -> bool:
+    """Whether it was compiled without a loss."""
+    return bool(getattr(model, "_using_dummy_loss", False))
+
+
+def _library(model) -> ModuleType:
+    return sys.modules[type(model).train_step.__module__]
+
+
+# ------------------------------------------------------------------ data and outputs
+
+
+def unpack(model: Any, data: Any) -> tuple:
+    """Inputs, with the labels that `call` takes; targets; and sample weights."""
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    arguments = list(inspect.signature(model.call).parameters)
+    labels = _library(model).find_labels(type(model))
+    outputs = model.get_label_to_output_name_mapping()
+    if has_own_loss(model) and y is not None:
+        x = _with_labels(x, y, arguments, labels, outputs)
+    if y is None and isinstance(x, dict):
+        y = {name: x[name] for name in x if name in labels}
+    if isinstance(y, dict) and not y:
+        raise ValueError(
+            "A Hugging Face model needs labels: give them to `fit` as `y`, or among "
+            f"the inputs by the name of an argument of its `call`, one of {labels}. "
+            f"Received: inputs {sorted(x)}"
+        )
+    if isinstance(y, dict):
+        y = {outputs.get(name, name): value for name, value in y.items()}
+    return x, y, sample_weight
+
+
+def _with_labels(x, y, arguments, labels, outputs):
+    x = dict(x) if isinstance(x, dict) else {arguments[0]: x}
+    if not isinstance(y, dict):
+        if len(labels) == 1:
+            x.setdefault(labels[0], y)
+        return x
+    of_outputs = {output: label for label, output in outputs.items()}
+    for name, value in y.items():
+        name = name if name in arguments else of_outputs.get(name)
+        if name in arguments:
+            x.setdefault(name, value)
+    return x
+
+
+def matched(y: Any, outputs: Any) -> tuple:
+    """The targets, and the outputs that they are of."""
+    loss_first = next(iter(outputs)) == "loss"
+    others = outputs.to_tuple()[int(loss_first) :]
+    if isinstance(y, dict) and len(y) > 1:
+        return y, {name: value for name, value in outputs.items() if name in y}
+    if isinstance(y, dict):
+        ((name, y),) = y.items()
+        return y, outputs[name] if name in outputs else others[0]
+    if isinstance(y, (tuple, list)):
+        return y, others[: len(y)]
+    return y, others[0]
+
+
+# ------------------------------------------------------------------ their own losses
+
+
+def _counted(model) -> dict[Callable, Callable | None]:
+    """Functions of labels that tell which ones a model's own loss is the mean of.
+
+    None for losses that have a value for each example.
+    """
+    library = _library(model)
+
+    def of(name):
+        return getattr(library, name).hf_compute_loss
+
+    known: dict[Callable, Callable | None] = {
+        of("TFSequenceClassificationLoss"): None,
+        of("TFMultipleChoiceLoss"): None,
+        of("TFQuestionAnsweringLoss"): None,
+    }
+    if not model.config.tf_legacy_loss:  # values of those labels only that count
+        known[of("TFNextSentencePredictionLoss")] = None
+        known[of("TFCausalLanguageModelingLoss")] = lambda labels: labels != -100
+        known[of("TFTokenClassificationLoss")] = lambda labels: labels >= 0
+    return known
+
+
+def is_mean_of_labels(model: Any) -> bool:
+    """Whether a model's own loss is one number for a batch."""
+    return _counted(model)[type(model).hf_compute_loss] is not None
+
+
+def check_own_loss(model: Any) -> None:
+    """Raise unless what a model's own loss is divided by can be told."""
+    if getattr(type(model), "hf_compute_loss", None) not in _counted(model):
+        raise _not_known(model)
+
+
+def _not_known(model):
+    return ValueError(
+        "What this Hugging Face model's own loss is divided by is not known here: "
+        "compile the model with a loss of Keras's for its first output, or a dict of "
+        "losses by the names of its outputs, such as "
+        "`tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)`, with "
+        "`ignore_class=-100` where labels are not to count, and give `fit` the targets "
+        f"beside the inputs. Received: model={model} (of type {type(model).__name__}) "
+        "compiled without a loss"
+    )
+
+
+def with_own_loss(model: Any, x: Any, training: bool) -> Any:
+    """Call a model; its loss comes as values whose mean, as a mask weighs them, it is.
+
+    So Keras tells from it what it is divided by, as from a loss with a mask.
+    """
+    counted = _counted(model)[type(model).hf_compute_loss]
+    compute = model.hf_compute_loss
+    made: list = []
+
+    def hf_compute_loss(labels, logits):
+        if counted is None:
+            made.append((compute(labels, logits), None))
+        else:
+            mask = counted(labels)
+            # A mean over nothing, not to be counted, is one over anything.
+            some = tf.where(tf.reduce_any(mask), labels, tf.zeros_like(labels))
+            made.append((compute(some, logits), tf.reshape(mask, [-1])))
+        return made[-1][0]
+
+    arguments = inspect.signature(model.call).parameters
+    keywords = {"return_loss": True} if "return_loss" in arguments else {}
+    with with_attribute(model, "hf_compute_loss", hf_compute_loss):
+        outputs = model(x, training=training, **keywords)
+    if len(made) != 1 or outputs.loss is not made[0][0]:
+        raise _not_known(model)
+    value, mask = made[0]
+    if mask is not None:
+        outputs["loss"] = tf.broadcast_to(tf.reshape(value, []), tf.shape(mask))
+        outputs["loss"]._keras_mask = mask
+    return outputs
+
+
+def own_loss(model: Any, outputs: Any, sample_weight: Any) -> tuple:
+    """What the compiled loss is called with, as targets and as predictions."""
+    loss = outputs.loss
+    if not is_mean_of_labels(model):
+        return loss, loss
+    if sample_weight is not None:
+        raise ValueError(
+            "Argument `sample_weight` of `fit` must be left out where a Hugging Face "
+            "model's own loss is one number for the batch: compile the model with a "
+            "loss of Keras's. Received: sample weights of shape "
+            f"{tuple(sample_weight.shape)}"
+        )
+    # Keras counts a batch by the targets' length, which was 1.
+    return loss[:1], loss
