@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from gradient_accumulator import backend
-from gradient_accumulator.accumulation import check_float_dtype
-from gradient_accumulator.backend import trainer
-from gradient_accumulator.backend.api import keras, ops
-from gradient_accumulator.backend.statistics import in_reach, taken_back
+from gradient_accumulator import engine
+from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat.api import keras, ops
 from gradient_accumulator.received import check_of_backend, described
+from gradient_accumulator.settings import check_float_dtype
+from gradient_accumulator.statistics import in_reach, taken_back
 
 REDUCTIONS = ("MEAN", "SUM")
 # Advice for arguments and attributes of version 0.5, and of other optimizers.
@@ -86,7 +86,7 @@ class Accumulator:
         self.reduction = reduction
         self.accum_dtype = accum_dtype
         self._clipping = clipping
-        self._engine = backend.active().optimizer
+        self._engine = engine.active().optimizer
         self._accumulators: list = []
         # Returns the `LossScaleOptimizer` that wraps this optimizer, or None.
         self._scaler: Callable[[], Any] = lambda: None

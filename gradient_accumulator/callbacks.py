@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from gradient_accumulator.accumulator import Accumulator, accumulating
-from gradient_accumulator.backend import trainer
-from gradient_accumulator.backend.api import keras
-from gradient_accumulator.backend.statistics import update_layers
+from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat.api import keras
 from gradient_accumulator.received import described
+from gradient_accumulator.statistics import update_layers
 
 
 class FlushGradients(keras.callbacks.Callback):

@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 from gradient_accumulator.accumulator import check_not_accumulating
-from gradient_accumulator.backend import trainer
-from gradient_accumulator.backend.api import KERAS_2, keras
+from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat.api import KERAS_2, keras
 from gradient_accumulator.received import described
 
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from gradient_accumulator import backend
-from gradient_accumulator.backend import trainer
-from gradient_accumulator.backend.api import keras, ops
+from gradient_accumulator import devices
+from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat.api import keras, ops
 
 # The losses of Keras that may couple examples. Its other losses never do.
 _MAY_COUPLE = ("circle", "dice", "tversky")
@@ -115,7 +115,7 @@ def couples(
             ]
 
     try:
-        found = backend.active().call_once(
+        found = devices.active().call_once(
             values,
             keras.tree.map_structure(lambda x: made_up(_targets, x), y_true),
             keras.tree.map_structure(lambda x: made_up(_predictions, x), y_pred),

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from gradient_accumulator import backend
-from gradient_accumulator.accumulation import positive_int
-from gradient_accumulator.backend import trainer
-from gradient_accumulator.backend.api import KERAS_2, keras, ops
+from gradient_accumulator import devices
+from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat.api import KERAS_2, keras, ops
 from gradient_accumulator.received import described
+from gradient_accumulator.settings import positive_int
 
 
 @keras.saving.register_keras_serializable("gradient_accumulator")
@@ -221,7 +221,7 @@ class AccumBatchNormalization(trainer.Normalization):
         x = ops.cast(inputs, dtype)
         axis = trainer.feature_axis(self)
         mean, variance, count = _statistics(
-            x, axis, mask, backend.active().replicas.total, self.synchronized
+            x, axis, mask, devices.active().total, self.synchronized
         )
         beta = ops.cast(self.beta, dtype) if self.center else None
         gamma = ops.cast(self.gamma, dtype) if self.scale else None
@@ -290,7 +290,7 @@ class AccumBatchNormalization(trainer.Normalization):
         mean, variance, count = self._pool.values()
         if not self.synchronized:
             mean, variance, count = _over_replicas(
-                mean, variance, count, backend.active().replicas.total
+                mean, variance, count, devices.active().total
             )
         for before, moving in zip(self._pool.before, self._moving):
             before.assign(ops.where(done, trainer.value(moving), trainer.value(before)))
@@ -418,7 +418,7 @@ class Pool(trainer.State):
 
 def synchronized_moments(layer: Any, inputs: Any, mask: Any) -> tuple:
     """Returns the mean and variance of each feature, over all replicas."""
-    total = backend.active().replicas.total
+    total = devices.active().total
     axis = trainer.feature_axis(layer)
     return _statistics(inputs, axis, mask, total, True)[:2]
 

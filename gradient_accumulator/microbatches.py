@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from gradient_accumulator.backend.api import keras
+from gradient_accumulator.compat.api import keras
 
 
 def leaves(data: Any) -> list:

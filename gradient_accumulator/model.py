@@ -6,19 +6,19 @@ import functools
 import inspect
 from typing import Any
 
-from gradient_accumulator.accumulation import Accumulation, positive_int
 from gradient_accumulator.agc import AdaptiveClipping
 from gradient_accumulator.arguments import names_arguments
-from gradient_accumulator.backend import trainer
-from gradient_accumulator.backend.api import keras
 from gradient_accumulator.checks import check_model
-from gradient_accumulator.fitting import (
+from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat.api import keras
+from gradient_accumulator.fit import (
     Accumulating,
     Model,
     accumulate_as,
     accumulation_of,
 )
 from gradient_accumulator.received import described
+from gradient_accumulator.settings import Accumulation, positive_int
 
 
 @names_arguments()

@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from gradient_accumulator import backend
-from gradient_accumulator.accumulation import Accumulation
-from gradient_accumulator.backend import trainer
-from gradient_accumulator.backend.api import keras
-from gradient_accumulator.backend.attributes import with_attribute
-from gradient_accumulator.backend.statistics import normalizations
+from gradient_accumulator import devices
+from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat.api import keras
+from gradient_accumulator.compat.attributes import with_attribute
 from gradient_accumulator.coupling import couples, is_known, keras_own, name_of
 from gradient_accumulator.layers import AccumBatchNormalization
 from gradient_accumulator.microbatches import Epoch, leaves
+from gradient_accumulator.settings import Accumulation
+from gradient_accumulator.statistics import normalizations
 
 
 class AccumulationWarning(UserWarning):
@@ -119,7 +119,7 @@ class Notices:
         Args:
             model: The model.
             denominators: The denominators of its compiled losses, which
-                `normalizers.inspect` returns.
+                `losses.inspect` returns.
             seen: The list that `watching` yields.
             scope: Function that returns a scope in which the model's variables have
                 values.
@@ -244,12 +244,12 @@ def watching(model: keras.Model, training: bool = True) -> Iterator[list]:
 
 def _is_first(model):
     """Whether this process is the first, which alone warns and prints."""
-    return backend.active().replicas.is_first(model)
+    return devices.active().is_first(model)
 
 
 def _several(model):
     """Whether several devices, or processes, each have a share of the batch."""
-    return backend.active().replicas.several(model)
+    return devices.active().several(model)
 
 
 def _level_of_user():

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gradient_accumulator.backend.api import KERAS_2, keras
+from gradient_accumulator.compat.api import KERAS_2, keras
 
 FRAMEWORKS = {
     "jax": "JAX",

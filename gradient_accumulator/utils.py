@@ -6,14 +6,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from gradient_accumulator.accumulation import positive_int
-from gradient_accumulator.backend import trainer
-from gradient_accumulator.backend.api import keras, ops
-from gradient_accumulator.backend.statistics import normalizations
 from gradient_accumulator.checks import check_is_model
-from gradient_accumulator.fitting import accumulate_as, accumulation_of, own_class
+from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat.api import keras, ops
+from gradient_accumulator.fit import accumulate_as, accumulation_of, own_class
 from gradient_accumulator.layers import AccumBatchNormalization
 from gradient_accumulator.received import described
+from gradient_accumulator.settings import positive_int
+from gradient_accumulator.statistics import normalizations
 
 
 def replace_batchnorm_layers(

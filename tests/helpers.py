@@ -12,7 +12,7 @@ import problems
 from api import KERAS_2, keras, ops
 
 from gradient_accumulator import GradientAccumulateOptimizer, accumulate
-from gradient_accumulator.backend import trainer
+from gradient_accumulator.compat import trainer
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}  # of how far a variable moved
 

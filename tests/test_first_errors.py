@@ -23,7 +23,7 @@ from gradient_accumulator import (
     accumulated_value_and_grad,
     adaptive_clip_grad,
 )
-from gradient_accumulator.gradients import ValueAndGrad, ValueAuxAndGrad
+from gradient_accumulator.functional import ValueAndGrad, ValueAuxAndGrad
 from gradient_accumulator.received import described
 
 pytestmark = pytest.mark.core

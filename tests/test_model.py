@@ -18,7 +18,7 @@ from keras import layers, ops
 from marks import core_on
 
 from gradient_accumulator import GradientAccumulateModel, accumulate
-from gradient_accumulator.fitting import accumulation_of
+from gradient_accumulator.fit import accumulation_of
 
 pytestmark = core_on("torch")
 

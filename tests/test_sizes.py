@@ -16,7 +16,7 @@ from gradient_accumulator import (
     accumulated_value_and_grad,
     replace_batchnorm_layers,
 )
-from gradient_accumulator.fitting import accumulation_of
+from gradient_accumulator.fit import accumulation_of
 
 BACKEND = keras.backend.backend()
 

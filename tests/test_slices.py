@@ -14,7 +14,7 @@ MEASURED = """
 import re
 from pathlib import Path
 import tensorflow as tf
-from gradient_accumulator.backend.tensorflow.slices import *
+from gradient_accumulator.engine.tensorflow_slices import *
 
 ROWS, WIDTH, COUNT, MIB = 4096, 512, 16, 2**20
 variable = tf.Variable(tf.zeros((8, WIDTH)))

@@ -91,7 +91,7 @@ def model_parallel():
 @check
 def accumulators():
     """What a device holds of the sums while micro-batches are added."""
-    from gradient_accumulator.backend.jax import update
+    from gradient_accumulator.engine import jax_update as update
 
     held = {}
 

@@ -1,0 +1,182 @@
+"""The train function on JAX: it draws an update's data and keeps the state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain, islice
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+from keras.src.backend.jax.trainer import JAXEpochIterator
+
+from gradient_accumulator.compat import trainer
+from gradient_accumulator.devices.jax_devices import active_replicas, check_in_step
+from gradient_accumulator.engine.jax_update import make_update
+from gradient_accumulator.microbatches import (
+    Epoch,
+    Microbatches,
+    batch_size,
+    checked,
+    cut,
+    map_leaves,
+)
+from gradient_accumulator.settings import Accumulation
+
+
+def make_train_function(
+    model: keras.Model, training: Any
+) -> Callable[[tuple, Iterator], tuple]:
+    """The function that `fit` calls with its state and iterator."""
+    accumulation, epoch = training.accumulation, training.epoch
+    if accumulation.accum_dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ValueError(
+            "JAX has float64 only where its flag `jax_enable_x64` is set. Set it, or "
+            "sum in float32. Received: accum_dtype='float64'"
+        )
+    update = make_update(model, training)
+    steps_per_execution = model.steps_per_execution
+    cuts = accumulation.microbatch_size is not None
+
+    def train_function(state, iterator):
+        logs = None
+        for _ in range(steps_per_execution):
+            with _kept_on_failure(model, state):
+                try:
+                    batches = iterator if cuts else map(checked, iterator)
+                    microbatches = epoch.draw(batches, accumulation.accum_steps or 1)
+                except StopIteration:
+                    if logs is None:
+                        raise
+                    break
+                if cuts:
+                    (batch,) = microbatches.iterator
+                    if epoch.sizes:
+                        microbatches = _drawn(epoch, batch, iterator, accumulation)
+                    else:
+                        microbatches = _cut(batch, accumulation.microbatch_size)
+                    epoch.cut(microbatches.count, microbatches.on_device)
+                logs, state = update(state, microbatches)
+        return logs, state
+
+    return train_function
+
+
+@contextmanager
+def _kept_on_failure(model: keras.Model, state: tuple) -> Iterator[None]:
+    """Give the model its state from before the update, if the update fails.
+
+    During `fit` the model has no state: Keras takes the values out of its variables.
+    """
+    try:
+        yield
+    except StopIteration:
+        raise  # the epoch ends
+    except BaseException:
+        names = ("trainable", "non_trainable", "optimizer", "metrics")
+        model._jax_state = {
+            f"{name}_variables": values for name, values in zip(names, state)
+        }
+        model.jax_state_sync()
+        raise
+
+
+def _cut(batch, microbatch_size):
+    replicas = active_replicas(batch)
+    if replicas is None:
+        return cut(batch, microbatch_size, _take)
+    return cut(batch, microbatch_size, replicas.take, replicas.count)
+
+
+def _take(array, start, stop):
+    if isinstance(array, jax.Array):
+        # `start` is an operand, so that one program serves all micro-batches.
+        return jax.lax.dynamic_slice_in_dim(array, start, stop - start)
+    return array[start:stop]
+
+
+def _drawn(epoch, first, iterator, accumulation):
+    """The micro-batches of a batch, drawn one by one from `_in_microbatches`."""
+    size = epoch.next_size(iterator)
+    count = math.ceil(size / accumulation.microbatch_size)
+    return Microbatches(chain([first], islice(iterator, count - 1)), count, size)
+
+
+def after_fit(model: keras.Model, epoch: Epoch) -> None:
+    """Called at the end of `fit`."""
+
+
+def before_epoch(model: keras.Model, epoch: Epoch) -> None:
+    """Called when Keras resets the metrics."""
+
+
+def metrics_result(model: keras.Model, epoch: Epoch, own: Callable[[], dict]) -> dict:
+    """The logs, which are of all processes on JAX.
+
+    Args:
+        model: The model.
+        epoch: The position of `fit`.
+        own: Keras's `get_metrics_result`.
+    """
+    return own()
+
+
+def batches(
+    model: keras.Model, epoch: Epoch, accumulation: Accumulation, adapter: Any
+) -> tuple[Callable, Callable]:
+    """The data of the train function, and the data that Keras builds the model from.
+
+    Args:
+        model: The model.
+        epoch: The position of `fit`. It gets the sizes of batches whose micro-batches
+            are drawn.
+        accumulation: How the model accumulates.
+        adapter: Keras's adapter over the data.
+
+    Returns:
+        Two functions that Keras calls instead of the adapter's.
+    """
+    microbatch_size = accumulation.microbatch_size
+    drawn = adapter.get_jax_iterator
+    if microbatch_size is None:
+        return drawn, lambda: map(checked, drawn())
+    arrays = trainer.large_arrays(adapter)
+    # With a distribution, each device gets its part of a whole batch.
+    if arrays and not arrays.sparse and keras.distribution.distribution() is None:
+        epoch.sizes = arrays.sizes
+
+        def in_microbatches():
+            return _in_microbatches(arrays, microbatch_size)
+
+        return in_microbatches, in_microbatches
+
+    def with_examples(batch):
+        batch_size(batch)
+        return batch
+
+    return drawn, lambda: map(with_examples, drawn())
+
+
+def _in_microbatches(arrays, microbatch_size):
+    """The micro-batches of all batches, in order."""
+    inputs = arrays.sliceable("jax")  # anew in each epoch: callbacks may change arrays
+    # Keras's iterator draws ahead, so that NumPy's random state is as in Keras.
+    drawn = JAXEpochIterator(x=arrays.numbers())._get_iterator()
+    for (numbers,) in drawn:
+        numbers = np.asarray(numbers)
+        for start in range(0, len(numbers), microbatch_size):
+            yield _taken(inputs, numbers[start : start + microbatch_size])
+
+
+def _taken(sliceable, numbers):
+    return map_leaves(
+        lambda array: array.convert_to_jax_compatible(array[numbers]), sliceable
+    )
+
+
+def epoch_ended(epoch: Epoch) -> None:
+    """Called after the last update of an epoch, before Keras goes on."""
+    check_in_step(epoch.number, epoch.updates, 0)
