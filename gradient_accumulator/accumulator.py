@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gradient_accumulator import engine
+from gradient_accumulator import devices, engine
 from gradient_accumulator.compat import trainer
 from gradient_accumulator.compat.api import keras, ops
 from gradient_accumulator.received import check_of_backend, described
@@ -86,7 +86,7 @@ class Accumulator:
         self.reduction = reduction
         self.accum_dtype = accum_dtype
         self._clipping = clipping
-        self._engine = engine.active().optimizer
+        self._engine = engine.new_accumulators()
         self._accumulators: list = []
         # Returns the `LossScaleOptimizer` that wraps this optimizer, or None.
         self._scaler: Callable[[], Any] = lambda: None
@@ -217,7 +217,7 @@ class Accumulator:
             self._finish(self._weighted(grads, weight), variables)
             return
         factor = self._factor(weight)
-        with self._engine.same(self._guard, self._calls.given, self._count):
+        with self._engine.unchanged(self._guard, self._calls.given, self._count):
             pairs, received = self._count_microbatch(grads, variables, weight, factor)
         given = tuple(self._calls.given)
         seen = {given: self._calls.compiled.get(given, set())}
@@ -385,7 +385,7 @@ class Accumulator:
         )
 
         def times(gradient):
-            gradient = self._engine.dense(gradient)
+            gradient = devices.active().dense(gradient)
             product = gradient * ops.cast(factor, gradient.dtype)
             # The mean of no values is NaN, and so is 0 times it.
             return ops.where(factor == 0, ops.zeros_like(product), product)

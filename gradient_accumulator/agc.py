@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from gradient_accumulator import devices
 from gradient_accumulator.compat import trainer
 from gradient_accumulator.compat.api import keras, ops
 from gradient_accumulator.received import check_of_backend, described
@@ -186,7 +187,7 @@ class AdaptiveClipping:
         return self.clip(variables, gradients, scale)
 
     def _clip(self, parameter, gradient, scale):
-        gradient = _dense(gradient)
+        gradient = devices.active().dense(gradient)
         norm = unitwise_norm(gradient)
         largest = ops.stop_gradient(unitwise_norm(ops.convert_to_tensor(parameter)))
         largest = self.clip_factor * ops.maximum(
@@ -262,13 +263,6 @@ def _places(entry: Excluded, parameters: list) -> list[int]:
             if entry == path or entry in path.split("/")
         ]
     return [i for i, p in enumerate(parameters) if entry(p)]
-
-
-def _dense(gradient: Any) -> Any:
-    """The gradient as a dense tensor, which sums rows that occur several times."""
-    gradient = ops.convert_to_tensor(gradient)
-    # Of PyTorch's tensors, the conversion leaves sparse ones as they are.
-    return gradient.to_dense() if getattr(gradient, "is_sparse", False) else gradient
 
 
 def _check_positive(name: str, value: Any) -> None:

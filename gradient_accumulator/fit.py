@@ -34,7 +34,7 @@ class Training:
 
     def __init__(self, accumulation: Accumulation):
         self.accumulation = accumulation
-        self.engine = engine.active()
+        self.engine = engine.new_engine()
         self.epoch = Epoch()
         self.notices = Notices(accumulation)
         # Called where Keras has set up the data of `fit`.

@@ -324,6 +324,6 @@ def accumulated_value_and_grad(
             "environment variable KERAS_BACKEND=torch before Keras is imported. "
             f"Received: module={described(module)} on {keras.backend.backend()}"
         )
-    return engine.active().value_and_grad(
+    return engine.new_engine().accumulated(
         LossFunction(loss_fn, microbatch_size, has_aux, accum_dtype, module)
     )

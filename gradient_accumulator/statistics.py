@@ -106,7 +106,8 @@ class Statistics:
         ]
         # A skipped update must not move these layers. Only a loss scale skips updates.
         left = list(self.pools)
-        if trainer.may_skip(model.optimizer):
+        self.may_skip = trainer.may_skip(model.optimizer)
+        if self.may_skip:
             left += [x for x in normalizations(model) if x not in left]
         self.variables = [v for x in left for v in x.variables if not v.trainable]
         self.rewound = rewound(model)
@@ -126,22 +127,20 @@ class Statistics:
                 stack.enter_context(layer.within_update())
             yield
 
-    def before(self) -> Any:
-        """The values from before the first micro-batch, which `finish` needs."""
-        mark = trainer.mark(self.optimizer) if self.variables else None
-        if mark is None:
-            return None
-        return mark, [ops.copy(trainer.value(v)) for v in self.variables]
+    def finish(self, position: Any, kept: list) -> None:
+        """Move the statistics after the optimizer's step, unless it was skipped.
 
-    def finish(self, before: Any) -> None:
-        """Move the statistics after the optimizer's step, unless it was skipped."""
+        Args:
+            position: The optimizer's `trainer.mark` before its step, or None.
+            kept: The values of `variables` before the first micro-batch, where the
+                optimizer may skip its step.
+        """
         for layer in self.pools:
             layer.finish_update()
-        if before is None:
+        if position is None:
             return
-        mark, values = before
-        skipped = trainer.skipped(self.optimizer, mark)
-        for variable, value in zip(self.variables, values):
+        skipped = trainer.skipped(self.optimizer, position)
+        for variable, value in zip(self.variables, kept):
             variable.assign(ops.where(skipped, value, trainer.value(variable)))
 
 

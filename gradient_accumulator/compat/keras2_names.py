@@ -174,6 +174,7 @@ ops: Any = types.SimpleNamespace(
     logical_and=tf.logical_and,
     logical_not=tf.logical_not,
     maximum=tf.maximum,
+    mean=tf.reduce_mean,
     moments=_moments,
     ones=tf.ones,
     ones_like=tf.ones_like,

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from gradient_accumulator.compat.api import ops
+
 
 class Devices(ABC):
     """The devices, or processes, that each have a share of the batch.
@@ -34,6 +36,10 @@ class Devices(ABC):
     def several_processes(self, model: Any) -> bool:
         """Whether other processes have some of a model's replicas."""
         return False
+
+    def dense(self, gradient: Any) -> Any:
+        """A gradient as a dense tensor, which sums rows that occur several times."""
+        return ops.convert_to_tensor(gradient)
 
     @abstractmethod
     def call_once(self, function: Callable, *data: Any) -> list[np.ndarray]:

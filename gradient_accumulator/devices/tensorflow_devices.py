@@ -125,6 +125,9 @@ class TensorFlowDevices(Devices):
     def several_processes(self, model: Any) -> bool:
         return several_workers(model.distribute_strategy)
 
+    def dense(self, gradient: Any) -> tf.Tensor:
+        return tf.convert_to_tensor(gradient)
+
     def call_once(self, function, *data):
         with tf.init_scope():  # outside of a graph that is being traced
             return [value.numpy() for value in function(*data)]

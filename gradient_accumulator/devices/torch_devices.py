@@ -176,6 +176,10 @@ class TorchDevices(Devices):
     def several_processes(self, model: Any) -> bool:
         return count() > 1
 
+    def dense(self, gradient: Any) -> torch.Tensor:
+        gradient = super().dense(gradient)
+        return gradient.to_dense() if gradient.is_sparse else gradient
+
     @torch.no_grad()
     def call_once(self, function, *data):
         return [keras.ops.convert_to_numpy(value) for value in function(*data)]

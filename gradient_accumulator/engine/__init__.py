@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 from gradient_accumulator.devices import backend
 
-__all__ = ["active"]
+if TYPE_CHECKING:
+    from gradient_accumulator.engine.accumulators import Accumulators
+    from gradient_accumulator.engine.base import Engine
+
+__all__ = ["new_accumulators", "new_engine"]
 
 
-@functools.cache  # callers ask where TensorFlow would convert what runs
-def active() -> ModuleType:
-    """The engine of the backend that Keras runs on.
+def new_engine() -> Engine:
+    """A new engine of the backend that Keras runs on.
 
     Raises:
         NotImplementedError: If Keras runs on a backend that does not train.
     """
-    return importlib.import_module(f"{__name__}.{backend()}")
+    return importlib.import_module(f"{__name__}.{backend()}").ENGINE()
+
+
+def new_accumulators() -> Accumulators:
+    """The same for the operations of `GradientAccumulateOptimizer`."""
+    name = f"{__name__}.{backend()}_accumulators"
+    return importlib.import_module(name).ACCUMULATORS()

@@ -1,12 +1,12 @@
-"""The train function on JAX: it draws an update's data and keeps the state."""
+"""`fit` on JAX: the train function, the data that it draws, and the state it keeps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import keras
@@ -15,7 +15,7 @@ from keras.src.backend.jax.trainer import JAXEpochIterator
 
 from gradient_accumulator.compat import trainer
 from gradient_accumulator.devices.jax_devices import active_replicas, check_in_step
-from gradient_accumulator.engine.jax_update import make_update
+from gradient_accumulator.engine.base import Engine
 from gradient_accumulator.microbatches import (
     Epoch,
     Microbatches,
@@ -24,45 +24,98 @@ from gradient_accumulator.microbatches import (
     cut,
     map_leaves,
 )
-from gradient_accumulator.settings import Accumulation
+from gradient_accumulator.update import Update
 
 
-def make_train_function(
-    model: keras.Model, training: Any
-) -> Callable[[tuple, Iterator], tuple]:
-    """The function that `fit` calls with its state and iterator."""
-    accumulation, epoch = training.accumulation, training.epoch
-    if accumulation.accum_dtype == "float64" and not jax.config.jax_enable_x64:
-        raise ValueError(
-            "JAX has float64 only where its flag `jax_enable_x64` is set. Set it, or "
-            "sum in float32. Received: accum_dtype='float64'"
-        )
-    update = make_update(model, training)
-    steps_per_execution = model.steps_per_execution
-    cuts = accumulation.microbatch_size is not None
+class State(NamedTuple):
+    """The values of a model's variables, which `fit` takes out of them."""
 
-    def train_function(state, iterator):
-        logs = None
-        for _ in range(steps_per_execution):
-            with _kept_on_failure(model, state):
-                try:
-                    batches = iterator if cuts else map(checked, iterator)
-                    microbatches = epoch.draw(batches, accumulation.accum_steps or 1)
-                except StopIteration:
-                    if logs is None:
-                        raise
-                    break
-                if cuts:
-                    (batch,) = microbatches.iterator
-                    if epoch.sizes:
-                        microbatches = _drawn(epoch, batch, iterator, accumulation)
-                    else:
-                        microbatches = _cut(batch, accumulation.microbatch_size)
-                    epoch.cut(microbatches.count, microbatches.on_device)
-                logs, state = update(state, microbatches)
-        return logs, state
+    trainable: list
+    non_trainable: list
+    optimizer: list
+    metrics: list
 
-    return train_function
+
+class JaxFit(Engine):
+    """The operations of `fit`, whose state is in lists of values on JAX."""
+
+    _epoch: Epoch
+    _state: State  # during an update
+
+    def make_train_function(self, model, training):
+        accumulation, epoch = training.accumulation, training.epoch
+        if accumulation.accum_dtype == "float64" and not jax.config.jax_enable_x64:
+            raise ValueError(
+                "JAX has float64 only where its flag `jax_enable_x64` is set. Set it, "
+                "or sum in float32. Received: accum_dtype='float64'"
+            )
+        self._epoch = epoch
+
+        def new_update():
+            return Update(model, accumulation, self, training.notices)
+
+        update = new_update()
+        steps_per_execution = model.steps_per_execution
+        cuts = accumulation.microbatch_size is not None
+
+        def train_function(state, iterator):
+            nonlocal update
+            if len(state[0]) != len(update.variables):  # some were frozen since
+                update = new_update()
+            logs = None
+            for _ in range(steps_per_execution):
+                with _kept_on_failure(model, state):
+                    try:
+                        batches = iterator if cuts else map(checked, iterator)
+                        microbatches = epoch.draw(
+                            batches, accumulation.accum_steps or 1
+                        )
+                    except StopIteration:
+                        if logs is None:
+                            raise
+                        break
+                    if cuts:
+                        (batch,) = microbatches.iterator
+                        if epoch.sizes:
+                            microbatches = _drawn(epoch, batch, iterator, accumulation)
+                        else:
+                            microbatches = _cut(batch, accumulation.microbatch_size)
+                        epoch.cut(microbatches.count, microbatches.on_device)
+                    self._state = State(*state)
+                    logs = update(microbatches)
+                    state = tuple(self._state)
+                    del self._state  # the values are Keras's, until the next update
+            return logs, state
+
+        return train_function
+
+    def batches(self, model, epoch, accumulation, adapter):
+        microbatch_size = accumulation.microbatch_size
+        drawn = adapter.get_jax_iterator
+        if microbatch_size is None:
+            return drawn, lambda: map(checked, drawn())
+        arrays = trainer.large_arrays(adapter)
+        # With a distribution, each device gets its part of a whole batch.
+        if arrays and not arrays.sparse and keras.distribution.distribution() is None:
+            epoch.sizes = arrays.sizes
+
+            def in_microbatches():
+                return _in_microbatches(arrays, microbatch_size)
+
+            return in_microbatches, in_microbatches
+
+        def with_examples(batch):
+            batch_size(batch)
+            return batch
+
+        return drawn, lambda: map(with_examples, drawn())
+
+    def epoch_ended(self, epoch):
+        check_in_step(epoch.number, epoch.updates, 0)
+
+    def check_in_step(self, microbatches: int) -> None:
+        """Raise unless all processes have as many micro-batches in this update."""
+        check_in_step(self._epoch.number, self._epoch.updates, microbatches)
 
 
 @contextmanager
@@ -105,61 +158,6 @@ def _drawn(epoch, first, iterator, accumulation):
     return Microbatches(chain([first], islice(iterator, count - 1)), count, size)
 
 
-def after_fit(model: keras.Model, epoch: Epoch) -> None:
-    """Called at the end of `fit`."""
-
-
-def before_epoch(model: keras.Model, epoch: Epoch) -> None:
-    """Called when Keras resets the metrics."""
-
-
-def metrics_result(model: keras.Model, epoch: Epoch, own: Callable[[], dict]) -> dict:
-    """The logs, which are of all processes on JAX.
-
-    Args:
-        model: The model.
-        epoch: The position of `fit`.
-        own: Keras's `get_metrics_result`.
-    """
-    return own()
-
-
-def batches(
-    model: keras.Model, epoch: Epoch, accumulation: Accumulation, adapter: Any
-) -> tuple[Callable, Callable]:
-    """The data of the train function, and the data that Keras builds the model from.
-
-    Args:
-        model: The model.
-        epoch: The position of `fit`. It gets the sizes of batches whose micro-batches
-            are drawn.
-        accumulation: How the model accumulates.
-        adapter: Keras's adapter over the data.
-
-    Returns:
-        Two functions that Keras calls instead of the adapter's.
-    """
-    microbatch_size = accumulation.microbatch_size
-    drawn = adapter.get_jax_iterator
-    if microbatch_size is None:
-        return drawn, lambda: map(checked, drawn())
-    arrays = trainer.large_arrays(adapter)
-    # With a distribution, each device gets its part of a whole batch.
-    if arrays and not arrays.sparse and keras.distribution.distribution() is None:
-        epoch.sizes = arrays.sizes
-
-        def in_microbatches():
-            return _in_microbatches(arrays, microbatch_size)
-
-        return in_microbatches, in_microbatches
-
-    def with_examples(batch):
-        batch_size(batch)
-        return batch
-
-    return drawn, lambda: map(with_examples, drawn())
-
-
 def _in_microbatches(arrays, microbatch_size):
     """The micro-batches of all batches, in order."""
     inputs = arrays.sliceable("jax")  # anew in each epoch: callbacks may change arrays
@@ -175,8 +173,3 @@ def _taken(sliceable, numbers):
     return map_leaves(
         lambda array: array.convert_to_jax_compatible(array[numbers]), sliceable
     )
-
-
-def epoch_ended(epoch: Epoch) -> None:
-    """Called after the last update of an epoch, before Keras goes on."""
-    check_in_step(epoch.number, epoch.updates, 0)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from gradient_accumulator.engine.base import Engine
 from gradient_accumulator.functional import (
     LossFunction,
     check_leaves,
@@ -24,7 +25,7 @@ from gradient_accumulator.received import check_of_backend, described
 TRACED = (jax.Array, np.ndarray, np.inexact, float, complex)
 
 
-def value_and_grad(loss: LossFunction) -> Callable:
+def value_and_grad(engine: Engine, loss: LossFunction) -> Callable:
     """The function that `accumulated_value_and_grad` returns."""
     means: set[bool] = set()  # has True once a traced loss was a mean
     watch = _Watch()

@@ -1,7 +1,8 @@
 """An update of sharded micro-batches: each device sums over its own parts of them.
 
 Devices exchange no sums before the end of the update, when all are reduced at once.
-A stack is an array with one more axis, in which each device's sum is one entry.
+A stack is an array with one more axis, in which each device's sum is one entry. The
+sums of a carry are a pair here: of gradients, and of metrics.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from gradient_accumulator.statistics import together
 
 
 def zeros(zeros, model, replicas):
-    """Stacks of zeros for each device's sums: those of one device, and the metrics."""
+    """A carry of stacks of zeros."""
+    carry = zeros()
     metrics = [jnp.zeros(v.shape, v.dtype) for v in model.metrics_variables]
     return jax.tree.map(
         lambda array: jnp.zeros((replicas.count, *array.shape), array.dtype),
-        (*zeros(), metrics),
+        carry._replace(sums=(carry.sums, metrics)),
     )
 
 
@@ -31,73 +33,80 @@ def measure(model, measure, replicas, trainable, non_trainable, data):
 
     def run(trainable, non_trainable, data):
         with together(model):
-            worth, moved = measure(
+            denominators, moved = measure(
                 trainable, _seeded(model, non_trainable, replicas), data
             )
-        return worth[None], _of_all(model, non_trainable, moved)
+        return denominators[None], _of_all(model, non_trainable, moved)
 
     on_each = replicas.on_each(run, (False, False, True), (True, False))
     return on_each(trainable, non_trainable, data)
 
 
-def add_microbatch(
+def add(
     model,
-    add_microbatch,
+    add,
     replicas,
-    kinds,
-    sums,
+    *,
+    carry,
     trainable,
     non_trainable,
     metrics,
     optimizer,
+    kinds,
     data,
     share,
     factors,
 ):
     """Add each device's part of a micro-batch to the device's sums.
 
-    Args, returns: As on one device; share and factors are those of a device's part.
+    Args, returns: As on one device; share and factors are those of a device's part, and
+    the metrics are not moved.
     """
 
-    def run(sums, trainable, non_trainable, optimizer, data, share, factors):
-        *sums, own = jax.tree.map(lambda stack: stack[0], sums)
+    def run(carry, trainable, non_trainable, optimizer, data, share, factors):
+        carry = jax.tree.map(lambda stack: stack[0], carry)
+        sums, own = carry.sums
         with together(model):
-            sums, moved, own, _ = add_microbatch(
-                kinds,
-                tuple(sums),
-                trainable,
-                _seeded(model, non_trainable, replicas),
-                own,
-                optimizer,
-                data,
-                share,
-                None if factors is None else factors[0],
+            carry, moved, own = add(
+                carry=carry._replace(sums=sums),
+                trainable=trainable,
+                non_trainable=_seeded(model, non_trainable, replicas),
+                metrics=own,
+                optimizer=optimizer,
+                kinds=kinds,
+                data=data,
+                share=share,
+                factors=None if factors is None else factors[0],
             )
+        carry = carry._replace(sums=(carry.sums, own))
         moved = _of_all(model, non_trainable, moved)
-        return jax.tree.map(lambda value: value[None], (*sums, own)), moved
+        return jax.tree.map(lambda value: value[None], carry), moved
 
     on_each = replicas.on_each(
         run, (True, False, False, False, True, False, True), (True, False)
     )
-    sums, moved = on_each(
-        sums, trainable, non_trainable, optimizer, data, share, factors
+    carry, moved = on_each(
+        carry, trainable, non_trainable, optimizer, data, share, factors
     )
-    return sums, moved, metrics, {}
+    return carry, moved, None
 
 
-def reduce(model, sums, metrics):
-    """The sums reduced over all devices, and the metrics with the devices' added."""
-    accumulators, *numbers, own = sums
+def reduce(model, carry, metrics):
+    """The carry reduced over all devices, and the metrics with the devices' added."""
+    stacks, own = carry.sums
     with jax.named_scope("reduce_gradients"):
         gradients = [
             jnp.max(stack, axis=0) if trainer.overwrites(v) else jnp.sum(stack, axis=0)
-            for stack, v in zip(accumulators, model.trainable_variables)
+            for stack, v in zip(stacks, model.trainable_variables)
         ]
         metrics = [
             value + jnp.sum(stack, axis=0).astype(value.dtype)
             for value, stack in zip(metrics, own)
         ]
-        return (gradients, *(jnp.sum(each, axis=0) for each in numbers)), metrics
+        loss, denominator = (
+            jnp.sum(stack, axis=0) for stack in (carry.loss, carry.denominator)
+        )
+    return carry._replace(sums=gradients, loss=loss, denominator=denominator), metrics
 
 
 def _seeded(model, non_trainable, replicas):

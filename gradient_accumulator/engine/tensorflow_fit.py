@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from gradient_accumulator import losses as normalizers
 from gradient_accumulator import notices
 from gradient_accumulator.compat import trainer
 from gradient_accumulator.compat.api import keras
@@ -22,6 +21,7 @@ from gradient_accumulator.devices.tensorflow_devices import (
     in_replica,
     mean,
 )
+from gradient_accumulator.engine.base import Engine
 from gradient_accumulator.engine.tensorflow_microbatches import (
     Checks,
     cut,
@@ -34,7 +34,7 @@ from gradient_accumulator.engine.tensorflow_microbatches import (
     trace_microbatch,
     without_optional,
 )
-from gradient_accumulator.engine.tensorflow_update import run_update, waits
+from gradient_accumulator.losses import Losses, inspect, no_examples
 from gradient_accumulator.microbatches import (
     Epoch,
     arrays_of,
@@ -46,56 +46,99 @@ from gradient_accumulator.microbatches import (
     shapes_of,
 )
 from gradient_accumulator.settings import Accumulation
-from gradient_accumulator.statistics import apart, rewound
+from gradient_accumulator.statistics import apart, synchronizes
+from gradient_accumulator.update import Update
 
 
-def make_train_function(
-    model: keras.Model, training: Any
-) -> Callable[[Iterator], dict]:
-    """The function that `fit` calls with its iterator, for one update or several."""
-    epoch = training.epoch
-    updates = _Updates(model, training)
-    steps = trainer.steps_per_execution(model)
+class TensorFlowFit(Engine):
+    """The operations of `fit`."""
 
-    def train_function(iterator):
-        logs = None
-        for _ in range(steps):
-            check_in_step(updates.strategy, epoch.number, epoch.updates, False)
-            try:
-                with answering():
-                    update = updates.draw(iterator)
-            except StopIteration:
-                if logs is None:
-                    raise
-                break
-            state = trainer.moved_by_microbatches(model) + rewound(model)
-            if updates.replicas == 1:  # several would have to sum theirs, to read them
-                state += trainer.metrics_variables(model)
-            before = [trainer.native(variable).read_value() for variable in state]
-            try:
-                with answering():
+    def make_train_function(
+        self, model: keras.Model, training: Any
+    ) -> Callable[[Iterator], dict]:
+        epoch = training.epoch
+        updates = _Updates(self, model, training)
+        steps = trainer.steps_per_execution(model)
+
+        def train_function(iterator):
+            logs = None
+            for _ in range(steps):
+                check_in_step(updates.strategy, epoch.number, epoch.updates, False)
+                try:
+                    with answering():
+                        update = updates.draw(iterator)
+                except StopIteration:
+                    if logs is None:
+                        raise
+                    break
+                with self.restored(model), answering():
                     logs = update()
-            except BaseException:
-                # The micro-batches before the failing one moved it.
-                for variable, value in zip(state, before):
-                    variable.assign(value)
-                raise
-            trainer.count_update(model)
-        return logs
+                trainer.count_update(model)
+            return logs
 
-    return train_function
+        return train_function
+
+    def values(self, variables):
+        return [trainer.native(variable).read_value() for variable in variables]
+
+    def readable_metrics(self, model):
+        # Several replicas would have to sum theirs, to read them.
+        if model.distribute_strategy.num_replicas_in_sync > 1:
+            return []
+        return super().readable_metrics(model)
+
+    # Before an epoch and after it workers sum their metrics, which none can alone.
+
+    def after_fit(self, model: keras.Model, epoch: Epoch) -> None:
+        check_in_step(model.distribute_strategy, epoch.number, epoch.updates, True)
+
+    def before_epoch(self, model: keras.Model, epoch: Epoch) -> None:
+        _check_in_step(model, epoch, at_end=False)
+
+    def metrics_result(
+        self, model: keras.Model, epoch: Epoch, own: Callable[[], dict]
+    ) -> dict:
+        _check_in_step(model, epoch, at_end=True)
+        return own()
+
+    def batches(
+        self, model: keras.Model, epoch: Epoch, accumulation: Accumulation, adapter: Any
+    ) -> tuple[Callable, None]:
+        arrays = trainer.large_arrays(adapter)
+        # Of several replicas each gets its part of a batch.
+        one_replica = model.distribute_strategy.num_replicas_in_sync == 1
+        if (
+            accumulation.microbatch_size is not None
+            and arrays is not None
+            and one_replica
+        ):
+            microbatches = _in_microbatches(arrays, accumulation.microbatch_size)
+            if microbatches is not None:
+                epoch.sizes = arrays.sizes
+                return lambda: microbatches, None
+        return adapter.get_tf_dataset, None
+
+
+def waits(model: keras.Model) -> bool:
+    """Whether replicas wait for each other in a micro-batch.
+
+    TensorFlow does not let them within a loop or a function of its own.
+    """
+    return model.distribute_strategy.num_replicas_in_sync > 1 and synchronizes(model)
 
 
 class _Updates:
-    """Draws what one update after the other begins with, and has the graphs for them.
+    """Draws the data of one update after the other, and has the graphs for them.
 
     Args:
+        engine: The model's engine.
         model: A compiled model.
         training: Its `Training`.
     """
 
-    def __init__(self, model: keras.Model, training: Any):
+    def __init__(self, engine: Engine, model: keras.Model, training: Any):
         accumulation: Accumulation = training.accumulation
+        self.engine = engine
         self.model = model
         self.accum_steps = accumulation.accum_steps or 1
         self.microbatch_size = accumulation.microbatch_size
@@ -105,7 +148,7 @@ class _Updates:
         self.strategy = model.distribute_strategy
         self.replicas = self.strategy.num_replicas_in_sync
         self.built = False
-        self.inspected: dict[str, normalizers.Losses] = {}
+        self.inspected: dict[str, Losses] = {}
         self.graphs: dict = {}
         # Of the iterator that was seen last, which is held weakly:
         self.iterator: Callable[[], Any] = lambda: None
@@ -194,7 +237,7 @@ class _Updates:
         if self.replicas == 1 and not any(
             int(size_of(microbatch)) for microbatch in microbatches
         ):
-            raise normalizers.no_examples()
+            raise no_examples()
         self._build(microbatches[0])
         if self.unrolled:
             for microbatch in microbatches:
@@ -270,8 +313,6 @@ class _Updates:
                 trainer.build_from_values(self.model, local)
             else:
                 trainer.build(self.model, map_leaves(symbolic, local))
-        if self.accumulation.clipping is not None:
-            self.accumulation.clipping.check_excluded(self.model.weights)
         self.built = True
 
     def _losses(self, example, trace=trainer.compute_output_spec):
@@ -280,9 +321,7 @@ class _Updates:
             # Run eagerly, a model may do things that it is not to do twice.
             training = not self.model.run_eagerly
             with apart(self.model), notices.watching(self.model, training) as seen:
-                losses = normalizers.inspect(
-                    self.model, example, trace=trace, training=training
-                )
+                losses = inspect(self.model, example, trace=trace, training=training)
             self.notices.tell(self.model, losses.denominators, seen)
             self.inspected[structure] = losses
         return self.inspected[structure]
@@ -292,17 +331,18 @@ class _Updates:
 
         def on_replica(*data):
             microbatches = microbatches_of(*data)
-            losses = self._losses(
+            microbatches.losses = self._losses(
                 microbatches.example,
                 partial(trace_microbatch, microbatches=microbatches),
             )
             if self.microbatch_size is not None:
-                losses.check_cut()
-            return run_update(self.model, self.accumulation, microbatches, losses)
+                microbatches.losses.check_cut()
+            update = Update(self.model, self.accumulation, self.engine)
+            return update(microbatches), microbatches.drawn
 
         def run(*data):
-            logs, count = self.strategy.run(on_replica, args=data)
-            return mean(self.strategy, logs), count
+            logs, drawn = self.strategy.run(on_replica, args=data)
+            return mean(self.strategy, logs), drawn
 
         if self.model.run_eagerly:
             return run(*data)
@@ -348,62 +388,10 @@ def _joined(*arrays):
     return None if arrays[0] is None else tf.concat(arrays, axis=0)
 
 
-def after_fit(model: keras.Model, epoch: Epoch) -> None:
-    """Called when `fit` is through."""
-    check_in_step(model.distribute_strategy, epoch.number, epoch.updates, True)
-
-
-# Before an epoch and after it workers sum their metrics, which none can alone.
-
-
-def before_epoch(model: keras.Model, epoch: Epoch) -> None:
-    """Called where Keras resets the metrics."""
-    _check_in_step(model, epoch, at_end=False)
-
-
-def metrics_result(model: keras.Model, epoch: Epoch, own: Callable[[], dict]) -> dict:
-    """The logs.
-
-    Args:
-        model: The model.
-        epoch: Where `fit` stands.
-        own: Keras's `get_metrics_result`.
-    """
-    _check_in_step(model, epoch, at_end=True)
-    return own()
-
-
 def _check_in_step(model, epoch, at_end):
     if tf.executing_eagerly() and not in_replica():
         strategy = model.distribute_strategy
         check_in_step(strategy, epoch.number, epoch.updates, at_end)
-
-
-def batches(
-    model: keras.Model, epoch: Epoch, accumulation: Accumulation, adapter: Any
-) -> tuple[Callable, None]:
-    """What the train function draws from, and what Keras builds the model from.
-
-    Args:
-        model: The model.
-        epoch: Where `fit` stands. It is told the sizes of batches whose micro-batches
-            are drawn.
-        accumulation: How the model accumulates.
-        adapter: That which Keras makes of the data.
-
-    Returns:
-        A function that Keras calls in the place of the adapter's, and None: the train
-        function builds the model.
-    """
-    arrays = trainer.large_arrays(adapter)
-    # Of several replicas each gets its part of a batch.
-    one_replica = model.distribute_strategy.num_replicas_in_sync == 1
-    if accumulation.microbatch_size is not None and arrays is not None and one_replica:
-        microbatches = _in_microbatches(arrays, accumulation.microbatch_size)
-        if microbatches is not None:
-            epoch.sizes = arrays.sizes
-            return lambda: microbatches, None
-    return adapter.get_tf_dataset, None
 
 
 def _in_microbatches(arrays, microbatch_size):
@@ -424,7 +412,3 @@ def _in_microbatches(arrays, microbatch_size):
         batches.flat_map(in_microbatches), tf.data.Dataset.from_tensors(inputs).repeat()
     ).map(examples, num_parallel_calls=tf.data.AUTOTUNE)
     return microbatches.with_options(batches.options()).prefetch(tf.data.AUTOTUNE)
-
-
-def epoch_ended(epoch: Epoch) -> None:
-    """Called after the last update of an epoch, before Keras goes on."""

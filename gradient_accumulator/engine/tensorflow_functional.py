@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from gradient_accumulator.compat import trainer
 from gradient_accumulator.compat.api import keras
+from gradient_accumulator.engine.base import Engine
 from gradient_accumulator.functional import (
     LossFunction,
     check_leaves,
@@ -19,7 +20,7 @@ from gradient_accumulator.microbatches import example_count, leaves, map_leaves
 from gradient_accumulator.received import check_of_backend, described
 
 
-def value_and_grad(loss: LossFunction) -> Callable:
+def value_and_grad(engine: Engine, loss: LossFunction) -> Callable:
     """The function that `accumulated_value_and_grad` returns."""
 
     def function(variables, batch, *args, **kwargs):

@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from gradient_accumulator import losses as normalizers
+from gradient_accumulator import losses
 from gradient_accumulator.compat import trainer
 from gradient_accumulator.compat.api import keras
 from gradient_accumulator.microbatches import (
@@ -45,6 +45,8 @@ class Microbatches:
     )  # for micro-batch k
     # What the optimizer waits for, after so many micro-batches:
     complete: Callable[[tf.Tensor], Any] = lambda count: tf.no_op()
+    losses: losses.Losses | None = None  # of the model
+    drawn: tf.Tensor | None = None  # how many there were, after the last
 
 
 class Checks:
@@ -94,7 +96,7 @@ def _known(
     return Microbatches(
         example,
         even,
-        expected=tf.cast(tf.reduce_sum(sizes), normalizers.dtype()),
+        expected=tf.cast(tf.reduce_sum(sizes), losses.dtype()),
         most=tf.size(sizes),
         more=lambda k, state: k < tf.size(sizes),
         read=lambda k, state: read(k),
@@ -207,7 +209,7 @@ def stream(
     return Microbatches(
         map_leaves(symbolic, spec),
         is_even(spec),
-        expected=tf.cast(size * count, normalizers.dtype()),
+        expected=tf.cast(size * count, losses.dtype()),
         most=count,
         more=lambda k, optional: optional.has_value(),
         read=read,

@@ -8,9 +8,10 @@ from typing import Any
 import keras
 import torch
 
+from gradient_accumulator.engine.base import Engine
 from gradient_accumulator.engine.torch_activations import free_activations
 from gradient_accumulator.engine.torch_modules import reducing
-from gradient_accumulator.engine.torch_sums import Sum
+from gradient_accumulator.engine.torch_sums import GradSums
 from gradient_accumulator.functional import (
     LossFunction,
     check_leaves,
@@ -21,7 +22,7 @@ from gradient_accumulator.microbatches import cut, example_count, leaves
 from gradient_accumulator.received import check_of_backend, described
 
 
-def value_and_grad(loss: LossFunction) -> Callable:
+def value_and_grad(engine: Engine, loss: LossFunction) -> Callable:
     """The function that `accumulated_value_and_grad` returns."""
     processes = reducing(loss.module)
 
@@ -40,18 +41,16 @@ def value_and_grad(loss: LossFunction) -> Callable:
         # Gradients are averaged over processes: their number multiplies each sum.
         (size,) = processes.totals([example_count(batch) / processes.count])
         dtypes = [
-            processes.dtype(p) or getattr(torch, loss.accumulator_dtype(p.dtype))
-            for p in parameters
+            processes.dtype(p) or loss.accumulator_dtype(p.dtype) for p in parameters
         ]
-        double = torch.float64 in dtypes
+        double = "float64" in dtypes
         weight = torch.zeros((), dtype=torch.float64 if double else torch.float32)
         wanted = [p for p in parameters if p.requires_grad]
         total, auxes = 0.0, []
         before = [parameter.grad for parameter in parameters]
         try:
-            for parameter in parameters:
-                parameter.grad = None
-            sums = [Sum(p, dtype) for p, dtype in zip(parameters, dtypes)]
+            sums = GradSums(parameters, dtypes)
+            sums.zeros()
             microbatches = cut(batch, loss.microbatch_size, count=example_count)
             processes.check(microbatches.count, parameters)
             for k, microbatch in enumerate(microbatches.iterator, start=1):
@@ -67,8 +66,7 @@ def value_and_grad(loss: LossFunction) -> Callable:
                     share = (examples if denominator is None else 1) / size
                     worth = numerator * share
                     processes.backward(worth, wanted)
-                for sum_ in sums:
-                    sum_.add()
+                sums.add(None, [])
                 total += worth.detach().to(weight.dtype)
                 if denominator is not None:
                     weight = weight + torch.as_tensor(denominator).detach()
@@ -78,11 +76,7 @@ def value_and_grad(loss: LossFunction) -> Callable:
             correction = None if denominator is None else _inverse(weight, size)
             if correction is not None and processes.count > 1:
                 correction = float(correction)  # sharded gradients take no tensor
-            gradients = [sum_.finish(correction) for sum_ in sums]
-            gradients = [
-                None if g is None else g.to(p.dtype)
-                for g, p in zip(gradients, parameters)
-            ]
+            gradients = sums.finish(None, correction)
         finally:
             for parameter, gradient in zip(parameters, before):
                 parameter.grad = gradient

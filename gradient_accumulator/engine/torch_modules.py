@@ -19,7 +19,7 @@ class Alone:
 
     count = 1  # the number of processes that gradients are averaged over
 
-    def dtype(self, parameter: torch.Tensor) -> torch.dtype | None:
+    def dtype(self, parameter: torch.Tensor) -> str | None:
         """The dtype that the module sums gradients in, None if it does not sum them."""
         return None
 
@@ -53,7 +53,7 @@ class _Reducing(Alone):
         self.count = replicas.count(group)
 
     def dtype(self, parameter):
-        return parameter.dtype
+        return str(parameter.dtype).removeprefix("torch.")
 
     def totals(self, numbers):
         return replicas.totals(numbers, self.group)
