@@ -10,7 +10,8 @@ from typing import Any, Literal, Protocol, overload
 
 from gradient_accumulator import engine
 from gradient_accumulator.arguments import names_arguments
-from gradient_accumulator.compat.api import keras
+from gradient_accumulator.compat.api import keras, ops
+from gradient_accumulator.engine.base import Carry, Sums
 from gradient_accumulator.received import described
 from gradient_accumulator.settings import check_float_dtype, positive_int
 
@@ -85,6 +86,71 @@ class LossFunction:
     def accumulator_dtype(self, dtype: Any) -> str:
         dtype = keras.backend.standardize_dtype(dtype)
         return "float64" if dtype == "float64" else self.accum_dtype
+
+
+class Accumulation:
+    """The loss and the gradients of one batch, added up micro-batch by micro-batch.
+
+    Args:
+        sums: The sums of the gradients.
+        value_and_grad: The engine's function of that name.
+        size: The batch's number of examples.
+    """
+
+    def __init__(self, sums: Sums, value_and_grad: Callable, size: Any):
+        self.sums = sums
+        self.value_and_grad = value_and_grad
+        self.size = size
+        self.has_means = False  # whether some loss was a mean over examples
+
+    def zeros(self) -> Carry:
+        """The carry for the first micro-batch."""
+        dtype = "float64" if "float64" in self.sums.dtypes else "float32"
+        loss, denominator = ops.zeros((), dtype), ops.zeros((), dtype)
+        return Carry(self.sums.zeros(), loss, denominator, None)
+
+    def add(
+        self, carry: Carry, loss: Callable[[Any], tuple], variables: list, examples: Any
+    ) -> tuple[Carry, Any]:
+        """Add a micro-batch; returns the new carry, and what `loss_fn` returns besides.
+
+        Args:
+            carry: What the micro-batch before returned.
+            loss: A function of the variables that returns the micro-batch's numerator,
+                its denominator or None, and what is returned besides.
+            variables: The variables, or what `value_and_grad` takes for them.
+            examples: The micro-batch's number of examples.
+        """
+
+        def part_of_batch(variables):
+            numerator, denominator, aux = loss(variables)
+            numerator = ops.convert_to_tensor(numerator)
+            share = 1 / self.size
+            if denominator is None:
+                self.has_means = True
+                denominator, share = examples, examples / self.size
+            part = numerator * ops.cast(share, numerator.dtype)
+            return part, (part, denominator, aux)
+
+        gradients, (part, denominator, aux) = self.value_and_grad(
+            part_of_batch, variables
+        )
+        part, denominator = (
+            ops.cast(ops.stop_gradient(ops.convert_to_tensor(number)), sum_.dtype)
+            for number, sum_ in ((part, carry.loss), (denominator, carry.denominator))
+        )
+        sums = self.sums.add(carry.sums, gradients)
+        return (
+            Carry(sums, carry.loss + part, carry.denominator + denominator, None),
+            aux,
+        )
+
+    def finish(self, carry: Carry) -> tuple[Any, list]:
+        """The loss and the gradients, after the last micro-batch."""
+        scale = ops.divide_no_nan(
+            ops.cast(self.size, carry.loss.dtype), carry.denominator
+        )
+        return carry.loss * scale, self.sums.finish(carry.sums, scale)
 
 
 def _is_scalar(part: Any) -> bool:

@@ -10,24 +10,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from gradient_accumulator import losses
 from gradient_accumulator.compat import trainer
 from gradient_accumulator.compat.api import keras, ops
-from gradient_accumulator.engine.base import Engine, Steps, Sums
+from gradient_accumulator.engine.base import Carry, Engine, Steps, Sums
 from gradient_accumulator.microbatches import first_input
 from gradient_accumulator.settings import Accumulation
 from gradient_accumulator.statistics import Statistics
-
-
-class Carry(NamedTuple):
-    """What one micro-batch hands to the next."""
-
-    sums: Any  # of gradients, as the update's `Sums` holds them
-    loss: Any  # the part of the batch's loss so far
-    denominator: Any  # the sum so far of a loss that is divided last
-    logs: Any  # of a model's own `compute_metrics`, for the last micro-batch
 
 
 class Update:
@@ -87,8 +78,8 @@ class Update:
 
     def zeros(self) -> Carry:
         """The carry for the first micro-batch."""
-        zero = ops.zeros((), losses.dtype())
-        return Carry(self.sums.zeros(), zero, zero, {})
+        loss, denominator = (ops.zeros((), losses.dtype()) for _ in range(2))
+        return Carry(self.sums.zeros(), loss, denominator, {})
 
     def add(
         self,

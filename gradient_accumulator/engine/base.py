@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradient_accumulator import devices
 from gradient_accumulator.compat import trainer
@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from gradient_accumulator.functional import LossFunction
     from gradient_accumulator.microbatches import Epoch
     from gradient_accumulator.settings import Accumulation
-    from gradient_accumulator.update import Carry, Update
+    from gradient_accumulator.update import Update
 
 
-class Weighed(Protocol):
-    """The micro-batches of one update, each with its weight in the batch."""
+class Carry(NamedTuple):
+    """What one micro-batch hands to the next."""
 
-    examples: Any  # their number of examples, after the last micro-batch
+    sums: Any  # of gradients, as `Sums` holds them
+    loss: Any  # the part of the batch's loss so far
+    denominator: Any  # the sum so far of a loss that is divided last
+    logs: Any  # of a model's own `compute_metrics`, for the last micro-batch
 
 
 class Steps(NamedTuple):

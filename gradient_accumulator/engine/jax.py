@@ -25,12 +25,12 @@ from gradient_accumulator.devices.jax_devices import (
     waited_for,
 )
 from gradient_accumulator.engine import jax_sharded
-from gradient_accumulator.engine.base import Steps
+from gradient_accumulator.engine.base import Carry, Steps
 from gradient_accumulator.engine.jax_fit import JaxFit, State
 from gradient_accumulator.engine.jax_functional import value_and_grad
 from gradient_accumulator.functional import LossFunction
 from gradient_accumulator.statistics import normalizations
-from gradient_accumulator.update import Carry, Update
+from gradient_accumulator.update import Update
 
 
 class JaxEngine(JaxFit):
@@ -175,6 +175,10 @@ class JaxEngine(JaxFit):
         return y_pred, additional
 
     def value_and_grad(self, function, variables):
+        if not variables:
+            return [], function(variables)[1]
+        if not isinstance(variables[0], keras.Variable):
+            return jax.grad(function, has_aux=True)(variables)
         outer = trainer.get_stateless_scope()
         moved: list[int] = []
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, ValuesView
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
 
-from gradient_accumulator.engine.base import Engine
+from gradient_accumulator.engine.base import Engine, Sums
 from gradient_accumulator.functional import (
+    Accumulation,
     LossFunction,
     check_leaves,
     listed,
@@ -27,49 +27,74 @@ TRACED = (jax.Array, np.ndarray, np.inexact, float, complex)
 
 def value_and_grad(engine: Engine, loss: LossFunction) -> Callable:
     """The function that `accumulated_value_and_grad` returns."""
-    means: set[bool] = set()  # has True once a traced loss was a mean
     watch = _Watch()
-    add = partial(_add, loss, means)
-    compiled = jax.jit(add, static_argnames="others", donate_argnames="sums")
+    has_means = False  # whether some loss was a mean, known once it was traced
+
+    def add(carry, variables, microbatch, size, arrays, others):
+        nonlocal has_means
+        args, kwargs = _joined_arguments(arrays, others)
+        values, structure = jax.tree.flatten(variables)
+
+        def one(values):
+            variables = jax.tree.unflatten(structure, values)
+            return loss(variables, microbatch, *args, **kwargs)
+
+        accumulation = new_accumulation(values, size)
+        count = example_count(jax.tree.leaves(microbatch))
+        with jax.named_scope("accumulate_gradients"):
+            carry, aux = accumulation.add(carry, one, values, count)
+        has_means |= accumulation.has_means
+        return carry, aux
+
+    def new_accumulation(values, size):
+        dtypes = [loss.accumulator_dtype(v.dtype) for v in values]
+        sums = Sums(values, dtypes)
+        sums.connected.update(range(len(values)))  # JAX gives zeros where there is none
+        return Accumulation(sums, engine.value_and_grad, size)
+
+    compiled = jax.jit(add, static_argnames="others", donate_argnames="carry")
 
     def function(variables, batch, *args, **kwargs):
-        variables = _arrays(variables)
+        variables = jax.tree.map(jnp.asarray, _arrays(variables))
         check_leaves(batch, jax.tree.leaves(batch))
         size = example_count(jax.tree.leaves(batch))
         length = min(loss.microbatch_size, size)
-        sums = _zeros(loss, variables)
-        arrays, others = _taken_apart(args, kwargs)
+        arrays, others = _split_arguments(args, kwargs)
+        values, structure = jax.tree.flatten(variables)
+        accumulation = new_accumulation(values, float(size))
+        carry = accumulation.zeros()
         traced = any(
             isinstance(leaf, jax.core.Tracer)
             for leaf in jax.tree.leaves((variables, batch, arrays))
         )
         one = add if traced else compiled
 
-        def microbatch(sums, start, length=length):
+        def microbatch(carry, start, length=length):
             return one(
-                sums=sums,
+                carry=carry,
                 variables=variables,
                 microbatch=_take(batch, start, length),
-                inverse=1 / size,
+                size=float(size),
                 arrays=arrays,
                 others=others,
             )
 
         starts = range(0, size - length + 1, length)
         if traced:
-            sums, aux = jax.lax.scan(microbatch, sums, jnp.asarray(starts))
+            carry, aux = jax.lax.scan(microbatch, carry, jnp.asarray(starts))
             auxes = [aux]
         else:
             auxes = []
             for start in starts:
-                sums, aux = microbatch(sums, start)
+                carry, aux = microbatch(carry, start)
                 auxes.append(jax.tree.map(lambda leaf: leaf[None], aux))
         rest = size % length
         if rest:
-            sums, aux = microbatch(sums, size - rest, rest)
+            carry, aux = microbatch(carry, size - rest, rest)
             auxes.append(jax.tree.map(lambda leaf: leaf[None], aux))
-        value, gradients = _finished(sums, variables, size)
-        if not traced and True in means:
+        value, gradients = accumulation.finish(carry)
+        gradients = jax.tree.unflatten(structure, gradients)
+        if not traced and has_means:
             warn_of_nan(watch.is_nan(value))
         if loss.has_aux:
             return (value, jax.tree.map(_joined, *auxes)), gradients
@@ -116,7 +141,7 @@ class _Watch:
         return any(np.isnan(np.asarray(v)) for v in ready)
 
 
-def _taken_apart(args, kwargs):
+def _split_arguments(args, kwargs):
     """The arrays and floats among arguments, and the rest as a static argument."""
     leaves, structure = jax.tree.flatten((args, kwargs))
     is_array = [isinstance(leaf, TRACED) for leaf in leaves]
@@ -125,22 +150,11 @@ def _taken_apart(args, kwargs):
     return arrays, (structure, tuple(is_array), tuple(rest))
 
 
-def _together(arrays, others):
+def _joined_arguments(arrays, others):
     structure, is_array, rest = others
     waiting = iter(arrays)
     leaves = [next(waiting) if is_one else leaf for is_one, leaf in zip(is_array, rest)]
     return jax.tree.unflatten(structure, leaves)
-
-
-def _zeros(loss, variables):
-    """Zeros for the sums of gradients, losses and denominators."""
-    gradients = jax.tree.map(
-        lambda v: jnp.zeros(jnp.shape(v), loss.accumulator_dtype(jnp.result_type(v))),
-        variables,
-    )
-    dtypes = {v.dtype for v in jax.tree.leaves(gradients)}
-    dtype = "float64" if np.dtype("float64") in dtypes else "float32"
-    return gradients, jnp.zeros((), dtype), jnp.zeros((), dtype)
 
 
 def _take(batch, start, length):
@@ -153,47 +167,6 @@ def _take(batch, start, length):
         return jax.lax.dynamic_slice_in_dim(array, start, length)
 
     return jax.tree.map(take, batch)
-
-
-def _add(loss, means, sums, variables, microbatch, inverse, arrays, others):
-    """Add a micro-batch's loss and gradient, over the batch's number of examples."""
-    args, kwargs = _together(arrays, others)
-
-    def worth(variables):
-        numerator, denominator, aux = loss(variables, microbatch, *args, **kwargs)
-        means.add(denominator is None)
-        share = inverse
-        if denominator is None:
-            denominator = example_count(jax.tree.leaves(microbatch))
-            share = inverse * denominator
-        numerator = jnp.asarray(numerator)
-        return numerator * jnp.asarray(share, numerator.dtype), (denominator, aux)
-
-    with jax.named_scope("accumulate_gradients"):
-        (value, (denominator, aux)), gradients = jax.value_and_grad(
-            worth, has_aux=True
-        )(variables)
-        accumulators, total, weight = sums
-        accumulators = jax.tree.map(
-            lambda accumulator, g: accumulator + g.astype(accumulator.dtype),
-            accumulators,
-            gradients,
-        )
-    weight = weight + jax.lax.stop_gradient(jnp.asarray(denominator, weight.dtype))
-    return (accumulators, total + value.astype(total.dtype), weight), aux
-
-
-def _finished(sums, variables, size):
-    accumulators, total, weight = sums
-    correction = jnp.where(weight == 0, 0, size / jnp.where(weight == 0, 1, weight))
-    gradients = jax.tree.map(
-        lambda sum_, v: (sum_ * correction.astype(sum_.dtype)).astype(
-            jnp.result_type(v)
-        ),
-        accumulators,
-        variables,
-    )
-    return total * correction, gradients
 
 
 def _joined(*stacked):

@@ -9,8 +9,9 @@ import tensorflow as tf
 
 from gradient_accumulator.compat import trainer
 from gradient_accumulator.compat.api import keras
-from gradient_accumulator.engine.base import Engine
+from gradient_accumulator.engine.base import Engine, Sums
 from gradient_accumulator.functional import (
+    Accumulation,
     LossFunction,
     check_leaves,
     listed,
@@ -41,57 +42,31 @@ def value_and_grad(engine: Engine, loss: LossFunction) -> Callable:
         example_count(batch)
         size = tf.shape(leaves(batch)[0])[0]
         length = tf.minimum(loss.microbatch_size, size)
-        connected: set[int] = set()
-        means: set[bool] = set()  # whether a loss was a mean
-        dtypes = [loss.accumulator_dtype(v.dtype) for v in variables]
-        zero = tf.zeros((), "float64" if "float64" in dtypes else "float32")
+        sums = Sums(variables, [loss.accumulator_dtype(v.dtype) for v in variables])
+        accumulation = Accumulation(sums, engine.value_and_grad, size)
         auxes = _Auxes(loss, batch, args, kwargs)
 
-        def add(start, accumulators, total, weight, held):
+        def add(start, carry, held):
             stop = tf.minimum(start + length, size)
             microbatch = map_leaves(lambda array: array[start:stop], batch)
-            with tf.GradientTape() as tape:
-                numerator, denominator, aux = loss(microbatch, *args, **kwargs)
-                numerator = tf.convert_to_tensor(numerator)
-                means.add(denominator is None)
-                share = 1 / size
-                if denominator is None:
-                    denominator = stop - start
-                    share = denominator / size
-                worth = numerator * tf.cast(share, numerator.dtype)
-            gradients = tape.gradient(worth, variables)
-            connected.update(i for i, g in enumerate(gradients) if g is not None)
-            accumulators = [
-                a if g is None else a + tf.cast(tf.convert_to_tensor(g), a.dtype)
-                for a, g in zip(accumulators, gradients)
-            ]
-            total += tf.cast(worth, total.dtype)
-            weight += tf.cast(denominator, weight.dtype)
-            return stop, accumulators, total, weight, auxes.write(held, aux)
+            carry, aux = accumulation.add(
+                carry,
+                lambda _: loss(microbatch, *args, **kwargs),
+                variables,
+                stop - start,
+            )
+            return stop, carry, auxes.write(held, aux)
 
         with tf.name_scope("accumulate_gradients"):
-            _, accumulators, total, weight, held = tf.while_loop(
+            _, carry, held = tf.while_loop(
                 lambda start, *_: start < size,
                 add,
-                (
-                    tf.constant(0),
-                    [tf.zeros(v.shape, d) for v, d in zip(variables, dtypes)],
-                    zero,
-                    zero,
-                    auxes.empty(),
-                ),
+                (tf.constant(0), accumulation.zeros(), auxes.empty()),
                 # Micro-batches side by side would hold their activations side by side.
                 parallel_iterations=1,
             )
-        correction = tf.math.divide_no_nan(tf.cast(size, weight.dtype), weight)
-        gradients = [
-            tf.cast(a * tf.cast(correction, a.dtype), v.dtype)
-            if i in connected
-            else None
-            for i, (a, v) in enumerate(zip(accumulators, variables))
-        ]
-        value = total * correction
-        if tf.executing_eagerly() and True in means:
+        value, gradients = accumulation.finish(carry)
+        if tf.executing_eagerly() and accumulation.has_means:
             warn_of_nan(bool(tf.math.is_nan(value)))
         return ((value, auxes.joined(held)) if loss.has_aux else value), gradients
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
@@ -13,6 +14,7 @@ from gradient_accumulator.engine.torch_activations import free_activations
 from gradient_accumulator.engine.torch_modules import reducing
 from gradient_accumulator.engine.torch_sums import GradSums
 from gradient_accumulator.functional import (
+    Accumulation,
     LossFunction,
     check_leaves,
     listed,
@@ -27,61 +29,41 @@ def value_and_grad(engine: Engine, loss: LossFunction) -> Callable:
     processes = reducing(loss.module)
 
     def function(variables, batch, *args, **kwargs):
-        parameters = [
-            v.value if isinstance(v, keras.Variable) else v for v in listed(variables)
-        ]
-        check_of_backend("variables", parameters)
-        for parameter in parameters:
-            if not isinstance(parameter, torch.Tensor):
-                raise TypeError(
-                    "Argument `variables` must be a list of variables or parameters. "
-                    f"Received: {described(parameter)} (of type {type(parameter)})"
-                )
+        parameters = _parameters(variables)
         check_leaves(batch, leaves(batch))
+        wanted = [p for p in parameters if p.requires_grad]
+
+        def value_and_grad(part_of_batch, _):
+            part, aux = part_of_batch(parameters)
+            processes.backward(part, wanted)
+            return [], aux
+
         # Gradients are averaged over processes: their number multiplies each sum.
         (size,) = processes.totals([example_count(batch) / processes.count])
-        dtypes = [
-            processes.dtype(p) or loss.accumulator_dtype(p.dtype) for p in parameters
-        ]
-        double = "float64" in dtypes
-        weight = torch.zeros((), dtype=torch.float64 if double else torch.float32)
-        wanted = [p for p in parameters if p.requires_grad]
-        total, auxes = 0.0, []
+        sums = GradSums(
+            parameters,
+            [processes.dtype(p) or loss.accumulator_dtype(p.dtype) for p in parameters],
+        )
+        accumulation = Accumulation(sums, value_and_grad, size)
+        auxes = []
         before = [parameter.grad for parameter in parameters]
         try:
-            sums = GradSums(parameters, dtypes)
-            sums.zeros()
+            carry = accumulation.zeros()
             microbatches = cut(batch, loss.microbatch_size, count=example_count)
             processes.check(microbatches.count, parameters)
             for k, microbatch in enumerate(microbatches.iterator, start=1):
+                one = partial(_of_tensors, loss, microbatch, args, kwargs)
                 with processes.microbatch(last=k == microbatches.count):
-                    numerator, denominator, aux = loss(microbatch, *args, **kwargs)
-                    if not isinstance(numerator, torch.Tensor):
-                        raise TypeError(
-                            "`loss_fn` must return a tensor of PyTorch's, also where "
-                            "the batch has arrays of NumPy's, which it is given as "
-                            f"they are. Received: {described(numerator)}"
-                        )
-                    examples = example_count(microbatch)
-                    share = (examples if denominator is None else 1) / size
-                    worth = numerator * share
-                    processes.backward(worth, wanted)
-                sums.add(None, [])
-                total += worth.detach().to(weight.dtype)
-                if denominator is not None:
-                    weight = weight + torch.as_tensor(denominator).detach()
+                    carry, aux = accumulation.add(
+                        carry, one, parameters, example_count(microbatch)
+                    )
                 auxes.append(aux)
                 free_activations()
-            total, weight = _over(processes, total, weight)
-            correction = None if denominator is None else _inverse(weight, size)
-            if correction is not None and processes.count > 1:
-                correction = float(correction)  # sharded gradients take no tensor
-            gradients = sums.finish(None, correction)
+            value, gradients = accumulation.finish(_over(processes, carry))
         finally:
             for parameter, gradient in zip(parameters, before):
                 parameter.grad = gradient
-        value = total if correction is None else total * correction
-        if correction is None:
+        if accumulation.has_means:
             warn_of_nan(bool(torch.isnan(value)))
         if loss.has_aux:
             return (value, keras.tree.map_structure(_joined, *auxes)), gradients
@@ -90,19 +72,41 @@ def value_and_grad(engine: Engine, loss: LossFunction) -> Callable:
     return function
 
 
-def _over(processes, total, weight):
-    """The means of the loss and the denominator over processes."""
+def _parameters(variables):
+    parameters = [
+        v.value if isinstance(v, keras.Variable) else v for v in listed(variables)
+    ]
+    check_of_backend("variables", parameters)
+    for parameter in parameters:
+        if not isinstance(parameter, torch.Tensor):
+            raise TypeError(
+                "Argument `variables` must be a list of variables or parameters. "
+                f"Received: {described(parameter)} (of type {type(parameter)})"
+            )
+    return parameters
+
+
+def _of_tensors(loss, microbatch, args, kwargs, _):
+    numerator, denominator, aux = loss(microbatch, *args, **kwargs)
+    if not isinstance(numerator, torch.Tensor):
+        raise TypeError(
+            "`loss_fn` must return a tensor of PyTorch's, also where the batch has "
+            "arrays of NumPy's, which it is given as they are. "
+            f"Received: {described(numerator)}"
+        )
+    return numerator, denominator, aux
+
+
+def _over(processes, carry):
+    """The carry, with the means of the loss and the denominator over processes."""
     if processes.count == 1:
-        return total, weight
-    sums = processes.totals([float(total), float(weight)])
-    return tuple(
+        return carry
+    numbers = [carry.loss, carry.denominator]
+    loss, denominator = (
         own.new_tensor(sum_ / processes.count)
-        for own, sum_ in zip((total, weight), sums)
+        for own, sum_ in zip(numbers, processes.totals([float(n) for n in numbers]))
     )
-
-
-def _inverse(weight, size):
-    return torch.where(weight == 0, 0, size / weight)
+    return carry._replace(loss=loss, denominator=denominator)
 
 
 def _joined(*tensors: Any) -> torch.Tensor:
