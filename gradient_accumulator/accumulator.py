@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gradient_accumulator import devices, engine
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import internals
 from gradient_accumulator.compat.api import keras, ops
 from gradient_accumulator.received import check_of_backend, described
 from gradient_accumulator.settings import check_float_dtype
@@ -119,7 +119,7 @@ class Accumulator:
             self._clipping.check_excluded(variables)
         if self.accum_steps == 1:
             return
-        dtypes = [trainer.accumulator_dtype(v, self.accum_dtype) for v in variables]
+        dtypes = [internals.accumulator_dtype(v, self.accum_dtype) for v in variables]
         self._accumulators = [
             self._engine.accumulator(self, v, dtype)
             for v, dtype in zip(variables, dtypes)
@@ -251,7 +251,7 @@ class Accumulator:
             index = self._get_variable_index(variable)
             connected.add(index)
             accumulator = self._accumulators[index]
-            if trainer.overwrites(variable):
+            if internals.overwrites(variable):
                 # The largest value, as in Keras's own accumulation.
                 accumulator.assign(ops.maximum(accumulator, gradient))
             else:
@@ -340,7 +340,7 @@ class Accumulator:
         means = [
             self._accumulators[index]
             for index, variable in zip(given, variables)
-            if self.reduction == "MEAN" and not trainer.overwrites(variable)
+            if self.reduction == "MEAN" and not internals.overwrites(variable)
         ]
         total = self._engine.total(self._total, self._calls.weighed)
         with self._engine.divided(means, total) as finished:

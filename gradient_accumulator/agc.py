@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradient_accumulator import devices
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import OptimizerStep, internals
 from gradient_accumulator.compat.api import keras, ops
 from gradient_accumulator.received import check_of_backend, described
 
@@ -173,7 +173,7 @@ class AdaptiveClipping:
         excluded = self._excluded(parameters)
         return [
             gradient
-            if gradient is None or trainer.overwrites(parameter) or i in excluded
+            if gradient is None or internals.overwrites(parameter) or i in excluded
             else self._clip(parameter, gradient, scale)
             for i, (parameter, gradient) in enumerate(zip(parameters, gradients))
         ]
@@ -183,7 +183,7 @@ class AdaptiveClipping:
 
         The optimizer unscales them later. The result is as if it had unscaled first.
         """
-        scale = trainer.scale_loss(optimizer, ops.ones((), "float32"))
+        scale = OptimizerStep(optimizer).scaled(ops.ones((), "float32"))
         return self.clip(variables, gradients, scale)
 
     def _clip(self, parameter, gradient, scale):
@@ -209,7 +209,9 @@ class AdaptiveClipping:
         for entry in self.agc_exclude:
             named = isinstance(entry, (str, keras.layers.Layer))
             if named and not _places(entry, parameters):
-                names = [trainer.path(p) or "a tensor without name" for p in parameters]
+                names = [
+                    internals.path(p) or "a tensor without name" for p in parameters
+                ]
                 raise ValueError(
                     "Argument `agc_exclude` must name layers or variables among these: "
                     f"{names}. Received: agc_exclude={described(entry)}"
@@ -231,7 +233,7 @@ class AdaptiveClipping:
                 names.append(entry)
             elif parameters is not None:
                 places = _places(entry, parameters)
-                names.extend(trainer.path(parameters[i]) for i in places)
+                names.extend(internals.path(parameters[i]) for i in places)
             elif isinstance(entry, keras.layers.Layer):
                 names.append(entry.name)
             else:
@@ -256,7 +258,7 @@ def _places(entry: Excluded, parameters: list) -> list[int]:
         # A clone of the model has another layer, of the same name.
         return places or _places(entry.name, parameters)
     if isinstance(entry, str):
-        paths = [trainer.path(p) for p in parameters]
+        paths = [internals.path(p) for p in parameters]
         return [
             i
             for i, path in enumerate(paths)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gradient_accumulator.accumulator import Accumulator, accumulating
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import internals
 from gradient_accumulator.compat.api import keras
 from gradient_accumulator.received import described
 from gradient_accumulator.statistics import update_layers
@@ -82,7 +82,7 @@ class FlushGradients(keras.callbacks.Callback):
 
 def _accumulating(optimizer: Any) -> Accumulator:
     """Returns the optimizer, or the one that it wraps, that accumulates."""
-    if not trainer.is_optimizer(optimizer):
+    if not internals.is_optimizer(optimizer):
         raise TypeError(
             "`FlushGradients` takes optimizers. "
             f"Received: {described(optimizer)} (of type {type(optimizer)})"

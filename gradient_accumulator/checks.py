@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from gradient_accumulator.accumulator import check_not_accumulating
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import CompiledModel, internals
 from gradient_accumulator.compat.api import KERAS_2, keras
 from gradient_accumulator.received import described
 
@@ -29,7 +29,7 @@ def check_is_model(model: Any) -> None:
     """Raise unless `model` is a model of the Keras that is in use."""
     if not isinstance(model, keras.Model):
         raise TypeError(
-            f"Argument `model` must be {trainer.A_MODEL}.{_of_the_other(model)} "
+            f"Argument `model` must be {internals.A_MODEL}.{_of_the_other(model)} "
             f"Received: model={described(model)} (of type {type(model)})"
         )
 
@@ -65,7 +65,8 @@ def check_model(model: Any) -> None:
     for name, is_known in (
         (
             "train_step",
-            trainer.has_known_train_step(model) and "train_step" not in model.__dict__,
+            CompiledModel(model).has_known_train_step
+            and "train_step" not in model.__dict__,
         ),
         (
             "make_train_function",
@@ -95,7 +96,7 @@ _KNOWN_PACKAGES = ("keras", "tf_keras", "gradient_accumulator")
 
 def check_layers(model: keras.Model) -> None:
     """Raise if a layer keeps a state for each example of a batch."""
-    for layer in trainer.layers_of(model):
+    for layer in CompiledModel(model).layers:
         if getattr(layer, "stateful", False) and isinstance(
             layer, (keras.layers.RNN, keras.layers.Bidirectional)
         ):

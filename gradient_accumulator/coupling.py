@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from gradient_accumulator import devices
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import CompiledLoss
 from gradient_accumulator.compat.api import keras, ops
 
 # The losses of Keras that may couple examples. Its other losses never do.
@@ -48,7 +48,7 @@ def shape_of(tensor: Any) -> Shape | None:
 
 def keras_own(loss: Any) -> str | None:
     """Returns the name of Keras's function if a compiled loss is Keras's, else None."""
-    if not trainer.is_loss_of_keras(loss):
+    if not CompiledLoss(loss).is_keras_own:
         return None
     return getattr(loss, "fn", type(loss)).__name__
 
@@ -138,7 +138,7 @@ def _value(loss, y_true, y_pred):
     """Returns the values that a loss reduces, or its number if it hides the values."""
     if _is_opaque(loss):
         return loss(y_true, y_pred)
-    return trainer.loss_values(loss, y_true, y_pred)
+    return CompiledLoss(loss).values(y_true, y_pred)
 
 
 def _joined(loss, whole, halves):

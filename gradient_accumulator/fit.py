@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from gradient_accumulator import devices, engine
 from gradient_accumulator.checks import check_backend, check_layers, check_optimizer
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import CompiledModel, internals
 from gradient_accumulator.compat.api import keras
 from gradient_accumulator.microbatches import Epoch
 from gradient_accumulator.notices import Notices
@@ -41,7 +41,7 @@ class Training:
         self.data_is_ready: Callable[[], None] = lambda: None
 
 
-class Accumulating(trainer.BuiltByFit):
+class Accumulating(internals.BuiltByFit):
     """Lies between a model's own class and `keras.Model`.
 
     There `fit` has the data that Keras would get, after what the model's own `fit` did
@@ -55,10 +55,10 @@ class Accumulating(trainer.BuiltByFit):
         check_backend()
         check_layers(self)
         check_optimizer(self)
-        trainer.check_compiled(self)
+        CompiledModel(self).check_compiled()
         _reset_statistics(self)
         epoch = training.epoch
-        data = trainer.FitData(self, training, _arguments_of_fit(self, args, kwargs))
+        data = internals.FitData(self, training, _arguments_of_fit(self, args, kwargs))
         training.notices.before_fit(self, data.arguments)
         call = epoch.of_call(
             data.steps_per_epoch,
@@ -96,7 +96,7 @@ class Accumulating(trainer.BuiltByFit):
             )
         check_backend()
         check_optimizer(self)
-        trainer.check_compiled(self)
+        CompiledModel(self).check_compiled()
         _reset_statistics(self)
         with training.epoch.of_call():
             return super().train_on_batch(*args, **kwargs)
@@ -188,7 +188,7 @@ def _accumulating(cls: Any) -> Any:
         cls.__name__,
         (cls, Accumulating),
         {
-            "__module__": trainer.public_module(cls),
+            "__module__": internals.public_module(cls),
             "__qualname__": cls.__qualname__,
             "__doc__": cls.__doc__,
             "__new__": __new__,

@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from gradient_accumulator import devices
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import internals
 from gradient_accumulator.compat.api import KERAS_2, keras, ops
 from gradient_accumulator.received import described
 from gradient_accumulator.settings import positive_int
 
 
 @keras.saving.register_keras_serializable("gradient_accumulator")
-class AccumBatchNormalization(trainer.Normalization):
+class AccumBatchNormalization(internals.Normalization):
     """Batch normalization whose moving statistics move once an update.
 
     In training, each micro-batch is normalized by its own mean and variance ("ghost"
@@ -182,7 +182,7 @@ class AccumBatchNormalization(trainer.Normalization):
 
     def hand_over(self) -> None:
         """Turn this layer into Keras's `BatchNormalization`, in place."""
-        trainer.forget(self)
+        internals.forget(self)
         for name in ("accum_steps", "rmax", "dmax", "_pool", "_within"):
             delattr(self, name)
         self.renorm = False
@@ -219,7 +219,7 @@ class AccumBatchNormalization(trainer.Normalization):
         _check_mask(inputs, mask)
         dtype = keras.backend.result_type(inputs.dtype, "float32")
         x = ops.cast(inputs, dtype)
-        axis = trainer.feature_axis(self)
+        axis = internals.feature_axis(self)
         mean, variance, count = _statistics(
             x, axis, mask, devices.active().total, self.synchronized
         )
@@ -252,7 +252,7 @@ class AccumBatchNormalization(trainer.Normalization):
             return
         self._pool.add(mean, variance, count)
         if not self._within:
-            self._finish_if(trainer.value(self._pool.calls) >= self.accum_steps)
+            self._finish_if(internals.value(self._pool.calls) >= self.accum_steps)
 
     @property
     def pending(self) -> int:
@@ -268,7 +268,7 @@ class AccumBatchNormalization(trainer.Normalization):
         this method, after an update of fewer than `accum_steps` micro-batches.
         """
         if self._pool is not None:
-            self._finish_if(trainer.value(self._pool.calls) > 0)
+            self._finish_if(internals.value(self._pool.calls) > 0)
 
     def reset(self) -> None:
         """Forget the calls pooled since the moving statistics last moved."""
@@ -293,7 +293,9 @@ class AccumBatchNormalization(trainer.Normalization):
                 mean, variance, count, devices.active().total
             )
         for before, moving in zip(self._pool.before, self._moving):
-            before.assign(ops.where(done, trainer.value(moving), trainer.value(before)))
+            before.assign(
+                ops.where(done, internals.value(moving), internals.value(before))
+            )
         self._move(mean, variance, ops.where(done, count, 0))
         self._pool.keep(ops.logical_not(done))
 
@@ -308,17 +310,17 @@ class AccumBatchNormalization(trainer.Normalization):
             condition: Scalar bool tensor. If it is false, nothing happens.
         """
         undone = ops.logical_and(
-            condition, ops.equal(trainer.value(self._pool.calls), 0)
+            condition, ops.equal(internals.value(self._pool.calls), 0)
         )
         for before, moving in zip(self._pool.before, self._moving):
             moving.assign(
-                ops.where(undone, trainer.value(before), trainer.value(moving))
+                ops.where(undone, internals.value(before), internals.value(moving))
             )
 
     def _move(self, mean, variance, count):
         # One value that is not finite would stay in the moving statistics for good.
         moves = (count > 0) & ops.isfinite(mean) & ops.isfinite(variance)
-        variance = trainer.variance_to_move_by(self, variance, count)
+        variance = internals.variance_to_move_by(self, variance, count)
         for moving, new in zip(self._moving, (mean, variance)):
             # In the new value's dtype, because that of half-precision weights rounds.
             old = ops.cast(moving, new.dtype)
@@ -365,7 +367,7 @@ def _state(name: str, shape: tuple, dtype: str) -> keras.Variable:
     )
 
 
-class Pool(trainer.State):
+class Pool(internals.State):
     """The pooled statistics of an update's micro-batches so far.
 
     Its variables are weights of no layer.
@@ -392,18 +394,18 @@ class Pool(trainer.State):
         return [self.count, self.mean, self.variance, self.calls]
 
     def values(self) -> tuple:
-        return tuple(map(trainer.value, (self.mean, self.variance, self.count)))
+        return tuple(map(internals.value, (self.mean, self.variance, self.count)))
 
     def add(self, mean, variance, count):
         dtype = self.mean.dtype
         mean, variance = ops.cast(mean, dtype), ops.cast(variance, dtype)
         count = ops.cast(count, dtype)
-        total = trainer.value(self.count) + count
+        total = internals.value(self.count) + count
         share = ops.divide_no_nan(count, total)
-        old_mean = trainer.value(self.mean)
+        old_mean = internals.value(self.mean)
         off = mean - old_mean
         between = share * (1 - share) * ops.square(off)
-        old = trainer.value(self.variance)
+        old = internals.value(self.variance)
         self.variance.assign(old + share * (variance - old) + between)
         self.mean.assign(old_mean + share * off)
         self.count.assign(total)
@@ -412,14 +414,14 @@ class Pool(trainer.State):
     def keep(self, kept):
         """Forget all pooled statistics, unless `kept` is true."""
         for variable in self.variables:
-            value = trainer.value(variable)
+            value = internals.value(variable)
             variable.assign(ops.where(kept, value, ops.zeros_like(value)))
 
 
 def synchronized_moments(layer: Any, inputs: Any, mask: Any) -> tuple:
     """Returns the mean and variance of each feature, over all replicas."""
     total = devices.active().total
-    axis = trainer.feature_axis(layer)
+    axis = internals.feature_axis(layer)
     return _statistics(inputs, axis, mask, total, True)[:2]
 
 

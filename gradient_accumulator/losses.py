@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from gradient_accumulator import notices
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import CompiledLoss, CompiledModel, internals
 from gradient_accumulator.compat.api import keras, ops
 from gradient_accumulator.coupling import shape_of
 from gradient_accumulator.microbatches import (
@@ -92,10 +92,10 @@ class Denominator:
     def __call__(self, y_true, y_pred, sample_weight=None):
         if self.kind == NORMALIZED:
             self._measure(y_true, y_pred, sample_weight)
-        return ops.zeros((), trainer.loss_dtype(self.loss))
+        return ops.zeros((), CompiledLoss(self.loss).dtype)
 
     def _measure(self, y_true, y_pred, sample_weight):
-        values = trainer.loss_values(self.loss, y_true, y_pred)
+        values = CompiledLoss(self.loss).values(y_true, y_pred)
         self.rank = len(values.shape)
         if self.rank == 1 and not _is_of_each(values, y_pred):
             self.rank = 2  # as many as there are steps, or whatever
@@ -104,20 +104,20 @@ class Denominator:
                 BY_EXAMPLES  # one value for the micro-batch couples its examples
             )
             return
-        masked = trainer.get_mask(y_pred) is not None
+        masked = internals.get_mask(y_pred) is not None
         by_weights = (
             self.loss.reduction == "mean_with_sample_weight"
             and sample_weight is not None
         )
-        by_mask = masked or trainer.get_mask(values) is not None
+        by_mask = masked or internals.get_mask(values) is not None
         self.varies = by_mask or by_weights
         # With a mask there is a weight for each value.
         self.by_one_weight = by_weights and not by_mask and is_number(sample_weight)
         # Where a loss of one's own takes a mask from is not known.
-        self.by_predictions = masked or not trainer.is_loss_of_keras(self.loss)
+        self.by_predictions = masked or not CompiledLoss(self.loss).is_keras_own
         if self.varies:
-            self.value = trainer.denominator(
-                self.loss, values, y_true, y_pred, sample_weight
+            self.value = CompiledLoss(self.loss).denominator(
+                values, y_true, y_pred, sample_weight
             )
         else:
             self.value = _size(values, y_true)
@@ -140,7 +140,7 @@ class _Inspected(Denominator):
         if self.kind == BY_EXAMPLES:
             self.rank = len(self.loss(y_true, y_pred, sample_weight).shape)
             self.hides_weights = self.loss.reduction not in (None, "none", "sum") and (
-                trainer.get_mask(y_pred) is not None
+                internals.get_mask(y_pred) is not None
                 or (
                     self.loss.reduction == "mean_with_sample_weight"
                     and sample_weight is not None
@@ -225,10 +225,12 @@ class Weighing:
             if kind == BY_EXAMPLES:
                 value = loss(*given)
             elif kind == DIVIDED_LAST:
-                value, denominator = trainer.taken_apart(loss, *given)
+                value, denominator = CompiledLoss(loss).numerator_and_denominator(
+                    *given
+                )
                 self.denominator = ops.stop_gradient(ops.cast(denominator, dtype()))
             else:
-                value = trainer.numerator(loss, *given)
+                value = CompiledLoss(loss).numerator(*given)
             return value * ops.cast(factor, value.dtype)
 
         return value
@@ -255,8 +257,8 @@ def correction(expected: Any, found: Any) -> Any:
 
 def measure(model, data, y_pred, stand_in=Denominator) -> list[Denominator]:
     """The denominators of the compiled losses, one for each call in a micro-batch."""
-    x, y, sample_weight = trainer.unpack(model, data)
-    return trainer.standing_in(model, stand_in, (x, y, y_pred, sample_weight))
+    x, y, sample_weight = CompiledModel(model).unpack(data)
+    return CompiledModel(model).stand_ins(stand_in, (x, y, y_pred, sample_weight))
 
 
 @dataclass
@@ -319,8 +321,8 @@ class Losses:
 def inspect(
     model,
     data,
-    scope=trainer.StatelessScope,
-    trace: Callable = trainer.compute_output_spec,
+    scope=internals.StatelessScope,
+    trace: Callable = internals.compute_output_spec,
     training: bool = True,
 ) -> Losses:
     """The losses of a model, from a micro-batch's shapes, without its values.
@@ -332,27 +334,29 @@ def inspect(
         trace: Calls a function with the data, without any effect.
         training: Whether to call the model as in training, where it may add losses.
     """
-    found = Losses([], need_shares=trainer.rounds_or_overwrites(model))
+    found = Losses([], need_shares=CompiledModel(model).rounds_or_overwrites)
 
     def run(data):
-        x, y, sample_weight = trainer.unpack(model, data)
+        x, y, sample_weight = CompiledModel(model).unpack(data)
         with scope(collect_losses=True):
-            y_pred = trainer.forward(model, x, training)
+            y_pred = CompiledModel(model).forward(x, training)
             additional = list(model.losses)
             # Losses with axes are summed, by Keras or by TensorFlow.
             found.need_shares |= any(len(loss.shape) for loss in additional)
-            if trainer.has_compiled_losses(model):
+            if CompiledModel(model).has_compiled_losses:
                 found.denominators = measure(model, data, y_pred, _Inspected)
-                found.need_shares |= trainer.records_shares(model, y) or any(
+                found.need_shares |= CompiledModel(model).records_shares(y) or any(
                     d.kind == BY_EXAMPLES and d.rank for d in found.denominators
                 )
             found.alone = (
-                training and not additional and trainer.compiled_loss_is_all(model)
+                training
+                and not additional
+                and CompiledModel(model).compiled_loss_is_all
             )
-            if trainer.may_average_numbers(model, y_pred):
-                found.need_shares |= not training or trainer.averages_numbers(
-                    model, (x, y, y_pred, sample_weight), additional
-                )
+            if CompiledModel(model).may_average_numbers(y_pred):
+                found.need_shares |= not training or CompiledModel(
+                    model
+                ).averages_numbers((x, y, y_pred, sample_weight), additional)
         return ops.zeros(())
 
     trace(run, data)
@@ -476,7 +480,7 @@ class HostWeights:
         self.measure = measure
         self.scope = scope
         self.totals = totals
-        self.even = trainer.has_static_inputs(model)
+        self.even = CompiledModel(model).has_static_inputs
         self.inspected: dict[str, Losses] = {}
 
     def __call__(self, microbatches: Microbatches, *state) -> Weighed:

@@ -9,7 +9,7 @@ from typing import Any
 from gradient_accumulator.agc import AdaptiveClipping
 from gradient_accumulator.arguments import names_arguments
 from gradient_accumulator.checks import check_model
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import internals
 from gradient_accumulator.compat.api import keras
 from gradient_accumulator.fit import (
     Accumulating,
@@ -239,12 +239,12 @@ class GradientAccumulateModel(_WithSettings):
             _check_functional_arguments(kwargs)
             kind: Any = type(self)
             self.__class__ = _functional_class(kind, accumulation)
-            trainer.Functional.__init__(self, **kwargs)
+            internals.Functional.__init__(self, **kwargs)
         else:
             super().__init__(**kwargs)
         accumulate_as(self, accumulation)
 
-    @trainer.default
+    @internals.default
     def get_config(self):
         config = super().get_config()
         if "layers" in config:
@@ -330,19 +330,19 @@ def _functional_class(cls: Any, accumulation: Accumulation) -> type:
     }
     if _has_our_constructor(cls):
         namespace["_made_for"] = accumulation
-        namespace["__init__"] = trainer.constructor(
+        namespace["__init__"] = internals.constructor(
             lambda model: accumulate_as(model, accumulation)
         )
     elif cls.get_config is GradientAccumulateModel.get_config:
-        namespace["get_config"] = trainer.Functional.get_config
+        namespace["get_config"] = internals.Functional.get_config
     if cls is GradientAccumulateModel:
-        name = trainer.FUNCTIONAL_NAME
-        namespace["__module__"] = trainer.Functional.__module__
-    made = type(name, (cls, trainer.Functional), namespace)
+        name = internals.FUNCTIONAL_NAME
+        namespace["__module__"] = internals.Functional.__module__
+    made = type(name, (cls, internals.Functional), namespace)
     if cls is GradientAccumulateModel:
         _register(made)
         _register(cls)  # the last one registered is the one that loads
-        trainer.register(cls)
+        internals.register(cls)
         return made
     package, found, registered = keras.saving.get_registered_name(cls).rpartition(">")
     if found:

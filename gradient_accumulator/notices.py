@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from gradient_accumulator import devices
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import internals
 from gradient_accumulator.compat.api import keras
 from gradient_accumulator.compat.attributes import with_attribute
 from gradient_accumulator.coupling import couples, is_known, keras_own, name_of
@@ -76,7 +76,7 @@ class Notices:
             sentence = self._of_unknown(steps)
         else:
             sentence = self._of_known(self.handed, examples, steps)
-        trainer.print_message(f"updates from {sentence}")
+        internals.print_message(f"updates from {sentence}")
 
     def _on_each_device(self):
         size = self.accumulation.size
@@ -112,7 +112,7 @@ class Notices:
         model: keras.Model,
         denominators: list,
         seen: list,
-        scope: Callable[[], Any] = trainer.StatelessScope,
+        scope: Callable[[], Any] = internals.StatelessScope,
     ) -> None:
         """Warn of losses and layers that make updates differ from those on the batch.
 

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import CompiledModel, OptimizerStep, internals
 from gradient_accumulator.compat.api import keras, ops
 from gradient_accumulator.compat.attributes import with_attribute
 from gradient_accumulator.layers import (
@@ -30,7 +30,7 @@ def normalizations(model: keras.Model) -> list:
     """The batch normalization layers of a model, at any depth."""
     return [
         layer
-        for layer in trainer.layers_of(model)
+        for layer in CompiledModel(model).layers
         if isinstance(layer, keras.layers.BatchNormalization)
     ]
 
@@ -45,16 +45,16 @@ def update_layers(model: keras.Model) -> list:
     """The layers, of any class, that pool the data of an update's micro-batches."""
     return [
         layer
-        for layer in trainer.layers_of(model)
+        for layer in CompiledModel(model).layers
         if hasattr(layer, "within_update") and hasattr(layer, "finish_update")
     ]
 
 
 def rewound(model: keras.Model) -> list:
     """The variables with the same values at the start of an update's micro-batches."""
-    layers = trainer.layers_of(model)
+    layers = CompiledModel(model).layers
     return list(
-        {id(v): v for x in layers for v in trainer.update_variables(x)}.values()
+        {id(v): v for x in layers for v in internals.update_variables(x)}.values()
     )
 
 
@@ -106,7 +106,7 @@ class Statistics:
         ]
         # A skipped update must not move these layers. Only a loss scale skips updates.
         left = list(self.pools)
-        self.may_skip = trainer.may_skip(model.optimizer)
+        self.may_skip = OptimizerStep(model.optimizer).may_skip
         if self.may_skip:
             left += [x for x in normalizations(model) if x not in left]
         self.variables = [v for x in left for v in x.variables if not v.trainable]
@@ -116,7 +116,7 @@ class Statistics:
         pooled = [v for layer in self.pools for v in layer.variables]
         known = {id(v) for v in (*self.moving, *self.rewound, *pooled)}
         self.carried = [
-            v for v in trainer.moved_by_microbatches(model) if id(v) not in known
+            v for v in CompiledModel(model).moved_by_microbatches if id(v) not in known
         ]
 
     @contextmanager
@@ -131,7 +131,7 @@ class Statistics:
         """Move the statistics after the optimizer's step, unless it was skipped.
 
         Args:
-            position: The optimizer's `trainer.mark` before its step, or None.
+            position: The optimizer's `internals.mark` before its step, or None.
             kept: The values of `variables` before the first micro-batch, where the
                 optimizer may skip its step.
         """
@@ -139,9 +139,9 @@ class Statistics:
             layer.finish_update()
         if position is None:
             return
-        skipped = trainer.skipped(self.optimizer, position)
+        skipped = OptimizerStep(self.optimizer).skipped_since(position)
         for variable, value in zip(self.variables, kept):
-            variable.assign(ops.where(skipped, value, trainer.value(variable)))
+            variable.assign(ops.where(skipped, value, internals.value(variable)))
 
 
 def in_reach(variables: list) -> list[AccumBatchNormalization]:
@@ -149,7 +149,7 @@ def in_reach(variables: list) -> list[AccumBatchNormalization]:
 
     A stateless call gets an empty list: it cannot reach the layers' other variables.
     """
-    return [] if trainer.in_stateless_scope() else owners(variables)
+    return [] if internals.in_stateless_scope() else owners(variables)
 
 
 @contextmanager
@@ -161,7 +161,7 @@ def taken_back(optimizer: Any, variables: list) -> Iterator[None]:
         variables: The variables that it updates, by which their layers are found.
     """
     layers = in_reach(variables)
-    mark = trainer.mark(optimizer) if layers else None
+    mark = OptimizerStep(optimizer).position() if layers else None
     try:
         yield
     except BaseException:
@@ -170,4 +170,4 @@ def taken_back(optimizer: Any, variables: list) -> Iterator[None]:
         raise
     if mark is not None:
         for layer in layers:
-            layer.take_back(trainer.skipped(optimizer, mark))
+            layer.take_back(OptimizerStep(optimizer).skipped_since(mark))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradient_accumulator import losses
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import CompiledModel, OptimizerStep, internals
 from gradient_accumulator.compat.api import keras, ops
 from gradient_accumulator.engine.base import Carry, Engine, Steps, Sums
 from gradient_accumulator.microbatches import first_input
@@ -50,7 +50,7 @@ class Update:
         self.statistics = Statistics(model)
         self.variables = model.trainable_variables
         self.dtypes = [
-            trainer.accumulator_dtype(v, accumulation.accum_dtype)
+            internals.accumulator_dtype(v, accumulation.accum_dtype)
             for v in self.variables
         ]
         engine.prepare(self)
@@ -98,13 +98,12 @@ class Update:
             share: The micro-batch's part of the batch's examples.
             factors: The factors of the compiled losses, None where all are 1.
         """
-        x, y, sample_weight = trainer.unpack(self.model, data)
+        x, y, sample_weight = CompiledModel(self.model).unpack(data)
         gradients, (loss, denominator, y_pred) = self.gradients(
             data, share, kinds, factors
         )
         sums = self.sums.add(carry.sums, gradients)
-        logs = trainer.update_metrics(
-            self.model,
+        logs = CompiledModel(self.model).update_metrics(
             (x, y, y_pred, sample_weight),
             loss,
             ops.shape(first_input(data))[0],
@@ -129,7 +128,7 @@ class Update:
             the predictions.
         """
         model, engine = self.model, self.engine
-        x, y, sample_weight = trainer.unpack(model, data)
+        x, y, sample_weight = CompiledModel(model).unpack(data)
         weighing = None
         if factors is not None:
             weighing = losses.Weighing(kinds, [factors[j] for j in range(len(kinds))])
@@ -137,12 +136,14 @@ class Update:
         def scaled_loss(_):
             y_pred, additional = engine.forward(model, x)
             microbatch = (x, y, y_pred, sample_weight)
-            loss = trainer.compute_loss(model, microbatch, additional, share, weighing)
+            loss = CompiledModel(model).compute_loss(
+                microbatch, additional, share, weighing
+            )
             # Of a loss without reduction the optimizer sees the sum of its values, so
             # that micro-batches add up.
             part = loss if len(loss.shape) else loss * ops.cast(share, loss.dtype)
             denominator = 0.0 if weighing is None else weighing.denominator
-            scaled = trainer.scale_loss(model.optimizer, part)
+            scaled = OptimizerStep(model.optimizer).scaled(part)
             return scaled, (loss, denominator, y_pred)
 
         with self.statistics.pooling():
@@ -157,10 +158,12 @@ class Update:
             data: The micro-batch, nested arrays.
             y_pred: Predictions, if their values do not matter.
         """
-        x, _, _ = trainer.unpack(self.model, data)
+        x, _, _ = CompiledModel(self.model).unpack(data)
         if y_pred is None:
             with self.statistics.pooling():
-                y_pred = trainer.forward(self.model, x, trainer.MEASURES_IN_TRAINING)
+                y_pred = CompiledModel(self.model).forward(
+                    x, internals.MEASURES_IN_TRAINING
+                )
         return losses.values(losses.measure(self.model, data, y_pred))
 
     def finish(
@@ -179,10 +182,10 @@ class Update:
             scale = losses.correction(scale, carry.denominator)
         loss = carry.loss if scale is None else carry.loss * scale
         gradients = self.sums.finish(carry.sums, scale)
-        position = trainer.mark(self.model.optimizer) if kept else None
+        position = OptimizerStep(self.model.optimizer).position() if kept else None
         self._steps.apply(gradients)
         self.statistics.finish(position, kept)
-        return trainer.logs(self.model, carry.logs, loss, examples)
+        return CompiledModel(self.model).logs(carry.logs, loss, examples)
 
     def apply(self, gradients: list) -> None:
         """Clip the finished gradients, and hand them to the optimizer, once."""

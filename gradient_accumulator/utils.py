@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from gradient_accumulator.checks import check_is_model
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import CompiledModel, internals
 from gradient_accumulator.compat.api import keras, ops
 from gradient_accumulator.fit import accumulate_as, accumulation_of, own_class
 from gradient_accumulator.layers import AccumBatchNormalization
@@ -113,25 +113,25 @@ def _copied(model, change: Callable[[Any], None]) -> keras.Model:
             f"it with an `Input`. Received: model={model}"
         )
     copy = _clone(model, made={})
-    originals, layers = trainer.layers_of(model), trainer.layers_of(copy)
+    originals, layers = CompiledModel(model).layers, CompiledModel(copy).layers
     if [_kind(x) for x in originals] != [_kind(x) for x in layers] or [
         tuple(w.shape) for w in model.weights
     ] != [tuple(w.shape) for w in copy.weights]:
         raise _not_rebuilt(model)
     for original, layer in zip(originals, layers):
         # Layers that another layer's constructor made have new names.
-        trainer.rename(layer, original.name)
+        internals.rename(layer, original.name)
         # An outer layer comes before its inner ones, and sets their flags too.
         layer.trainable = original.trainable
         if type(original) is AccumBatchNormalization is not type(layer):
             AccumBatchNormalization.take_over(layer, *original.settings)
     for variable, original in zip(copy.variables, model.variables):
         # Variables include seeds. A copy, because JAX may reuse a variable's memory.
-        variable.assign(ops.copy(trainer.value(original)))
+        variable.assign(ops.copy(internals.value(original)))
         if variable.trainable != original.trainable:
             variable.trainable = original.trainable
     for original, layer in zip(originals, layers):
-        trainer.copy_adapted(original, layer)
+        internals.copy_adapted(original, layer)
     for layer in layers:
         change(layer)
     accumulation = accumulation_of(model)
@@ -153,11 +153,11 @@ def _clone(model, made: dict[int, Any]):
             the layers that the model, and models in it, share.
     """
     copy_layer = partial(_copy_once, made=made)
-    if trainer.is_keras_own(type(model)) and isinstance(model, keras.Sequential):
+    if internals.is_keras_own(type(model)) and isinstance(model, keras.Sequential):
         return keras.models.clone_model(model, clone_function=copy_layer)
-    if trainer.is_keras_own(type(model)) and isinstance(model, trainer.Functional):
+    if internals.is_keras_own(type(model)) and isinstance(model, internals.Functional):
         return keras.models.clone_model(
-            model, trainer.copied_inputs(model, made), clone_function=copy_layer
+            model, internals.copied_inputs(model, made), clone_function=copy_layer
         )
     copy = _from_config(model)
     if copy.built:
@@ -186,7 +186,7 @@ def _copy_layer(layer, made):
             name=layer.name,
             dtype=layer.dtype_policy,
         )
-    if isinstance(layer, (trainer.Functional, keras.Sequential)) and layer.built:
+    if isinstance(layer, (internals.Functional, keras.Sequential)) and layer.built:
         return _clone(layer, made)
     return _from_config(layer)
 

@@ -12,7 +12,7 @@ import problems
 from api import KERAS_2, keras, ops
 
 from gradient_accumulator import GradientAccumulateOptimizer, accumulate
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import internals
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}  # of how far a variable moved
 
@@ -37,7 +37,7 @@ def array(variable):
 
 def is_seed(variable):
     """A seed's state counts forward passes, of which micro-batches have more."""
-    return "seed_generator" in trainer.path(variable)
+    return "seed_generator" in internals.path(variable)
 
 
 @dataclasses.dataclass

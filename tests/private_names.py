@@ -131,6 +131,7 @@ def _used(tree, own):
             and node.value is None
             and isinstance(node.target, ast.Name)
             and PRIVATE.fullmatch(node.target.id)
+            and node.target.id not in own
         ):
             yield node.target.id
 

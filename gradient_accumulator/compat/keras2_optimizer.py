@@ -21,8 +21,9 @@ from gradient_accumulator.accumulator import (
 )
 from gradient_accumulator.agc import AdaptiveClipping
 from gradient_accumulator.arguments import names_arguments
-from gradient_accumulator.compat import keras2_trainer as trainer
+from gradient_accumulator.compat import keras2_internals as internals
 from gradient_accumulator.compat.keras2_names import keras
+from gradient_accumulator.compat.keras2_step import OptimizerStep
 from gradient_accumulator.received import described
 from gradient_accumulator.settings import positive_int
 
@@ -143,7 +144,7 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
         )
         if self._finishing:
             # The optimizer around this one has checked and reduced the finished sum.
-            trainer.step(self.inner_optimizer, pairs, aggregated)
+            OptimizerStep(self.inner_optimizer).apply(pairs, aggregated)
         elif aggregated and tf.distribute.get_strategy().num_replicas_in_sync > 1:
             raise ValueError(
                 "Give each replica's own gradients, which are reduced once an update. "
@@ -174,7 +175,7 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
         self._remember(variables)
         with tf.init_scope():
             self._build_accumulators(variables)
-            trainer.build_optimizer(self.inner_optimizer, variables)
+            OptimizerStep(self.inner_optimizer).build(variables)
         self._built = True
 
     def _remember(self, variables):
@@ -191,8 +192,7 @@ class GradientAccumulateOptimizer(Accumulator, keras.optimizers.Optimizer):
         return self._built
 
     def _new_counter(self, name, shape):
-        return trainer.add_variable(
-            self,
+        return OptimizerStep(self).add_variable(
             shape,
             "int32",
             name,
@@ -339,7 +339,7 @@ keras.utils.get_custom_objects().update(
 
 def _deserialized(config: dict, custom_objects: Any) -> Any:
     made = keras.optimizers.deserialize(copy.deepcopy(config), custom_objects)
-    if trainer.is_optimizer(made):
+    if internals.is_optimizer(made):
         return made
     # `keras.optimizers.deserialize` returns the names of AdamW, Adafactor and Lion.
     return keras.saving.deserialize_keras_object(config, custom_objects)
@@ -364,7 +364,7 @@ def _optimizer(identifier: Any) -> Any:
                 "Argument `optimizer` must be a Keras 2 optimizer, its name or its "
                 f"config. {error} Received: optimizer={described(identifier)}"
             ) from error
-    if not trainer.is_optimizer(identifier):
+    if not internals.is_optimizer(identifier):
         raise TypeError(
             "Argument `optimizer` must be a Keras 2 optimizer, its name or its config. "
             f"Received: optimizer={described(identifier)} (of type {type(identifier)})"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import OptimizerStep, internals
 from gradient_accumulator.compat.api import keras, ops
 
 
@@ -23,9 +23,8 @@ class Accumulators(ABC):
         self, optimizer: Any, variable: keras.Variable, dtype: str
     ) -> keras.Variable:
         """A new variable of an optimizer that sums the gradients of one variable."""
-        name = trainer.path(variable).replace("/", "_").replace(":", "_")
-        return trainer.add_variable(
-            optimizer,
+        name = internals.path(variable).replace("/", "_").replace(":", "_")
+        return OptimizerStep(optimizer).add_variable(
             tuple(variable.shape),
             dtype,
             f"{name}_gradient_accumulator",
@@ -36,7 +35,7 @@ class Accumulators(ABC):
         self, optimizer: Any, shape: tuple, dtype: str, name: str
     ) -> keras.Variable:
         """A new variable of an optimizer, of which each replica has its own value."""
-        return trainer.add_variable(optimizer, shape, dtype, name)
+        return OptimizerStep(optimizer).add_variable(shape, dtype, name)
 
     @abstractmethod
     def add(self, pairs: list, factor: Any) -> None:
@@ -88,7 +87,7 @@ class Accumulators(ABC):
             variable: The variable that sums them.
             weighed: Whether some micro-batch was given a weight.
         """
-        return trainer.value(variable)
+        return internals.value(variable)
 
     def clip(
         self, clipping: Any, optimizer: Any, variables: list, gradients: list

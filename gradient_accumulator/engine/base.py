@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradient_accumulator import devices
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import CompiledModel, OptimizerStep, internals
 from gradient_accumulator.compat.api import keras, ops
 from gradient_accumulator.statistics import rewound
 
@@ -70,7 +70,7 @@ class Sums:
 
     def _added(self, sum_, gradient, variable):
         gradient = ops.cast(devices.active().dense(gradient), sum_.dtype)
-        if trainer.overwrites(variable):
+        if internals.overwrites(variable):
             return ops.maximum(sum_, gradient)
         return sum_ + gradient
 
@@ -89,7 +89,7 @@ class Sums:
         ]
 
     def _scaled(self, sum_, scale, variable):
-        if scale is None or trainer.overwrites(variable):
+        if scale is None or internals.overwrites(variable):
             return sum_
         return sum_ * ops.cast(scale, sum_.dtype)
 
@@ -136,7 +136,7 @@ class Engine(ABC):
 
     def forward(self, model: keras.Model, x: Any) -> tuple[Any, list]:
         """A model's predictions in training, and its additional losses."""
-        return trainer.forward(model, x, training=True), model.losses
+        return CompiledModel(model).forward(x, training=True), model.losses
 
     @abstractmethod
     def value_and_grad(
@@ -152,7 +152,7 @@ class Engine(ABC):
 
     def values(self, variables: list) -> list:
         """Copies of the values of variables."""
-        return [ops.copy(trainer.value(variable)) for variable in variables]
+        return [ops.copy(internals.value(variable)) for variable in variables]
 
     def assign(self, variables: list, values: list) -> None:
         """Give variables the values that `values` returned."""
@@ -163,7 +163,7 @@ class Engine(ABC):
     def restored(self, model: keras.Model) -> Iterator[None]:
         """A context of an update: if it fails, its micro-batches have moved nothing."""
         variables = [
-            *trainer.moved_by_microbatches(model),
+            *CompiledModel(model).moved_by_microbatches,
             *rewound(model),
             *self.readable_metrics(model),
         ]
@@ -176,7 +176,7 @@ class Engine(ABC):
 
     def readable_metrics(self, model: keras.Model) -> list:
         """The variables of a model's metrics."""
-        return trainer.metrics_variables(model)
+        return CompiledModel(model).metrics_variables
 
     @abstractmethod
     def total(
@@ -201,7 +201,7 @@ class Engine(ABC):
 
     def step(self, optimizer: Any, gradients: list, variables: list) -> None:
         """One step of the optimizer, with gradients of the scaled loss."""
-        trainer.apply_gradients(optimizer, gradients, variables)
+        OptimizerStep(optimizer).apply_scaled(gradients, variables)
 
     # `accumulated_value_and_grad`.
 

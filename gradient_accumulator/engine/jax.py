@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import keras
 
 from gradient_accumulator import losses
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import CompiledModel, OptimizerStep, internals
 from gradient_accumulator.devices.jax_devices import (
     Replicas,
     active_replicas,
@@ -41,7 +41,7 @@ class JaxEngine(JaxFit):
         self._shardings = state_shardings(model)  # while variables hold their values
         self._places = {id(v): i for i, v in enumerate(model.non_trainable_variables)}
         # Loss scaling may read the optimizer's variables; else they are not passed.
-        self._scales_loss = trainer.has_own_scale_loss(model.optimizer)
+        self._scales_loss = OptimizerStep(model.optimizer).scales_loss
         self._compiles = model.jit_compile and not model.run_eagerly
         self._replicas: Replicas | None = None
         self._reduce: Callable = _unreduced
@@ -165,11 +165,11 @@ class JaxEngine(JaxFit):
             for variables in (model.trainable_variables, model.non_trainable_variables)
         ]
         kwargs = {"training": True} if model._call_has_training_arg else {}
-        with trainer.summed_activity_losses(model):
+        with CompiledModel(model).summed_activity_losses():
             y_pred, moved, additional = model.stateless_call(
                 *values, x, return_losses=True, **kwargs
             )
-        scope = trainer.get_stateless_scope()
+        scope = internals.get_stateless_scope()
         for variable, value in zip(model.non_trainable_variables, moved):
             scope.add_update((variable, value))
         return y_pred, additional
@@ -179,11 +179,11 @@ class JaxEngine(JaxFit):
             return [], function(variables)[1]
         if not isinstance(variables[0], keras.Variable):
             return jax.grad(function, has_aux=True)(variables)
-        outer = trainer.get_stateless_scope()
+        outer = internals.get_stateless_scope()
         moved: list[int] = []
 
         def of_values(values):
-            scope = trainer.StatelessScope(state_mapping=list(zip(variables, values)))
+            scope = internals.StatelessScope(state_mapping=list(zip(variables, values)))
             before = {**outer.state_mapping, **scope.state_mapping}
             scope.state_mapping.update(before)
             with scope:
@@ -228,7 +228,7 @@ class JaxEngine(JaxFit):
                 gradients,
                 [variable.value for variable in variables],
             )
-        scope = trainer.get_stateless_scope()
+        scope = internals.get_stateless_scope()
         for variable, value in zip(
             [*variables, *optimizer.variables], [*values, *state]
         ):
@@ -244,12 +244,14 @@ class JaxEngine(JaxFit):
         replicas = active_replicas(microbatch)
         if replicas is None:
             return None
-        if trainer.has_own_metrics(model):  # they would see one device's part
+        if CompiledModel(model).has_own_metrics:  # they would see one device's part
             return None
-        if not all(trainer.is_keras_own(kind) for kind in trainer.metric_types(model)):
+        if not all(
+            internals.is_keras_own(kind) for kind in CompiledModel(model).metric_types
+        ):
             return None  # a user's own metric may not add up over devices
         if any(
-            has_layout(f"{layer.path}/output") for layer in trainer.layers_of(model)
+            has_layout(f"{layer.path}/output") for layer in CompiledModel(model).layers
         ):
             return None  # a layer's output must be sharded over all devices
         x, _, _ = keras.utils.unpack_x_y_sample_weight(microbatch)
@@ -266,7 +268,7 @@ class JaxEngine(JaxFit):
                 )
                 if new is not old
                 and id(variable) not in known
-                and not trainer.is_seed(variable)
+                and not internals.is_seed(variable)
             )
             return ()
 
@@ -411,7 +413,7 @@ def _scope(
     ]
     if optimizer is not None:
         mapping += zip(model.optimizer.variables, optimizer)
-    return trainer.StatelessScope(state_mapping=mapping, **settings)
+    return internals.StatelessScope(state_mapping=mapping, **settings)
 
 
 def _moved(before, after):

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from keras.src.backend.jax.trainer import JAXEpochIterator
 
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import internals
 from gradient_accumulator.devices.jax_devices import active_replicas, check_in_step
 from gradient_accumulator.engine.base import Engine
 from gradient_accumulator.microbatches import (
@@ -94,7 +94,7 @@ class JaxFit(Engine):
         drawn = adapter.get_jax_iterator
         if microbatch_size is None:
             return drawn, lambda: map(checked, drawn())
-        arrays = trainer.large_arrays(adapter)
+        arrays = internals.large_arrays(adapter)
         # With a distribution, each device gets its part of a whole batch.
         if arrays and not arrays.sparse and keras.distribution.distribution() is None:
             epoch.sizes = arrays.sizes

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import internals
 from gradient_accumulator.statistics import together
 
 
@@ -96,7 +96,9 @@ def reduce(model, carry, metrics):
     stacks, own = carry.sums
     with jax.named_scope("reduce_gradients"):
         gradients = [
-            jnp.max(stack, axis=0) if trainer.overwrites(v) else jnp.sum(stack, axis=0)
+            jnp.max(stack, axis=0)
+            if internals.overwrites(v)
+            else jnp.sum(stack, axis=0)
             for stack, v in zip(stacks, model.trainable_variables)
         ]
         metrics = [
@@ -112,7 +114,7 @@ def reduce(model, carry, metrics):
 def _seeded(model, non_trainable, replicas):
     """The values of non-trainable variables, with the device's own seeds."""
     return [
-        _of_device(value, replicas) if trainer.is_seed(variable) else value
+        _of_device(value, replicas) if internals.is_seed(variable) else value
         for variable, value in zip(model.non_trainable_variables, non_trainable)
     ]
 
@@ -120,7 +122,9 @@ def _seeded(model, non_trainable, replicas):
 def _of_all(model, non_trainable, moved):
     """The moved values, with the seeds that all devices share."""
     return [
-        old.at[1].set(new[1]) if new is not None and trainer.is_seed(variable) else new
+        old.at[1].set(new[1])
+        if new is not None and internals.is_seed(variable)
+        else new
         for variable, old, new in zip(
             model.non_trainable_variables, non_trainable, moved
         )

@@ -15,7 +15,7 @@ from functools import partial
 import tensorflow as tf
 
 from gradient_accumulator import losses
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import CompiledModel, internals
 from gradient_accumulator.compat.api import keras
 from gradient_accumulator.devices.tensorflow_devices import finite_together, ready
 from gradient_accumulator.engine.base import Steps, Sums
@@ -188,7 +188,7 @@ class SparseSums(Sums):
     def zeros(self):
         dense = [
             # A constant of this size would be a part of the graph.
-            tf.zeros_like(trainer.native(self.variables[i]), self.dtypes[i])
+            tf.zeros_like(internals.native(self.variables[i]), self.dtypes[i])
             for i in self.places
         ]
         slices = [
@@ -255,13 +255,13 @@ def _sparse_variables(update, microbatches) -> dict[int, tf.DType]:
     sparse: dict[int, tf.DType] = {}
     if tf.executing_eagerly() or not any(
         isinstance(layer, keras.layers.Embedding)
-        or not trainer.is_keras_own(type(layer))
-        for layer in trainer.layers_of(update.model)
+        or not internals.is_keras_own(type(layer))
+        for layer in CompiledModel(update.model).layers
     ):
         return sparse
 
     def run(data):
-        with trainer.StatelessScope(collect_losses=True), apart(update.model):
+        with internals.StatelessScope(collect_losses=True), apart(update.model):
             gradients, _ = update.gradients(data, tf.constant(1.0))
         for i, gradient in enumerate(gradients):
             if isinstance(gradient, tf.IndexedSlices):
@@ -297,13 +297,13 @@ def _denominators(update, microbatches, count_of_losses):
 
     Nothing of these forward passes stays, and only their masks are computed.
     """
-    carried = update.statistics.carried if trainer.MEASURES_IN_TRAINING else []
+    carried = update.statistics.carried if internals.MEASURES_IN_TRAINING else []
 
     def body(k, rows, values):
         data = microbatches.read(k, ())
         mapping = list(zip(carried, values))
         with (
-            trainer.StatelessScope(state_mapping=mapping) as scope,
+            internals.StatelessScope(state_mapping=mapping) as scope,
             apart(update.model),
         ):
             row = update.denominators(data)
@@ -317,7 +317,7 @@ def _denominators(update, microbatches, count_of_losses):
     _, rows, _ = tf.while_loop(
         lambda k, *_: k < count,
         body,
-        (tf.constant(0), rows, [tf.identity(trainer.value(v)) for v in carried]),
+        (tf.constant(0), rows, [tf.identity(internals.value(v)) for v in carried]),
         parallel_iterations=1,
     )
     return rows.stack()
@@ -344,12 +344,12 @@ def _only_what_is_used():
 
 def _zero_logs(model, microbatches):
     """Zeros in the form of the logs that a model's own `compute_metrics` returns."""
-    if not trainer.has_own_metrics(model):
+    if not CompiledModel(model).has_own_metrics:
         return {}
 
     def logs(data):
-        x, y, sample_weight = trainer.unpack(model, data)
-        y_pred = trainer.forward(model, x, training=False)
+        x, y, sample_weight = CompiledModel(model).unpack(data)
+        y_pred = CompiledModel(model).forward(x, training=False)
         return model.compute_metrics(x, y, y_pred, sample_weight)
 
     return keras.tree.map_structure(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import OptimizerStep, internals
 from gradient_accumulator.compat.api import keras
 from gradient_accumulator.devices.tensorflow_devices import DEVICES, finite_together
 from gradient_accumulator.engine.accumulators import Accumulators
@@ -53,7 +53,7 @@ def _branch(predicate, function):
 
 
 def _is_single(variable: keras.Variable) -> bool:
-    strategy = getattr(trainer.native(variable), "distribute_strategy", None)
+    strategy = getattr(internals.native(variable), "distribute_strategy", None)
     return strategy is None or strategy.num_replicas_in_sync == 1
 
 
@@ -75,7 +75,7 @@ class TensorFlowAccumulators(Accumulators):
 
     def add(self, pairs: list, factor: Any) -> None:
         for held, gradient in pairs:
-            value = trainer.native(held)
+            value = internals.native(held)
             alpha = tf.cast(factor, value.dtype)
             if not isinstance(gradient, tf.IndexedSlices):
                 delta = tf.cast(gradient, value.dtype)
@@ -107,7 +107,7 @@ class TensorFlowAccumulators(Accumulators):
         is_one = tf.abs(total - 1) <= 4 * np.finfo(total.dtype.as_numpy_dtype).eps
         factor = tf.where(is_one, tf.ones_like(total), tf.math.reciprocal_no_nan(total))
         yield {
-            id(held): trainer.native(held) * tf.cast(factor, held.dtype)
+            id(held): internals.native(held) * tf.cast(factor, held.dtype)
             for held in accumulators
         }
 
@@ -129,7 +129,7 @@ class TensorFlowAccumulators(Accumulators):
         self, optimizer: Any, gradients: list, variables: list, trainable: list
     ) -> None:
         gradients = finite_together(optimizer, gradients)
-        trainer.step(optimizer, list(zip(gradients, variables)))
+        OptimizerStep(optimizer).apply(list(zip(gradients, variables)))
 
     def when(
         self, predicate: Callable, function: Callable, variables: Callable
@@ -168,13 +168,13 @@ class TensorFlowAccumulators(Accumulators):
         if _is_single(variable) or not outside:
             function()
             return
-        strategy = trainer.native(variable).distribute_strategy
+        strategy = internals.native(variable).distribute_strategy
         with strategy.scope():
             strategy.run(tf.function(function))
 
     def read(self, variable: keras.Variable) -> np.ndarray:
         with tf.init_scope():
-            return np.asarray(tf.convert_to_tensor(trainer.native(variable)).numpy())
+            return np.asarray(tf.convert_to_tensor(internals.native(variable)).numpy())
 
     def is_traced(self, variable: keras.Variable) -> bool:
         return not tf.executing_eagerly()

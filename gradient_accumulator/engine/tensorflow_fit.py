@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator import notices
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import CompiledModel, internals
 from gradient_accumulator.compat.api import keras
 from gradient_accumulator.devices.tensorflow_devices import (
     answering,
@@ -58,7 +58,7 @@ class TensorFlowFit(Engine):
     ) -> Callable[[Iterator], dict]:
         epoch = training.epoch
         updates = _Updates(self, model, training)
-        steps = trainer.steps_per_execution(model)
+        steps = CompiledModel(model).steps_per_execution
 
         def train_function(iterator):
             logs = None
@@ -73,13 +73,13 @@ class TensorFlowFit(Engine):
                     break
                 with self.restored(model), answering():
                     logs = update()
-                trainer.count_update(model)
+                CompiledModel(model).count_update()
             return logs
 
         return train_function
 
     def values(self, variables):
-        return [trainer.native(variable).read_value() for variable in variables]
+        return [internals.native(variable).read_value() for variable in variables]
 
     def readable_metrics(self, model):
         # Several replicas would have to sum theirs, to read them.
@@ -104,7 +104,7 @@ class TensorFlowFit(Engine):
     def batches(
         self, model: keras.Model, epoch: Epoch, accumulation: Accumulation, adapter: Any
     ) -> tuple[Callable, None]:
-        arrays = trainer.large_arrays(adapter)
+        arrays = internals.large_arrays(adapter)
         # Of several replicas each gets its part of a batch.
         one_replica = model.distribute_strategy.num_replicas_in_sync == 1
         if (
@@ -310,12 +310,12 @@ class _Updates:
         local = self._locals(data)[0]
         with self.strategy.scope():
             if self.model.run_eagerly:
-                trainer.build_from_values(self.model, local)
+                CompiledModel(self.model).build_from_values(local)
             else:
-                trainer.build(self.model, map_leaves(symbolic, local))
+                CompiledModel(self.model).build(map_leaves(symbolic, local))
         self.built = True
 
-    def _losses(self, example, trace=trainer.compute_output_spec):
+    def _losses(self, example, trace=internals.compute_output_spec):
         structure = str(map_leaves(lambda array: (array.shape, array.dtype), example))
         if structure not in self.inspected:
             # Run eagerly, a model may do things that it is not to do twice.

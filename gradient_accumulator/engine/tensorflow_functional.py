@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import internals
 from gradient_accumulator.compat.api import keras
 from gradient_accumulator.engine.base import Engine, Sums
 from gradient_accumulator.functional import (
@@ -28,7 +28,7 @@ def value_and_grad(engine: Engine, loss: LossFunction) -> Callable:
         variables = listed(variables)
         check_of_backend("variables", variables)
         for variable in variables:
-            if not isinstance(variable, tf.Variable) and not trainer.is_variable(
+            if not isinstance(variable, tf.Variable) and not internals.is_variable(
                 variable
             ):
                 raise TypeError(

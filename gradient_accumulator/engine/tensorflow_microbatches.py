@@ -12,7 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from gradient_accumulator import losses
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import internals
 from gradient_accumulator.compat.api import keras
 from gradient_accumulator.microbatches import (
     arrays_of,
@@ -230,9 +230,9 @@ def is_even(spec):
 def trace_microbatch(function, example, microbatches):
     """What `function` returns for any micro-batch, or its spec; without its effects."""
     if tf.executing_eagerly():
-        with trainer.StatelessScope():
+        with internals.StatelessScope():
             return function(microbatches.read(0, ()))
-    return trainer.compute_output_spec(function, example)
+    return internals.compute_output_spec(function, example)
 
 
 def _list(arrays):

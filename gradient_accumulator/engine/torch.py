@@ -11,7 +11,7 @@ import keras
 import torch
 
 from gradient_accumulator import losses
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import CompiledModel, internals
 from gradient_accumulator.devices import torch_devices as processes
 from gradient_accumulator.engine.base import Steps
 from gradient_accumulator.engine.torch_activations import free_activations
@@ -28,7 +28,7 @@ class TorchEngine(TorchFit):
 
     def prepare(self, update):
         model = update.model
-        forward: Callable = partial(trainer.forward, model, training=True)
+        forward: Callable = partial(CompiledModel(model).forward, training=True)
         if model.jit_compile and not model.run_eagerly:
             forward = torch.compile(forward)
         self._forward = forward
@@ -36,7 +36,7 @@ class TorchEngine(TorchFit):
         several = processes.count() > 1
         # Own metrics compute logs at every micro-batch, and processes may differ in
         # their number of micro-batches.
-        self._own_metrics = several and trainer.has_own_metrics(model)
+        self._own_metrics = several and CompiledModel(model).has_own_metrics
         self._weights = losses.HostWeights(
             model,
             partial(_measured, update, self._waits),
@@ -63,7 +63,7 @@ class TorchEngine(TorchFit):
         return GradSums(
             [v.value for v in update.variables],
             update.dtypes,
-            [trainer.overwrites(v) for v in update.variables],
+            [internals.overwrites(v) for v in update.variables],
         )
 
     def fold(self, step, carry, weighed):
@@ -139,8 +139,9 @@ def _measured(update, waits, state, microbatch, losses):
 def _of_shape(model, microbatch):
     """Zeros in the shapes of the predictions."""
     x, _, _ = keras.utils.unpack_x_y_sample_weight(microbatch)
-    specs = trainer.compute_output_spec(
-        partial(trainer.forward, model, training=True), map_leaves(losses.symbolic, x)
+    specs = internals.compute_output_spec(
+        partial(CompiledModel(model).forward, training=True),
+        map_leaves(losses.symbolic, x),
     )
     return map_leaves(
         # A broadcast number takes no memory, whatever the shape.
@@ -162,7 +163,7 @@ def _stateless(model: Any, state: list, **settings: Any) -> Iterator[Any]:
     try:
         with (
             torch.random.fork_rng(devices),
-            trainer.StatelessScope(state_mapping=state, **settings) as scope,
+            internals.StatelessScope(state_mapping=state, **settings) as scope,
         ):
             yield scope
     finally:

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import torch
 
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import CompiledModel, internals
 from gradient_accumulator.devices import torch_devices as processes
 from gradient_accumulator.engine.base import Engine
 from gradient_accumulator.losses import HostWeights, examples
@@ -89,18 +89,18 @@ class TorchFit(Engine):
             return own()
         together = processes.are_together()
         if epoch.evaluating or together is False:
-            return trainer.metrics_result(model)
+            return CompiledModel(model).metrics_result()
         if together is None:  # at the end of an epoch
             processes.check_in_step(epoch.number, epoch.updates, True)
         with processes.summed(model.metrics_variables):
-            return trainer.metrics_result(model)
+            return CompiledModel(model).metrics_result()
 
     def batches(
         self, model: keras.Model, epoch: Epoch, accumulation: Accumulation, adapter: Any
     ) -> tuple[Callable, Callable]:
         arrays = None
         if accumulation.microbatch_size is not None:
-            arrays = trainer.large_arrays(adapter)
+            arrays = internals.large_arrays(adapter)
 
         def updates():
             if arrays is None:

@@ -2,7 +2,7 @@
 
 from api import keras, layers, ops
 
-from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat import internals
 
 from .data import (
     CLASSES,
@@ -215,7 +215,7 @@ class Squares(keras.losses.Loss):
 
     def call(self, y_true, y_pred):
         values = ops.mean(ops.square(y_true - y_pred), axis=-1)
-        trainer.set_mask(values, ops.any(y_pred > 0.5, axis=-1))
+        internals.set_mask(values, ops.any(y_pred > 0.5, axis=-1))
         return values
 
 
