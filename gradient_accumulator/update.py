@@ -32,7 +32,7 @@ class Update:
     """
 
     sums: Sums
-    _steps: Steps
+    steps: Steps
 
     def __init__(
         self,
@@ -59,10 +59,10 @@ class Update:
         """Make an update of micro-batches that the engine drew; returns the logs."""
         engine, statistics = self.engine, self.statistics
         weighed = engine.weigh(self, microbatches)
-        if not hasattr(self, "_steps"):
+        if not hasattr(self, "steps"):
             self.sums = engine.sums(self, weighed)
-            self._steps = engine.steps(self)
-        steps = self._steps
+            self.steps = engine.steps(self)
+        steps = self.steps
         # Updates that the optimizer skips must not move these.
         kept = engine.values(statistics.variables) if statistics.may_skip else []
         rewound = engine.values(statistics.rewound)
@@ -183,7 +183,7 @@ class Update:
         loss = carry.loss if scale is None else carry.loss * scale
         gradients = self.sums.finish(carry.sums, scale)
         position = OptimizerStep(self.model.optimizer).position() if kept else None
-        self._steps.apply(gradients)
+        self.steps.apply(gradients)
         self.statistics.finish(position, kept)
         return CompiledModel(self.model).logs(carry.logs, loss, examples)
 

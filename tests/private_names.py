@@ -16,6 +16,7 @@ NOT_THEIRS = {
     "_gradient_accumulation",
     "_gradient_accumulation_of",
     "_gradient_accumulator",
+    "_devices",
     "_made_for",
     "_module",
     "_replace",
@@ -131,7 +132,6 @@ def _used(tree, own):
             and node.value is None
             and isinstance(node.target, ast.Name)
             and PRIVATE.fullmatch(node.target.id)
-            and node.target.id not in own
         ):
             yield node.target.id
 

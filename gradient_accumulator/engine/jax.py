@@ -45,10 +45,10 @@ class JaxEngine(JaxFit):
         self._compiles = model.jit_compile and not model.run_eagerly
         self._replicas: Replicas | None = None
         self._reduce: Callable = _unreduced
-        self._weights: losses.HostWeights | None = None
+        self.weights: losses.HostWeights | None = None
 
     def weigh(self, update, microbatches):
-        if self._weights is None:
+        if self.weights is None:
             first = next(microbatches.iterator)
             microbatches = replace(
                 microbatches, iterator=chain([first], microbatches.iterator)
@@ -61,7 +61,7 @@ class JaxEngine(JaxFit):
                 )
             if self._compiles:
                 measure = jax.jit(measure)
-            self._weights = losses.HostWeights(
+            self.weights = losses.HostWeights(
                 update.model,
                 partial(_measured, measure),
                 partial(_scope, update.model),
@@ -71,8 +71,8 @@ class JaxEngine(JaxFit):
             )
         # Processes may wait for each other in a micro-batch.
         self.check_in_step(microbatches.count)
-        return self._weights(
-            microbatches, self._state.trainable, self._state.non_trainable
+        return self.weights(
+            microbatches, self.state.trainable, self.state.non_trainable
         )
 
     @property
@@ -112,7 +112,7 @@ class JaxEngine(JaxFit):
         places = [self._places[id(v)] for v in statistics.variables]
 
         def host_add(carry, kinds, data, share, factors):
-            state = self._state
+            state = self.state
             carry, moved, metrics = add(
                 carry=carry._replace(logs={}),
                 trainable=state.trainable,
@@ -124,14 +124,14 @@ class JaxEngine(JaxFit):
                 share=share,
                 factors=factors,
             )
-            self._state = state._replace(
+            self.state = state._replace(
                 non_trainable=_replaced(state.non_trainable, moved),
                 metrics=state.metrics if metrics is None else metrics,
             )
             return carry
 
         def host_finish(divided_last, carry, scale, examples, kept):
-            trainable, non_trainable, optimizer, metrics = self._state
+            trainable, non_trainable, optimizer, metrics = self.state
             logs, trainable, optimizer, metrics, moved = finish(
                 divided_last=divided_last,
                 carry=carry,
@@ -146,7 +146,7 @@ class JaxEngine(JaxFit):
             non_trainable = list(non_trainable)
             for i, value in zip(places, moved):
                 non_trainable[i] = value
-            self._state = State(trainable, non_trainable, optimizer, metrics)
+            self.state = State(trainable, non_trainable, optimizer, metrics)
             return logs
 
         return Steps(zeros, host_add, update.apply, host_finish)
@@ -202,22 +202,22 @@ class JaxEngine(JaxFit):
 
     def values(self, variables):
         places = [self._places.get(id(variable)) for variable in variables]
-        values = self._state.non_trainable
+        values = self.state.non_trainable
         return [None if place is None else values[place] for place in places]
 
     def assign(self, variables, values):
         if not variables:
             return
-        non_trainable = list(self._state.non_trainable)
+        non_trainable = list(self.state.non_trainable)
         for variable, value in zip(variables, values):
             # Others are trainable, which a forward pass on JAX does not move.
             if value is not None:
                 non_trainable[self._places[id(variable)]] = value
-        self._state = self._state._replace(non_trainable=non_trainable)
+        self.state = self.state._replace(non_trainable=non_trainable)
 
     def total(self, update, carry, weighed):
-        carry, metrics = self._reduce(carry, self._state.metrics)
-        self._state = self._state._replace(metrics=metrics)
+        carry, metrics = self._reduce(carry, self.state.metrics)
+        self.state = self.state._replace(metrics=metrics)
         return carry, _number(weighed.correction()), weighed.divided_last
 
     def step(self, optimizer, gradients, variables):
@@ -272,7 +272,7 @@ class JaxEngine(JaxFit):
             )
             return ()
 
-        state = self._state
+        state = self.state
         jax.eval_shape(run, state.trainable, state.non_trainable, x)
         # A layer's new state may depend on all examples of a micro-batch. XLA then
         # computes it over all devices, and reduces the gradients of every micro-batch.

@@ -39,8 +39,8 @@ class State(NamedTuple):
 class JaxFit(Engine):
     """The operations of `fit`, whose state is in lists of values on JAX."""
 
-    _epoch: Epoch
-    _state: State  # during an update
+    epoch: Epoch
+    state: State  # during an update
 
     def make_train_function(self, model, training):
         accumulation, epoch = training.accumulation, training.epoch
@@ -49,7 +49,7 @@ class JaxFit(Engine):
                 "JAX has float64 only where its flag `jax_enable_x64` is set. Set it, "
                 "or sum in float32. Received: accum_dtype='float64'"
             )
-        self._epoch = epoch
+        self.epoch = epoch
 
         def new_update():
             return Update(model, accumulation, self, training.notices)
@@ -81,10 +81,10 @@ class JaxFit(Engine):
                         else:
                             microbatches = _cut(batch, accumulation.microbatch_size)
                         epoch.cut(microbatches.count, microbatches.on_device)
-                    self._state = State(*state)
+                    self.state = State(*state)
                     logs = update(microbatches)
-                    state = tuple(self._state)
-                    del self._state  # the values are Keras's, until the next update
+                    state = tuple(self.state)
+                    del self.state  # the values are Keras's, until the next update
             return logs, state
 
         return train_function
@@ -115,7 +115,7 @@ class JaxFit(Engine):
 
     def check_in_step(self, microbatches: int) -> None:
         """Raise unless all processes have as many micro-batches in this update."""
-        check_in_step(self._epoch.number, self._epoch.updates, microbatches)
+        check_in_step(self.epoch.number, self.epoch.updates, microbatches)
 
 
 @contextmanager

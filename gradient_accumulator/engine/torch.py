@@ -37,7 +37,7 @@ class TorchEngine(TorchFit):
         # Own metrics compute logs at every micro-batch, and processes may differ in
         # their number of micro-batches.
         self._own_metrics = several and CompiledModel(model).has_own_metrics
-        self._weights = losses.HostWeights(
+        self.weights = losses.HostWeights(
             model,
             partial(_measured, update, self._waits),
             partial(_stateless, model),
@@ -50,7 +50,7 @@ class TorchEngine(TorchFit):
             processes.check_microbatches(microbatches.count)
         carried = update.statistics.carried
         state = list(zip(carried, self.values(carried)))
-        return self._weights(microbatches, state)
+        return self.weights(microbatches, state)
 
     def steps(self, update):
         def zeros():

@@ -27,7 +27,7 @@ from gradient_accumulator.update import Update
 class TorchFit(Engine):
     """The operations of `fit`."""
 
-    _weights: HostWeights
+    weights: HostWeights
 
     def make_train_function(
         self, model: keras.Model, training: Any
@@ -68,7 +68,7 @@ class TorchFit(Engine):
                 microbatches = Microbatches(iter(data), 1)
             if epoch.fitting and epoch.updates == 1:
                 # The loss may differ from that of the last `fit`.
-                self._weights.inspected.clear()
+                self.weights.inspected.clear()
             try:
                 with self.restored(model), processes.together(False):
                     return update(microbatches)
