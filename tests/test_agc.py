@@ -173,16 +173,10 @@ PAIRS = {
     ),
     "a dynamic scale": (lambda: scaled(clipped()), lambda: scaled(plain_sgd())),
 }
-PROBLEMS = (
-    "weights_int",
-    "embedding_sgd_momentum",
-    "layer_conv2d",
-    "reduction_mean_masked",
-)
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", [p.name for p in problems.here() if p.agc])
 @core_on("jax", "torch")
 def test_an_update_is_clipped_once(name, way):
     problem = named(name)

@@ -22,7 +22,7 @@ LOSSES = {
 REDUCTIONS = [
     reduction
     for reduction in problems.REDUCTIONS
-    if reduction != "none" or keras.backend.backend() == "tensorflow"
+    if keras.backend.backend() in problems.REDUCTIONS[reduction].backends
 ]
 MOST_EXAMPLES = 13
 weight = st.sampled_from([0.0, 0.0, 0.25, 1.0, 3.5])
@@ -30,7 +30,7 @@ weight = st.sampled_from([0.0, 0.0, 0.25, 1.0, 3.5])
 
 def sgd(*reductions):
     """A rate at which no draw diverges: what diverges magnifies any rounding."""
-    summed = not {"sum", "none"}.isdisjoint(reductions)
+    summed = any(problems.REDUCTIONS[name].adds_up for name in reductions)
     terms = MOST_EXAMPLES * problems.STEPS if summed else 1
     return keras.optimizers.SGD(0.05 / terms, momentum=0.5)
 

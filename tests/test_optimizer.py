@@ -42,9 +42,7 @@ def around(optimizer, steps):
     return type(optimizer)(**config)
 
 
-@pytest.mark.parametrize(
-    "name", ["loss_scale_grows", "loss_scale_skips_an_overflow", "policy_mixed_float16"]
-)
+@pytest.mark.parametrize("name", [p.name for p in problems.here() if p.scaler_around])
 @pytest.mark.core
 def test_a_loss_scale_optimizer_around(name):
     problem = named(name)

@@ -22,7 +22,7 @@ from .data import (
     tokens,
     uneven,
 )
-from .losses import CLASS_WEIGHT, REDUCTIONS, LossByCall
+from .losses import CLASS_WEIGHT, LossByCall
 from .models import (
     Written,
     classifier,
@@ -35,6 +35,7 @@ from .models import (
 )
 from .outputs import tagger_and_classifier, two_losses
 from .problem import MICROBATCH, PROBLEMS, Problem, cut, here
+from .reductions import REDUCTIONS
 from .subclasses import nested_batches, of_named_inputs
 from .variables import CountsExamples, shared_layer
 
