@@ -51,8 +51,8 @@ def check_restart(start, script, folder):
 WAYS = ("microbatch_size", "accum_steps")
 
 
-def checks(script):
-    return pytest.mark.parametrize("name", launch.checks(script))
+def checks(script, **fields):
+    return pytest.mark.parametrize("name", launch.checks(script, **fields))
 
 
 def problems_on(place, left_out=lambda problem, way: False):
@@ -220,7 +220,7 @@ def test_replicas_of_tensorflow(request, name):
 @on_tensorflow
 @pytest.mark.full
 @pytest.mark.xdist_group("tensorflow_checks_4")
-@pytest.mark.parametrize("name", ["no_share_of_the_last_batch", "overflow", "compiled"])
+@checks("tensorflow_checks.py", four_replicas=True)
 def test_four_replicas_of_tensorflow(request, name):
     """Of the last batch three have nothing."""
     launch.one_of(request, partial(launch.processes, "tensorflow_checks.py", 4))

@@ -2,8 +2,11 @@
 and is one of the installed version.
 """
 
+import dataclasses
 import importlib
 import inspect
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
@@ -69,52 +72,65 @@ def built_with_averages():
     return made
 
 
-# What has each: function without arguments.
-OWNERS = {
-    "_add_control_dependencies": graph,
-    "_call_has_training_arg": trained,
-    "_common_apply": scaler,
-    "_compile_loss": trained,
-    "_compile_metrics": trained,
-    "_compute_loss": trained,
-    "_flat_losses": lambda: trained()._compile_loss,
-    "_flatten_layers": trained,
-    "_foreach_add_": torch,
-    "_foreach_mul": torch,
-    "_get_iterator": lambda: trainer().JAXEpochIterator,
-    "_get_variable_index": optimizer,
-    "_in_multi_worker_mode": strategy,
-    "_inputs": lambda: ArrayDataAdapter(keras.ops.ones((2, 1))),
-    "_keras_history": lambda: trained().inputs[0],
-    "_layout": lambda: trained().weights[0],
-    "_loss_tracker": trained,
-    "_losses_override": trained,
-    "_maybe_symbolic_build": lambda: trainer().TensorFlowTrainer,
-    "_model_variables_moving_average": built_with_averages,
-    "_moments": lambda: keras.layers.BatchNormalization,
-    "_output_shape": lambda: keras.layers.Lambda(abs),
-    "_post_build": trained,
-    "_symbolic_build": trained,
-    "_tf_apply": scaler,
-    "_trainable_variables": optimizer,
-    "_trainable_variables_indices": optimizer,
-    "_var_key": optimizer,
-    "_variables": optimizer,
+@dataclasses.dataclass(frozen=True)
+class Name:
+    """Where a name is found.
+
+    Args:
+        owner: Makes what has it.
+        read_by: The method that reads it, where no object has it between calls of
+            `fit`.
+        backend: The only one that it is used on, if there is one.
+        since: The first version of Keras that has it: it is asked for.
+    """
+
+    owner: Callable
+    read_by: str | None = None
+    backend: str | None = None
+    since: str = "3.0"
+
+    def is_here(self):
+        return self.backend in (None, BACKEND) and not is_before(self.since)
+
+
+NAMES = {
+    "_add_control_dependencies": Name(graph, backend="tensorflow"),
+    "_call_has_training_arg": Name(trained),
+    "_common_apply": Name(scaler),
+    "_compile_loss": Name(trained),
+    "_compile_metrics": Name(trained),
+    "_compute_loss": Name(trained),
+    "_flat_losses": Name(lambda: trained()._compile_loss),
+    "_flatten_layers": Name(trained),
+    "_foreach_add_": Name(torch, backend="torch"),
+    "_foreach_mul": Name(torch, backend="torch"),
+    "_get_iterator": Name(lambda: trainer().JAXEpochIterator, backend="jax"),
+    "_get_variable_index": Name(optimizer),
+    "_in_multi_worker_mode": Name(strategy, backend="tensorflow"),
+    "_inputs": Name(lambda: ArrayDataAdapter(keras.ops.ones((2, 1)))),
+    "_jax_state": Name(
+        lambda: trainer().JAXTrainer, read_by="jax_state_sync", backend="jax"
+    ),
+    "_keras_history": Name(lambda: trained().inputs[0]),
+    "_layout": Name(lambda: trained().weights[0], since="3.10"),
+    "_loss_tracker": Name(trained),
+    "_losses_override": Name(trained),
+    "_maybe_symbolic_build": Name(
+        lambda: trainer().TensorFlowTrainer, backend="tensorflow"
+    ),
+    "_model_variables_moving_average": Name(built_with_averages),
+    "_moments": Name(lambda: keras.layers.BatchNormalization),
+    "_output_shape": Name(lambda: keras.layers.Lambda(abs)),
+    "_post_build": Name(trained),
+    "_symbolic_build": Name(trained),
+    "_tf_apply": Name(scaler),
+    "_trainable_variables": Name(optimizer),
+    "_trainable_variables_indices": Name(optimizer),
+    "_var_key": Name(optimizer),
+    "_variables": Name(optimizer),
 }
-# Read by a method of a trainer, and of no object between calls of `fit`.
-READ = {"_jax_state": ("JAXTrainer", "jax_state_sync")}
-OF_BACKEND = {
-    "_add_control_dependencies": "tensorflow",
-    "_foreach_add_": "torch",
-    "_foreach_mul": "torch",
-    "_get_iterator": "jax",
-    "_in_multi_worker_mode": "tensorflow",
-    "_jax_state": "jax",
-    "_maybe_symbolic_build": "tensorflow",
-    "keras.src.backend.jax.trainer.JAXEpochIterator": "jax",
-}
-# Asked for where there is one.
-SINCE = {"_layout": "3.10"}
+OF_OBJECTS = [name for name, each in NAMES.items() if each.read_by is None]
+OF_METHODS = [name for name, each in NAMES.items() if each.read_by is not None]
 
 
 @core_on("tensorflow")
@@ -128,32 +144,34 @@ def test_the_names_are_known():
         data.Updates,
     )
     used = private_names.attributes(keras_2=False) | ours
-    known = {*OWNERS, *READ}
+    known = {*NAMES}
     # That one is an attribute of each optimizer, which a class cannot be seen to have.
     assert used | {"_model_variables_moving_average"} == known
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("name", sorted(OWNERS))
+@pytest.mark.parametrize("name", sorted(OF_OBJECTS))
 def test_an_object_has_it(name):
-    _skip_elsewhere(name)
-    if is_before(SINCE.get(name, "3.0")):
-        pytest.skip("it is asked for where there is one")
-    assert hasattr(OWNERS[name](), name)
+    if not NAMES[name].is_here():
+        pytest.skip("nothing asks for it on this backend, or in this version")
+    assert hasattr(NAMES[name].owner(), name)
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("name", sorted(READ))
+@pytest.mark.parametrize("name", sorted(OF_METHODS))
 def test_a_method_reads_it(name):
-    _skip_elsewhere(name)
-    cls, method = READ[name]
-    assert name in inspect.getsource(getattr(getattr(trainer(), cls), method))
+    if not NAMES[name].is_here():
+        pytest.skip("nothing asks for it on this backend, or in this version")
+    method = getattr(NAMES[name].owner(), NAMES[name].read_by)
+    assert name in inspect.getsource(method)
 
 
 @pytest.mark.core
 @pytest.mark.parametrize("name", sorted(private_names.imports()))
 def test_it_can_be_imported(name):
-    _skip_elsewhere(name)
+    of_backend = re.match(r"keras\.src\.backend\.(jax|tensorflow|torch)\.", name)
+    if of_backend and of_backend[1] != BACKEND:
+        pytest.skip(f"it is used on {of_backend[1]} only")
     found, rest = keras, name.split(".")[1:]
     while rest:
         part, *rest = rest
@@ -164,13 +182,7 @@ def test_it_can_be_imported(name):
 
 @core_on("tensorflow")
 @pytest.mark.parametrize(
-    "name", sorted({*OWNERS, *READ, *private_names.attributes(keras_2=True)})
+    "name", sorted({*NAMES, *private_names.attributes(keras_2=True)})
 )
 def test_the_design_has_it(name):
     assert f"`{name}`" in DESIGN.read_text()
-
-
-def _skip_elsewhere(name):
-    backend = OF_BACKEND.get(name, BACKEND)
-    if backend != BACKEND:
-        pytest.skip(f"it is used on {backend} only")
