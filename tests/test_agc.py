@@ -8,8 +8,10 @@ import optax
 import problems
 import pytest
 from helpers import (
+    BACKEND,
     array,
     assert_same,
+    core_on,
     even,
     in_microbatches,
     microbatches,
@@ -18,7 +20,6 @@ from helpers import (
     train,
 )
 from keras import layers, ops
-from marks import core_on
 
 from gradient_accumulator import (
     GradientAccumulateModel,
@@ -32,7 +33,6 @@ from gradient_accumulator import (
 
 pytestmark = core_on("torch")
 
-BACKEND = keras.backend.backend()
 CLIP, EPS = 0.05, 1e-2
 WAYS = ("microbatch_size", "accum_steps")
 

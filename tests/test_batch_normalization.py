@@ -8,9 +8,8 @@ import keras
 import numpy as np
 import problems
 import pytest
-from helpers import Batches, array
+from helpers import Batches, array, core_on
 from keras import layers, ops
-from marks import core_on
 
 from gradient_accumulator import (
     AccumBatchNormalization,

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from marks import core_on
+from helpers import core_on
 
 from gradient_accumulator_cli.demo import sentences, train
 from gradient_accumulator_cli.demo.data import SLAB, Brain, Settings, Size, save

@@ -6,9 +6,8 @@ import keras
 import numpy as np
 import problems
 import pytest
-from helpers import Batches, arrays, assert_close
+from helpers import BACKEND, Batches, arrays, assert_close, core_on
 from keras import layers, ops
-from marks import core_on
 from versions import DATA_THAT_FAILS, EXCEPTIONS, unless_plain_fails
 
 from gradient_accumulator import GradientAccumulateModel, accumulate
@@ -16,7 +15,6 @@ from gradient_accumulator.received import described
 
 pytestmark = core_on("torch")
 
-BACKEND = keras.backend.backend()
 BASE = problems.mlp()
 WAYS = {
     "microbatch_size": ({"microbatch_size": 2}, 8),

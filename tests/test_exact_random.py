@@ -7,10 +7,9 @@ import keras
 import numpy as np
 import problems
 import pytest
-from helpers import assert_same, in_microbatches, moved, train
+from helpers import assert_same, core_on, in_microbatches, moved, train
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from marks import core_on
 from versions import MASKS_IN_PLACE, unless_plain_fails
 
 LOSSES = {

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import problems
 import pytest
-from helpers import array
+from helpers import BACKEND, array
 from keras import layers, ops
 
 import gradient_accumulator
@@ -27,7 +27,6 @@ from gradient_accumulator.gradients import ValueAndGrad, ValueAuxAndGrad
 from gradient_accumulator.received import described
 
 pytestmark = pytest.mark.core
-BACKEND = keras.backend.backend()
 ROOT = Path(__file__).parents[1]
 VALUE = 0.123456  # of all tensors here, that no error may print
 

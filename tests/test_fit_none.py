@@ -6,8 +6,7 @@ from collections.abc import Callable
 import keras
 import problems
 import pytest
-from fitting import BACKEND, BASE, both, data, ways
-from helpers import Batches
+from helpers import BACKEND, BASE, Batches, both, data, ways
 from keras import layers
 from versions import is_before
 

@@ -4,23 +4,25 @@ import keras
 import numpy as np
 import problems
 import pytest
-from fitting import (
+from helpers import (
     BACKEND,
     FULL,
     MICROBATCH,
     MICROBATCHES,
     UPDATES,
+    Batches,
     Record,
+    arrays,
+    assert_close,
     both,
     compiled,
+    core_on,
     data,
     fit,
     of_arrays,
     size,
     ways,
 )
-from helpers import Batches, arrays, assert_close
-from marks import core_on
 
 from gradient_accumulator import accumulate
 

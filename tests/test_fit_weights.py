@@ -4,8 +4,7 @@ import keras
 import numpy as np
 import problems
 import pytest
-from fitting import BACKEND, BASE, compiled, data, fit
-from helpers import Batches, arrays, assert_close
+from helpers import BACKEND, BASE, Batches, arrays, assert_close, compiled, data, fit
 from keras import layers
 
 from gradient_accumulator import accumulate

@@ -10,11 +10,14 @@ import keras
 import numpy as np
 import problems
 import pytest
-from fitting import (
+from helpers import (
     COUNT,
     FULL,
     MICROBATCH,
+    Batches,
     Record,
+    arrays,
+    assert_close,
     compiled,
     data,
     fit,
@@ -23,7 +26,6 @@ from fitting import (
     size,
     ways,
 )
-from helpers import Batches, arrays, assert_close
 
 from gradient_accumulator import GradientAccumulateModel, accumulate
 

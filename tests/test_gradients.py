@@ -6,17 +6,15 @@ import keras
 import numpy as np
 import problems
 import pytest
-from helpers import collector, counting_activations
+from helpers import BACKEND, collector, core_on, counting_activations
 from hypothesis import given
 from hypothesis import strategies as st
 from keras import ops
-from marks import core_on
 
 from gradient_accumulator import accumulated_value_and_grad
 
 pytestmark = core_on("torch")
 
-BACKEND = keras.backend.backend()
 TOLERANCE = 2e-6
 
 

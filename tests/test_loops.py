@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import problems
 import pytest
-from helpers import array, assert_close
+from helpers import BACKEND, array, assert_close
 from keras import layers, ops
 from versions import OPTAX, unless_plain_fails
 
@@ -13,7 +13,6 @@ from gradient_accumulator import (
     accumulated_value_and_grad,
 )
 
-BACKEND = keras.backend.backend()
 on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="a TensorFlow loop")
 on_jax = pytest.mark.skipif(BACKEND != "jax", reason="a JAX loop")
 on_torch = pytest.mark.skipif(BACKEND != "torch", reason="a PyTorch loop")

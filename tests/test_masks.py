@@ -6,8 +6,7 @@ import keras
 import numpy as np
 import problems
 import pytest
-from fitting import BACKEND, fit, ways
-from helpers import arrays, assert_same, in_microbatches, train
+from helpers import BACKEND, arrays, assert_same, fit, in_microbatches, train, ways
 from hypothesis import given
 from hypothesis import strategies as st
 from keras import layers, ops

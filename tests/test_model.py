@@ -13,9 +13,8 @@ import keras
 import numpy as np
 import problems
 import pytest
-from helpers import arrays, assert_close
+from helpers import arrays, assert_close, core_on
 from keras import layers, ops
-from marks import core_on
 
 from gradient_accumulator import GradientAccumulateModel, accumulate
 from gradient_accumulator.fitting import accumulation_of

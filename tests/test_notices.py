@@ -10,21 +10,22 @@ import keras
 import numpy as np
 import problems
 import pytest
-from fitting import (
+from helpers import (
     COUNT,
     FULL,
     MICROBATCH,
     SOURCES,
     WAYS,
+    arrays,
+    assert_close,
     compiled,
+    core_on,
     data,
     fit,
     size,
     ways,
 )
-from helpers import arrays, assert_close
 from keras import layers, ops
-from marks import core_on
 
 from gradient_accumulator import (
     AccumBatchNormalization,

@@ -8,17 +8,18 @@ import numpy as np
 import problems
 import pytest
 from helpers import (
+    BACKEND,
     array,
     arrays,
     assert_close,
     assert_same,
+    core_on,
     even,
     named,
     train,
     with_optimizer,
 )
 from keras import ops
-from marks import core_on
 
 from gradient_accumulator import (
     FlushGradients,
@@ -28,7 +29,6 @@ from gradient_accumulator import (
 
 pytestmark = core_on("torch")
 
-BACKEND = keras.backend.backend()
 
 # ------------------------------------------------------------------------ loss scaling
 

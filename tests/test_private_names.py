@@ -12,8 +12,8 @@ from pathlib import Path
 import keras
 import private_names
 import pytest
+from helpers import BACKEND, core_on
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
-from marks import core_on
 from versions import is_before
 
 from gradient_accumulator import (
@@ -25,7 +25,6 @@ from gradient_accumulator import (
 from gradient_accumulator.backend.keras3 import data
 from gradient_accumulator.fitting import Accumulating
 
-BACKEND = keras.backend.backend()
 DESIGN = Path(__file__).parents[1] / "docs" / "design.md"
 
 

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import problems
 import pytest
+from helpers import BACKEND
 from keras import ops
 
 from gradient_accumulator import (
@@ -17,8 +18,6 @@ from gradient_accumulator import (
     replace_batchnorm_layers,
 )
 from gradient_accumulator.fitting import accumulation_of
-
-BACKEND = keras.backend.backend()
 
 
 class Size:

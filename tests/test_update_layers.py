@@ -9,8 +9,7 @@ import keras
 import numpy as np
 import problems
 import pytest
-from fitting import FULL, both, compiled, data, fit, of_arrays, size, ways
-from helpers import arrays
+from helpers import FULL, arrays, both, compiled, data, fit, of_arrays, size, ways
 from keras import layers, ops
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "layers.md"

@@ -3,9 +3,8 @@
 import keras
 import numpy as np
 import pytest
-from helpers import array
+from helpers import array, core_on
 from keras import layers
-from marks import core_on
 
 from gradient_accumulator import (
     AccumBatchNormalization,

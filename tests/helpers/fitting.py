@@ -2,16 +2,15 @@
 
 import copy
 
-import keras
 import numpy as np
 import problems
 import pytest
-from helpers import Batches, arrays, assert_close
-from keras import ops
+from api import keras, ops
 
 from gradient_accumulator import accumulate
 
-BACKEND = keras.backend.backend()
+from .exactness import Batches, arrays, assert_close
+
 BASE = problems.mlp()
 FULL, MICROBATCH, COUNT = 8, 4, 24  # examples of a batch, of a micro-batch, in all
 UPDATES, MICROBATCHES = COUNT // FULL, COUNT // MICROBATCH
@@ -137,7 +136,7 @@ SOURCES = {
 def has_values(x):
     """Whether a layer is called with data, not traced."""
     try:
-        keras.ops.convert_to_numpy(x)
+        ops.convert_to_numpy(x)
     except Exception:  # each backend has its own
         return False
     return True

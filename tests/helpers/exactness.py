@@ -14,6 +14,8 @@ from api import KERAS_2, keras, ops
 from gradient_accumulator import GradientAccumulateOptimizer, accumulate
 from gradient_accumulator.backend import trainer
 
+from .marks import BACKEND
+
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}  # of how far a variable moved
 
 
@@ -91,7 +93,7 @@ def configured(name, value):
 
 
 # Every test is traced anew, which takes long: not all ways are then tried.
-TRACED = keras.backend.backend() == "tensorflow" and not KERAS_2
+TRACED = BACKEND == "tensorflow" and not KERAS_2
 
 
 def named(name):
