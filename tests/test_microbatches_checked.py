@@ -1,198 +1,35 @@
-"""Bad input raises in Keras's form, early, and leaves the model as it was."""
-
-import re
+"""Bad data raises in Keras's form, early, and leaves the model as it was."""
 
 import keras
 import numpy as np
 import problems
 import pytest
-from helpers import BACKEND, Batches, arrays, assert_close, core_on
+from helpers import (
+    BACKEND,
+    Batches,
+    arrays,
+    assert_close,
+    core_on,
+    data_loader,
+    iterated,
+)
+from helpers.failures import (
+    BASE,
+    WAYS,
+    assert_equal,
+    compiled,
+    data,
+    failing,
+    fit,
+    momentum_model,
+    state,
+    ways,
+)
 from keras import layers, ops
-from versions import DATA_THAT_FAILS, EXCEPTIONS, unless_plain_fails
 
-from gradient_accumulator import GradientAccumulateModel, accumulate
-from gradient_accumulator.received import described
+from gradient_accumulator import accumulate
 
 pytestmark = core_on("torch")
-
-BASE = problems.mlp()
-WAYS = {
-    "microbatch_size": ({"microbatch_size": 2}, 8),
-    "accum_steps": ({"accum_steps": 4}, 2),
-}
-ways = pytest.mark.parametrize("way", WAYS)
-
-
-def compiled(build=BASE, **arguments):
-    model = build()
-    model.compile(keras.optimizers.SGD(0.3, 0.9), "mse", **arguments)
-    return model
-
-
-def iterated(batches):
-    yield from batches
-
-
-def data(count=16):
-    return tuple(a[:count] for a in problems.each_size(pair, (16,))[0])
-
-
-def pair(r, n):
-    return problems.normal(r, n, problems.FEATURES), problems.normal(r, n, 3)
-
-
-def fit(model, *args, **arguments):
-    return model.fit(*args, **{"shuffle": False, "verbose": 0, **arguments})
-
-
-def state(model):
-    return arrays(model.weights) | {
-        f"optimizer {name}": value
-        for name, value in arrays(model.optimizer.variables).items()
-    }
-
-
-def assert_equal(got, expected):
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_array_equal(got[name], value, err_msg=name)
-
-
-# ------------------------------------------------------------------------- arguments
-
-
-def make_with(**arguments):
-    model = problems.mlp()()
-    return GradientAccumulateModel(
-        inputs=model.input, outputs=model.output, **arguments
-    )
-
-
-BAD_SIZES = [
-    (0, ValueError),
-    (-2, ValueError),
-    (2.0, TypeError),
-    (True, TypeError),
-    (False, TypeError),
-    (np.True_, TypeError),
-    (ops.convert_to_tensor(True), TypeError),
-    (np.float32(2), TypeError),
-    (np.int64(0), ValueError),
-    ("4", TypeError),
-    ([4], TypeError),
-]
-
-
-@pytest.mark.parametrize("value, error", BAD_SIZES)
-@pytest.mark.parametrize("name", ["accum_steps", "microbatch_size"])
-@pytest.mark.parametrize("kind", ["accumulate", "GradientAccumulateModel"])
-def test_a_size_that_is_no_positive_int(kind, name, value, error):
-    received = described(value) if error is TypeError else str(value)
-    message = f"`{name}`.*Received: {name}={re.escape(received)}"
-    if kind == "accumulate":
-        model = compiled()
-        attributes = dict(vars(model))
-        with pytest.raises(error, match=message):
-            accumulate(model, **{name: value})
-        assert vars(model) == attributes
-    else:
-        with pytest.raises(error, match=message):
-            make_with(**{name: value})
-
-
-@pytest.mark.parametrize("value", [True, 1.0])
-def test_a_size_that_equals_one_and_is_no_int(value):
-    with pytest.raises(TypeError, match=r"`accum_steps`.*Received: accum_steps="):
-        make_with(accum_steps=value, microbatch_size=3)
-
-
-@pytest.mark.parametrize("make", [
-    lambda **arguments: accumulate(compiled(), **arguments),
-    make_with,
-])  # fmt: skip
-def test_both_sizes(make):
-    with pytest.raises(ValueError, match=r"one of.*Received: accum_steps=2, micro.*=3"):
-        make(accum_steps=2, microbatch_size=3)
-
-
-def test_no_size():
-    with pytest.raises(ValueError, match=r"one of.*Received: accum_steps=None, micro"):
-        accumulate(compiled())
-
-
-@pytest.mark.parametrize("value, error", [
-    ("float31", ValueError), ("int32", ValueError), (None, TypeError), (32, TypeError)
-])  # fmt: skip
-@pytest.mark.core
-def test_accum_dtype(value, error):
-    with pytest.raises(error, match=r"`accum_dtype`.*Received: accum_dtype="):
-        accumulate(compiled(), accum_steps=2, accum_dtype=value)
-
-
-def test_unknown_keyword():
-    with pytest.raises(TypeError, match="micro_batch_size"):
-        accumulate(compiled(), micro_batch_size=2)
-    with pytest.raises((TypeError, ValueError), match="micro_batch_size"):
-        make_with(micro_batch_size=2)
-    with pytest.raises((TypeError, ValueError), match="micro_batch_size"):
-        GradientAccumulateModel(accum_steps=2, micro_batch_size=2)
-
-
-def test_sizes_are_keywords():
-    with pytest.raises(TypeError):
-        accumulate(compiled(), 2)
-
-
-@pytest.mark.parametrize(
-    "value", [None, "model", 3, layers.Dense(3), keras.Model, lambda x: x]
-)
-def test_not_a_model(value):
-    with pytest.raises(TypeError, match=r"`model`.*Keras 3.*Received: model="):
-        accumulate(value, accum_steps=2)
-
-
-def test_a_keras_2_model_gets_a_sentence_of_its_own():
-    keras_2 = type("Sequential", (), {"__module__": "tf_keras.src.engine.sequential"})
-    with pytest.raises(TypeError, match=r"Keras 2.*Received: model="):
-        accumulate(keras_2(), accum_steps=2)
-
-
-def test_a_module_of_tensorflow_is_not_taken_for_a_keras_2_model():
-    module = type("Module", (), {"__module__": "tensorflow.python.module.module"})
-    with pytest.raises(TypeError, match=r"`keras.Model`. Received: model="):
-        accumulate(module(), accum_steps=2)
-
-
-def test_an_optimizer_that_accumulates_too():
-    model = problems.mlp()()
-    model.compile(keras.optimizers.SGD(gradient_accumulation_steps=2), "mse")
-    accumulate(model, microbatch_size=2)
-    with pytest.raises(ValueError, match="Received: gradient_accumulation_steps=2"):
-        fit(model, *data(), batch_size=8)
-
-
-def test_not_compiled():
-    model = accumulate(problems.mlp()(), microbatch_size=2)
-    with pytest.raises(ValueError, match="compile"):
-        fit(model, *data())
-
-
-@ways
-def test_a_changed_backend(way, monkeypatch):
-    model = compiled()
-    before = state(model)
-    monkeypatch.setenv("KERAS_BACKEND", "torch" if BACKEND != "torch" else "jax")
-    with pytest.raises(ValueError, match=r"KERAS_BACKEND.*Received: KERAS_BACKEND="):
-        accumulate(model, **WAYS[way][0])
-    monkeypatch.setenv("KERAS_BACKEND", BACKEND)
-    accumulate(model, **WAYS[way][0])
-    monkeypatch.setenv("KERAS_BACKEND", "torch" if BACKEND != "torch" else "jax")
-    with pytest.raises(ValueError, match=r"KERAS_BACKEND.*Received: KERAS_BACKEND="):
-        fit(model, *data())
-    assert_equal(state(model), before)
-
-
-# ------------------------------------------------------------------------------- data
 
 
 def moved(model):
@@ -232,13 +69,6 @@ def tf_data(batches):
 
     specs = tf.TensorSpec((None, problems.FEATURES)), tf.TensorSpec((None, 3))
     return tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=specs)
-
-
-def data_loader(batches):
-    import torch
-
-    tensors = [tuple(map(torch.as_tensor, batch)) for batch in batches]
-    return torch.utils.data.DataLoader(tensors, batch_size=None)
 
 
 def not_built():
@@ -409,185 +239,3 @@ def test_arrays_that_end_before_steps_per_epoch(way):
     with pytest.warns(UserWarning, match="ran out of data"):
         fit(model, *data(), batch_size=size, steps_per_epoch=steps + 1)
     assert int(model.optimizer.iterations) == 2
-
-
-# ------------------------------------------------------------- exceptions in a
-# micro-batch
-
-
-class BadExample(Exception):
-    pass
-
-
-def momentum_model():
-    """A model that has trained, so that its optimizer has something to lose."""
-    model = compiled()
-    fit(model, *data(), batch_size=8)
-    return model
-
-
-@ways
-@unless_plain_fails(DATA_THAT_FAILS)
-@pytest.mark.core
-def test_data_that_fails_in_the_middle_of_an_update(way):
-    settings, size = WAYS[way]
-    model = accumulate(momentum_model(), **settings)
-    after_two_updates = momentum_model()
-    fit(after_two_updates, *data(), batch_size=8)
-    batches = problems.cut(data(), size)
-
-    def generator():
-        # Two updates are whole; of the third one, half of its micro-batches are drawn.
-        yield from batches
-        yield from batches[: {"microbatch_size": 0, "accum_steps": 2}[way]]
-        raise BadExample
-
-    with pytest.raises(Exception, match=r"BadExample|^$"):
-        fit(model, generator(), steps_per_epoch=2 * len(batches))
-    assert_close(state(model), state(after_two_updates))
-
-
-class Fails(layers.Layer):
-    """Fails on an example that holds a value above 100, in whichever way can be."""
-
-    def call(self, x, training=False):
-        if not training:
-            return x
-        if BACKEND == "tensorflow":
-            import tensorflow as tf
-
-            limit = tf.debugging.assert_less(x, 100.0)
-            with tf.control_dependencies([limit] if limit is not None else []):
-                return tf.identity(x)
-        if BACKEND == "jax":
-            import jax
-
-            def check(x):
-                if np.max(x) > 100:
-                    raise BadExample
-                return x
-
-            jax.debug.callback(check, jax.lax.stop_gradient(x))
-            return x
-        if bool(ops.any(x > 100)):
-            raise BadExample
-        return x
-
-
-@problems.seeded
-def failing():
-    x = layers.Input((problems.FEATURES,))
-    h = layers.Dense(8, activation="tanh")(Fails()(x))
-    counted = problems.CountsExamples()(layers.Dropout(0.5)(h))
-    return keras.Model(x, layers.Dense(3)(counted))
-
-
-FAILURES = {
-    "tensorflow": "assertion failed|Condition x < y|assert_less",
-    "jax": r"BadExample|callback|Fails\.call",
-    "torch": r"^$|Fails\.call",
-}
-
-
-@ways
-@pytest.mark.parametrize(
-    "run_eagerly",
-    [pytest.param(False, marks=unless_plain_fails(EXCEPTIONS)), True],
-)
-@pytest.mark.parametrize("bad", [8, 15], ids=["first_microbatch", "last_microbatch"])
-@pytest.mark.core
-def test_an_exception_in_a_microbatch_leaves_the_model_as_it_was(way, run_eagerly, bad):
-    """The first update is whole; the second one has an example that fails."""
-    settings, size = WAYS[way]
-    model = accumulate(compiled(failing, run_eagerly=run_eagerly), **settings)
-    fit(model, *data(8), batch_size=size)
-    before = state(model)
-    seeds = [ops.convert_to_numpy(v) for v in model.non_trainable_variables]
-    x, y = data()
-    x = x.copy()
-    x[bad] = 1000
-    with pytest.raises(Exception, match=FAILURES[BACKEND]):
-        fit(model, x[8:], y[8:], batch_size=size)
-    assert_equal(state(model), before)
-    for a, b in zip(model.non_trainable_variables, seeds, strict=True):
-        np.testing.assert_array_equal(ops.convert_to_numpy(a), b)
-    # And it trains on.
-    fit(model, *data(8), batch_size=size)
-    assert int(model.optimizer.iterations) == 2
-
-
-@unless_plain_fails(EXCEPTIONS)
-@pytest.mark.core
-def test_an_exception_in_train_on_batch_leaves_the_model_as_it_was():
-    model = accumulate(compiled(failing), microbatch_size=2)
-    x, y = data(8)
-    model.train_on_batch(x, y)
-    before = state(model)
-    x = x.copy()
-    x[5] = 1000
-    with pytest.raises(Exception, match=FAILURES[BACKEND]):
-        model.train_on_batch(x, y)
-    assert_equal(state(model), before)
-
-
-@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch changes variables in place")
-@ways
-def test_a_frozen_layer_is_not_copied(way, monkeypatch):
-    """To put back after a failure, there are copies of what micro-batches move."""
-    import torch
-
-    settings, size = WAYS[way]
-    x = layers.Input((problems.FEATURES,))
-    frozen = layers.Dense(1000, trainable=False)
-    h = layers.BatchNormalization()(layers.Dropout(0.5)(frozen(x)))
-    model = keras.Model(x, layers.Dense(3)(h))
-    model.compile("sgd", "mse")
-    accumulate(model, **settings, warn=False)
-    copied = []
-    clone = torch.Tensor.clone
-
-    def spied(tensor, **arguments):
-        copied.append(tensor.data_ptr())
-        return clone(tensor, **arguments)
-
-    monkeypatch.setattr(torch.Tensor, "clone", spied)
-    fit(model, *data(), batch_size=size)
-    places = {v.path: v.value.data_ptr() for v in model.non_trainable_variables}
-    assert {path for path, place in places.items() if place not in copied} == {
-        variable.path for variable in frozen.variables
-    }
-
-
-class FailsAtBuild(layers.Layer):
-    def call(self, x, training=False):
-        if training:
-            raise BadExample("no such operation")
-        return x
-
-
-@ways
-@pytest.mark.core
-def test_a_layer_that_fails_while_it_is_traced(way):
-    settings, size = WAYS[way]
-    x = layers.Input((problems.FEATURES,))
-    model = keras.Model(x, layers.Dense(3)(FailsAtBuild()(x)))
-    model.compile("sgd", "mse")
-    accumulate(model, **settings)
-    before = arrays(model.weights)
-    with pytest.raises(BadExample):
-        fit(model, *data(), batch_size=size)
-    assert_equal(arrays(model.weights), before)
-
-
-@ways
-def test_a_model_is_usable_after_an_error(way):
-    """A `fit` that failed leaves nothing behind that the next one would meet."""
-    settings, size = WAYS[way]
-    model = accumulate(compiled(), **settings)
-    with pytest.raises(ValueError):
-        fit(model, (batch for batch in ()))
-    fit(model, *data(), batch_size=size, epochs=2)
-    reference = compiled()
-    fit(reference, *data(), batch_size=8, epochs=2)
-    assert model.steps_per_execution == 1
-    assert_close(state(model), state(reference))

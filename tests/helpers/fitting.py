@@ -94,6 +94,19 @@ def of_py_dataset(batch_size):
     return Batches(problems.cut(data(), batch_size))
 
 
+def iterated(batches):
+    """A generator of these batches."""
+    yield from batches
+
+
+def data_loader(batches):
+    """A loader of PyTorch's of these batches, whatever their sizes are."""
+    import torch
+
+    tensors = [tuple(map(torch.as_tensor, batch)) for batch in batches]
+    return torch.utils.data.DataLoader(tensors, batch_size=None)
+
+
 def of_data_loader(batch_size):
     import torch
 
