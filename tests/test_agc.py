@@ -34,7 +34,6 @@ from gradient_accumulator import (
 pytestmark = core_on("torch")
 
 CLIP, EPS = 0.05, 1e-2
-WAYS = ("microbatch_size", "accum_steps")
 
 
 def kernels(layer, *shapes):
@@ -175,7 +174,7 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", problems.WAYS_OF_FIT)
 @pytest.mark.parametrize("name", [p.name for p in problems.here() if p.agc])
 @core_on("jax", "torch")
 def test_an_update_is_clipped_once(name, way):
@@ -187,7 +186,7 @@ def test_an_update_is_clipped_once(name, way):
     assert moved(reference) < 0.9 * moved(unclipped)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", problems.WAYS_OF_FIT)
 @pytest.mark.parametrize("scaling", PAIRS)
 def test_clipping_sees_the_unscaled_gradient(scaling, way):
     problem = named("weights_int")

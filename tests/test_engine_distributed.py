@@ -48,9 +48,6 @@ def check_restart(start, script, folder):
         )
 
 
-WAYS = ("microbatch_size", "accum_steps")
-
-
 def checks(script, **fields):
     return pytest.mark.parametrize("name", launch.checks(script, **fields))
 
@@ -68,7 +65,7 @@ def problems_on(place, left_out=lambda problem, way: False):
                     *([] if place in problem.devices else [pytest.mark.full]),
                 ],
             )
-            for way in WAYS
+            for way in problems.WAYS_OF_FIT
             for problem in problems.here()
             if keras.backend.backend() == place and not left_out(problem, way)
         ],

@@ -4,26 +4,19 @@ import numpy as np
 import problems
 import pytest
 from api import keras, ops
-from helpers import TRACED, assert_alike, in_microbatches, moved, plain
-from versions import unless_plain_fails
+from helpers import assert_alike, in_microbatches, marks_of, moved, plain
 
 from gradient_accumulator import accumulate
-
-WAYS = ("microbatch_size", "accum_steps")
 
 
 def cases():
     for number, problem in enumerate(problems.here()):
-        for way in WAYS:
+        for way in problems.WAYS_OF_FIT:
             marks = [
                 # Both ways in one process, which then trains the reference once.
                 pytest.mark.xdist_group(problem.name),
-                unless_plain_fails(*problem.since),
+                *marks_of(problem, way, problems.WAYS_OF_FIT[number % 2] != way),
             ]
-            if way in problem.core:
-                marks.append(pytest.mark.core)
-            elif TRACED and "fit" in problem.alike and WAYS[number % 2] != way:
-                marks.append(pytest.mark.full)
             yield pytest.param(problem, way, marks=marks, id=f"{problem}-{way}")
 
 

@@ -6,7 +6,6 @@ import pytest
 from helpers import array, core_on
 from helpers.normalization import (
     MICROBATCH,
-    WAYS,
     assert_same,
     data,
     fit,
@@ -15,6 +14,7 @@ from helpers.normalization import (
     statistics,
 )
 from keras import layers, ops
+from problems import WAYS_OF_FIT
 
 from gradient_accumulator import AccumBatchNormalization
 from gradient_accumulator.layers import Pool
@@ -32,7 +32,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS_OF_FIT)
 @pytest.mark.parametrize("kind", SHAPES)
 def test_the_batchs_statistics(kind, way):
     shape, settings = SHAPES[kind]
@@ -46,7 +46,7 @@ def test_the_batchs_statistics(kind, way):
         assert_same(in_microbatches(plain, batches, way, warn=False), reference, 1e-3)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS_OF_FIT)
 @pytest.mark.core
 def test_masked_steps_do_not_count(way):
     batches = data((5, 6))
@@ -58,7 +58,7 @@ def test_masked_steps_do_not_count(way):
     assert_same(in_microbatches(model, batches, way), reference)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS_OF_FIT)
 @pytest.mark.parametrize("spread", [2.0, 300.0])
 @pytest.mark.parametrize("policy", ["mixed_float16", "float16", "mixed_bfloat16"])
 def test_half_precision_inputs(policy, spread, way):
@@ -135,7 +135,7 @@ def test_frozen_it_infers():
     assert not array(layer.moving_mean).any()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS_OF_FIT)
 def test_frozen_in_a_model_in_microbatches(way):
     model = model_of(AccumBatchNormalization(trainable=False), (6,))
     in_microbatches(model, data((6,)), way)
@@ -202,7 +202,7 @@ def test_renorm_generalizes_as_the_batch():
     assert mean("pooled") < full - 0.04
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS_OF_FIT)
 def test_renorm_pools_the_same_statistics(way):
     batches = data((6,))
     reference = fit(model_of(layers.BatchNormalization(), (6,)), batches)

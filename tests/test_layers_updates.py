@@ -10,7 +10,6 @@ import pytest
 from helpers import Batches, array, core_on
 from helpers.normalization import (
     MICROBATCH,
-    WAYS,
     assert_same,
     cut,
     data,
@@ -20,6 +19,7 @@ from helpers.normalization import (
     statistics,
 )
 from keras import layers
+from problems import WAYS_OF_FIT
 
 from gradient_accumulator import (
     AccumBatchNormalization,
@@ -157,7 +157,7 @@ def test_a_failed_update_leaves_the_statistics():
         np.testing.assert_array_equal(array(variable), value, err_msg=variable.path)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS_OF_FIT)
 @pytest.mark.parametrize("cls", [AccumBatchNormalization, layers.BatchNormalization])
 @pytest.mark.core
 def test_a_skipped_update_leaves_the_statistics(cls, way):

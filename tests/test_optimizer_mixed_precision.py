@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from helpers import Batches, array, configured
 from keras import layers
-from problems import cut
+from problems import WAYS_OF_FIT, cut
 
 from gradient_accumulator import (
     AccumBatchNormalization,
@@ -13,8 +13,6 @@ from gradient_accumulator import (
     GradientAccumulateOptimizer,
     accumulate,
 )
-
-WAYS = ("microbatch_size", "accum_steps")
 
 
 def global_policy(name):
@@ -168,7 +166,7 @@ def overflowing():
     return x, y
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS_OF_FIT)
 @pytest.mark.parametrize("own_scaler", [False, True])
 @pytest.mark.parametrize(
     "normalization", [None, AccumBatchNormalization, layers.BatchNormalization]

@@ -9,7 +9,9 @@ import weakref
 
 import numpy as np
 import problems
+import pytest
 from api import KERAS_2, keras, ops
+from versions import unless_plain_fails
 
 from gradient_accumulator import GradientAccumulateOptimizer, accumulate
 from gradient_accumulator.backend import trainer
@@ -94,6 +96,24 @@ def configured(name, value):
 
 # Every test is traced anew, which takes long: not all ways are then tried.
 TRACED = BACKEND == "tensorflow" and not KERAS_2
+
+
+def marks_of(problem, way, is_left=True):
+    """Where a case runs.
+
+    Args:
+        problem: What it is about.
+        way: Of `problems.problem.WAYS`.
+        is_left: Whether it is left to `make test-full` where each test is traced anew
+            and other problems are like this one.
+    """
+    marks = [unless_plain_fails(*problem.since)]
+    kind = "optimizer" if way == "optimizer" else "fit"
+    if way in problem.core:
+        marks.append(pytest.mark.core)
+    elif TRACED and is_left and kind in problem.alike:
+        marks.append(pytest.mark.full)
+    return marks
 
 
 def named(name):

@@ -9,8 +9,6 @@ from gradient_accumulator import accumulate
 
 from . import Batches, array
 
-WAYS = ("microbatch_size", "accum_steps")
-
 SIZES = (12, 7)  # batches; in micro-batches of 5 the last ones are smaller
 
 MICROBATCH = 5

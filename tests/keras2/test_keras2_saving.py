@@ -16,6 +16,8 @@ from api import KERAS_2
 if not KERAS_2:
     pytest.skip("of Keras 2 only", allow_module_level=True)
 
+from helpers.keras2 import LEGACY, compiled
+
 from gradient_accumulator import (
     AccumBatchNormalization,
     GradientAccumulateModel,
@@ -27,7 +29,6 @@ from gradient_accumulator.utils import restore_batchnorm_layers
 pytestmark = pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5")
 
 layers, optimizers = tf.keras.layers, tf.keras.optimizers
-LEGACY = optimizers.legacy
 Scaled = tf.keras.mixed_precision.LossScaleOptimizer
 K, EXAMPLES = 2, 8
 FORMATS = "", ".h5", ".keras"
@@ -118,11 +119,6 @@ ENTRANCES = {
     ),
 }
 OF_ANY_OPTIMIZER = [name for name, each in ENTRANCES.items() if each.inside is None]
-
-
-def compiled(model, optimizer, **arguments):
-    model.compile(optimizer, "mse", **arguments)
-    return model
 
 
 def saved_and_loaded(model, suffix, folder):

@@ -34,7 +34,7 @@ from .models import (
     written,
 )
 from .outputs import tagger_and_classifier, two_losses
-from .problem import MICROBATCH, PROBLEMS, Problem, cut, here
+from .problem import MICROBATCH, PROBLEMS, WAYS_OF_FIT, Problem, cut, here
 from .reductions import REDUCTIONS
 from .subclasses import nested_batches, of_named_inputs
 from .variables import CountsExamples, shared_layer
@@ -48,6 +48,7 @@ __all__ = [
     "REDUCTIONS",
     "STEPS",
     "TOKENS",
+    "WAYS_OF_FIT",
     "CountsExamples",
     "LossByCall",
     "MeanOverExamples",

@@ -9,7 +9,8 @@ from versions import Since, is_before
 
 BACKENDS = ("tensorflow", "jax", "torch")
 # How micro-batches are trained: by `accumulate`, or by the optimizer's wrapper.
-WAYS = ("microbatch_size", "accum_steps", "optimizer")
+WAYS_OF_FIT = ("microbatch_size", "accum_steps")
+WAYS = (*WAYS_OF_FIT, "optimizer")
 MICROBATCH = 5  # examples of a micro-batch
 
 
