@@ -248,7 +248,7 @@ def _of_heads(values):
 @pytest.mark.filterwarnings("ignore:.*was passed an input with a mask:UserWarning")
 @given(
     graph=graphs(),
-    reduction=st.sampled_from([*problems.REDUCTIONS][:4]),
+    reduction=st.sampled_from(problems.TO_A_NUMBER),
     lengths=st.lists(st.integers(0, STEPS), min_size=12, max_size=12),
 )
 def test_drawn_graphs(way, graph, reduction, lengths):

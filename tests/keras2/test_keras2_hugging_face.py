@@ -1,5 +1,8 @@
 """A Hugging Face model on Keras 2, in micro-batches, on text of scikit-learn's."""
 
+import dataclasses
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -151,62 +154,63 @@ def among_the_inputs(x, labels):
     return ({**x, "labels": labels},)
 
 
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """A model with a loss of its own, its data, and arguments of `compile`; `full` is
+    whether it shows what another does, and is left to `make test-full`.
+    """
+
+    make: Callable
+    data: Callable
+    arguments: dict = dataclasses.field(default_factory=dict)
+    full: bool = False
+
+
 OWN = {
-    "sequences": (bert, tokens, {"metrics": ["accuracy"]}),
-    "sequences_among_the_inputs": (bert, lambda: among_the_inputs(*tokens()), {}),
-    "regression": (
+    "sequences": Own(bert, tokens, {"metrics": ["accuracy"]}),
+    "sequences_among_the_inputs": Own(bert, lambda: among_the_inputs(*tokens())),
+    "regression": Own(
         lambda: bert(num_labels=1),
         lambda: (tokens()[0], tokens()[1].astype("float32")),
-        {},
+        full=True,  # a value for each example, as of sequences
     ),
-    "tokens": (
+    "tokens": Own(
         lambda: bert(transformers.TFBertForTokenClassification),
         lambda: labelled("classes"),
-        {},
     ),
-    "masked_words": (
+    "masked_words": Own(
         lambda: bert(transformers.TFBertForMaskedLM),
         lambda: labelled("words"),
-        {},
     ),
-    "next_words": (gpt, lambda: among_the_inputs(*labelled("words")), {}),
-    "answers": (
+    "next_words": Own(gpt, lambda: among_the_inputs(*labelled("words"))),
+    "answers": Own(
         lambda: bert(transformers.TFBertForQuestionAnswering, num_labels=2),
         lambda: (
             tokens()[0],
             {"start_positions": tokens()[1], "end_positions": tokens()[1] + 2},
         ),
-        {},
+        full=True,  # as of sequences too
     ),
 }
-
-
-# A value for each example, as of sequences.
-ALIKE = [
-    pytest.param(name, marks=pytest.mark.full) for name in ("regression", "answers")
-]
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "sequences",
-        "sequences_among_the_inputs",
-        "tokens",
-        "masked_words",
-        "next_words",
-        *ALIKE,
+        pytest.param(name, marks=[pytest.mark.full] if own.full else [])
+        for name, own in OWN.items()
     ],
 )
 def test_compiled_without_a_loss(name):
-    make, data, arguments = OWN[name]
-    reference = trained(make(), data=data, loss=None, **arguments)
+    case = OWN[name]
+    arguments = {"data": case.data, "loss": None, **case.arguments}
+    reference = trained(case.make(), **arguments)
     for batch, settings in (
         (EXAMPLES, {"microbatch_size": 5}),
         (MICROBATCH, {"accum_steps": 3}),
     ):
-        model = accumulate(make(), **settings)
-        own = trained(model, batch, data=data, loss=None, **arguments)
+        model = accumulate(case.make(), **settings)
+        own = trained(model, batch, **arguments)
         assert_same(own, reference)
 
 

@@ -35,7 +35,7 @@ from .models import (
 )
 from .outputs import tagger_and_classifier, two_losses
 from .problem import MICROBATCH, PROBLEMS, WAYS_OF_FIT, Problem, cut, here
-from .reductions import REDUCTIONS
+from .reductions import REDUCTIONS, TO_A_NUMBER
 from .subclasses import nested_batches, of_named_inputs
 from .variables import CountsExamples, shared_layer
 
@@ -48,6 +48,7 @@ __all__ = [
     "REDUCTIONS",
     "STEPS",
     "TOKENS",
+    "TO_A_NUMBER",
     "WAYS_OF_FIT",
     "CountsExamples",
     "LossByCall",

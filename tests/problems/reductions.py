@@ -20,6 +20,7 @@ class Reduction:
     Args:
         adds_up: Whether the losses of micro-batches add up to the loss of the batch.
         by_weights: Whether it divides by the sum of the sample weights.
+        of_values: Whether it leaves a loss for each example, and no number.
         another_name: Whether it is another name of a reduction in this list.
         optimizer: Of a learning rate that is high, and does not diverge.
         backends: Those that train by it. `because` says why not all.
@@ -28,6 +29,7 @@ class Reduction:
 
     adds_up: bool = False
     by_weights: bool = False
+    of_values: bool = False
     another_name: bool = False
     optimizer: Callable[..., keras.optimizers.Optimizer] = sgd
     backends: tuple[str, ...] = BACKENDS
@@ -42,11 +44,14 @@ REDUCTIONS = {
     "mean_with_sample_weight": Reduction(by_weights=True, keras2=None),
     "none": Reduction(
         adds_up=True,
+        of_values=True,
         optimizer=slow,
         backends=("tensorflow",),
         because="JAX and PyTorch differentiate scalars only, in plain Keras too",
     ),
 }
+
+TO_A_NUMBER = [name for name, each in REDUCTIONS.items() if not each.of_values]
 
 
 def squared(reduction):
