@@ -2,8 +2,8 @@
 
     KERAS_BACKEND=jax python examples/gan.py
 
-The `train_step` is the model's own, and so are its optimizers: `FlushGradients` is told
-of both, so that an epoch's last micro-batches make an update of their own.
+The model has its own `train_step` and its own optimizers. `FlushGradients` gets both
+optimizers, so that an epoch's last micro-batches make an update of their own.
 """
 
 import keras
@@ -67,7 +67,7 @@ class TorchGAN(Networks):
 
 
 class JAXGAN(Networks):
-    """On JAX a training step is a function of the state that `fit` carries along."""
+    """On JAX `train_step` gets the state from `fit`, and returns the new state."""
 
     @property
     def non_trainable_variables(self):
@@ -97,7 +97,7 @@ class JAXGAN(Networks):
 
 
 def differentiated(loss, variables, state, batch):
-    """On JAX, the loss and its gradients, of variables whose values are in `state`."""
+    """Returns a loss and its gradients on JAX, where `state` has variables' values."""
     import jax
 
     def value(values):
@@ -131,7 +131,7 @@ def main():
     d_optimizer = GradientAccumulateOptimizer("adam", accum_steps=4)
     gan = GAN(*networks(), g_optimizer, d_optimizer)
     gan.compile()
-    # Updates from 64 examples, 16 of them in memory, and one from an epoch's last 32.
+    # An update takes 64 examples, 16 at a time; the last of an epoch takes 32.
     flush = FlushGradients(g_optimizer, d_optimizer)
     gan.fit((circle, noise), batch_size=16, epochs=5, callbacks=[flush], verbose=2)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from gradient_accumulator.agc import adaptive_clip_grad, compute_norm, unitwise_norm
 from gradient_accumulator.callbacks import FlushGradients
-from gradient_accumulator.gradients import accumulated_value_and_grad
+from gradient_accumulator.functional import accumulated_value_and_grad
 from gradient_accumulator.layers import AccumBatchNormalization
 from gradient_accumulator.model import GradientAccumulateModel, accumulate
 from gradient_accumulator.notices import AccumulationWarning

@@ -1,7 +1,6 @@
-"""What accumulates in an optimizer: sums of gradients, and how many micro-batches they
-are.
+"""The base class of accumulating optimizers: it keeps sums of gradients, and counts.
 
-`GradientAccumulateOptimizer` is this and an optimizer, of Keras 3 or of Keras 2.
+`GradientAccumulateOptimizer` inherits from it and from the `Optimizer` of Keras 3 or 2.
 """
 
 from __future__ import annotations
@@ -13,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from gradient_accumulator import backend
-from gradient_accumulator.accumulation import check_float_dtype
-from gradient_accumulator.backend import trainer
-from gradient_accumulator.backend.api import keras, ops
-from gradient_accumulator.backend.statistics import in_reach, taken_back
+from gradient_accumulator import devices, engine
+from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat.api import keras, ops
 from gradient_accumulator.received import check_of_backend, described
+from gradient_accumulator.settings import check_float_dtype
+from gradient_accumulator.statistics import in_reach, taken_back
 
 REDUCTIONS = ("MEAN", "SUM")
-# What version 0.5 took, or had, and optimizers take: where it is now.
+# Advice for arguments and attributes of version 0.5, and of other optimizers.
 ELSEWHERE = {
     name: "give it to the optimizer that is wrapped, as in "
     f"`GradientAccumulateOptimizer(keras.optimizers.Adam({name}=...))`"
@@ -41,32 +40,33 @@ ELSEWHERE = {
     "lr": "give the optimizer that is wrapped a `learning_rate`",
     "decay": "give the optimizer that is wrapped a schedule as its `learning_rate`, "
     "such as `keras.optimizers.schedules.InverseTimeDecay`; legacy optimizers of Keras "
-    "2's take `decay` itself",
+    "2 take `decay` itself",
     "step": "`iterations` counts updates, and `pending` the micro-batches that wait",
-    "gradients": "sums are the optimizer's own affair, and `pending` tells how many "
+    "gradients": "the optimizer keeps its sums to itself, and `pending` tells how many "
     "micro-batches wait for their update",
 }
 
 
 class _Calls:
-    """What calls of an optimizer have told about its gradients.
+    """The facts about an optimizer's calls that are not saved.
 
-    Apart from the optimizer, of whose attributes TensorFlow saves what holds others.
+    They are in an object of their own, because TensorFlow saves the lists and
+    dictionaries among an optimizer's attributes.
     """
 
     def __init__(self) -> None:
-        # Of the accumulation at hand:
-        self.given: list[int] = []  # which variables gradients were given for
-        self.weighed = False  # whether some micro-batch was given a weight
-        # Which of the variables that a compiled call was for had a gradient in one.
+        # The indices of the variables of the current update's calls.
+        self.given: list[int] = []
+        self.weighed = False  # whether a micro-batch was given a weight
+        # For the variables of a compiled call: those that had a gradient in one.
         self.compiled: dict[tuple, set[int]] = {}
 
 
 class Accumulator:
-    """The part of an accumulating optimizer that does not depend on Keras's version.
+    """The code of an accumulating optimizer that does not depend on Keras's version.
 
-    The rest of it is an optimizer that was built with `_trainable_variables`, and tells
-    their places by `_get_variable_index`.
+    A subclass is an optimizer that is built with `_trainable_variables`, and that
+    returns their indices by `_get_variable_index`.
     """
 
     inner_optimizer: Any
@@ -86,15 +86,18 @@ class Accumulator:
         self.reduction = reduction
         self.accum_dtype = accum_dtype
         self._clipping = clipping
-        self._engine = backend.active().optimizer
+        self._engine = engine.new_accumulators()
         self._accumulators: list = []
-        self._scaler: Callable[[], Any] = lambda: None  # a LossScaleOptimizer around
-        self._finishing = 0  # how many calls are giving it the finished sum
+        # Returns the `LossScaleOptimizer` that wraps this optimizer, or None.
+        self._scaler: Callable[[], Any] = lambda: None
+        # The number of calls that are handing on the finished sum. Replicas take turns
+        # in them, so that a bool would not do.
+        self._finishing = 0
         self._calls = _Calls()
 
     def __repr__(self) -> str:
         kind = type(self).__name__
-        if "inner_optimizer" not in self.__dict__:  # a constructor fails
+        if "inner_optimizer" not in self.__dict__:  # its constructor failed
             return f"<{kind}>"
         *outer, inner = [type(each).__name__ for each in chain(self.inner_optimizer)]
         wrapped = "(".join([*outer, inner]) + ")" * len(outer)
@@ -123,7 +126,7 @@ class Accumulator:
         ]
         dtype = "float64" if "float64" in dtypes else "float32"
         self._count = self._new_counter("pending", ())
-        # How many of these micro-batches had a gradient of each variable.
+        # For each variable, the number of these micro-batches that had its gradient.
         self._received = self._new_counter("received", (len(variables),))
         self._total = self._engine.add_local_variable(
             self, (), dtype=dtype, name="total_weight"
@@ -134,33 +137,33 @@ class Accumulator:
         raise NotImplementedError
 
     def _scales(self, optimizer: Any) -> Any:
-        """The optimizer that scales the gradients which are given here, or None."""
+        """Returns the optimizer that scaled the gradients given here, or None."""
         raise NotImplementedError
 
     def _is_built(self) -> bool:
         return (self._scaler() or self).built
 
     def flush(self) -> None:
-        """Apply what has been accumulated, weighed by the micro-batches that there
-        were.
+        """Apply the gradients of the micro-batches that wait.
 
-        Does nothing where no micro-batch waits. In a custom training loop it may be
-        called inside a `tf.function`; for `jax.jit` there is `stateless_flush`.
+        A mean is over these micro-batches. If none wait, nothing happens. In a custom
+        training loop it may be called inside a `tf.function`; in `jax.jit`, call
+        `stateless_flush` instead.
 
-        `AccumBatchNormalization` layers whose `gamma` or `beta` is trained here end
-        their update too; not so in `stateless_flush`.
+        The `AccumBatchNormalization` layers whose `gamma` or `beta` this optimizer
+        trains end their update too (except in `stateless_flush`).
         """
         if self._accumulators:
-            # Layers first, for an update that is skipped takes their statistics back.
+            # Layers come first, so that a skipped update restores their statistics.
             for layer in in_reach(self._trainable_variables):
                 self._engine.everywhere(layer.finish_update, self._count)
             everything = tuple(range(len(self._accumulators)))
             self._update_if(1, everything, self._calls.compiled, self._engine.flush)
 
     def reset(self) -> None:
-        """Forget what has been accumulated.
+        """Forget the micro-batches that wait.
 
-        The `AccumBatchNormalization` layers that `flush` finishes forget too.
+        The `AccumBatchNormalization` layers that `flush` finishes forget them too.
         """
         if self._accumulators:
             self._calls.given = []
@@ -169,9 +172,12 @@ class Accumulator:
                 layer.reset()
 
     def _loaded(self) -> None:
-        """What is not saved, after the variables were loaded."""
+        """Set the state that is not saved, after the variables were loaded.
+
+        That is: the variables of the calls, whether weights were given, and the
+        statistics that layers have pooled.
+        """
         if self._accumulators:
-            # Which variables were given, whether a weight was, what layers have pooled.
             self._calls.given = []
             self._calls.weighed = True
             for layer in in_reach(self._trainable_variables):
@@ -179,10 +185,10 @@ class Accumulator:
 
     @property
     def pending(self) -> int:
-        """How many micro-batches wait for their update.
+        """The number of micro-batches that wait for their update.
 
-        During `fit` on JAX the state is not in the variables: in a callback, call the
-        model's `jax_state_sync` before.
+        During `fit` on JAX the variables do not hold the state: in a callback, call the
+        model's `jax_state_sync` first.
         """
         return int(self._engine.read(self._count)) if self._accumulators else 0
 
@@ -208,10 +214,10 @@ class Accumulator:
         self._check_variables(variables)
         _check_gradients(grads, variables)
         if self.accum_steps == 1:
-            self._finish(self._alone(grads, weight), variables)
+            self._finish(self._weighted(grads, weight), variables)
             return
         factor = self._factor(weight)
-        with self._engine.same(self._guard, self._calls.given, self._count):
+        with self._engine.unchanged(self._guard, self._calls.given, self._count):
             pairs, received = self._count_microbatch(grads, variables, weight, factor)
         given = tuple(self._calls.given)
         seen = {given: self._calls.compiled.get(given, set())}
@@ -234,7 +240,9 @@ class Accumulator:
     def _count_microbatch(self, grads, variables, weight, factor):
         """Count a micro-batch.
 
-        Returns what is added to what, and which variables had a gradient.
+        Returns:
+            Pairs of an accumulator and the gradient to add to it, and for each variable
+            whether it had a gradient, as 1 or 0.
         """
         pairs, connected = [], set()
         for gradient, variable in zip(grads, variables):
@@ -244,8 +252,7 @@ class Accumulator:
             connected.add(index)
             accumulator = self._accumulators[index]
             if trainer.overwrites(variable):
-                # Keras's own way to join what micro-batches would overwrite a variable
-                # with.
+                # The largest value, as in Keras's own accumulation.
                 accumulator.assign(ops.maximum(accumulator, gradient))
             else:
                 pairs.append((accumulator, gradient))
@@ -261,14 +268,15 @@ class Accumulator:
         return pairs, received
 
     def _among(self, indices):
-        """For each variable 1 if it is one of these, else 0."""
+        """Returns 1 for each variable whose index is in `indices`, and 0 for others."""
         return np.isin(np.arange(len(self._accumulators)), list(indices)).astype("int")
 
     def _factor(self, weight):
-        """What a micro-batch's gradient is multiplied by when it is added.
+        """Returns the number that a micro-batch's gradient is multiplied by.
 
-        Of a mean as much as if this were one of `accum_steps` equal micro-batches: if
-        it was, nothing is left to be divided in the end."""
+        For a mean it has the factor 1 / `accum_steps`. If all micro-batches weigh 1,
+        the sum is then the mean, and need not be divided in the end.
+        """
         share = 1 / self.accum_steps if self.reduction == "MEAN" else 1.0
         return share if weight is None else ops.cast(weight, self._total.dtype) * share
 
@@ -276,10 +284,10 @@ class Accumulator:
         """Update if as many micro-batches wait as an update needs.
 
         Args:
-            least: How many micro-batches an update needs.
-            everything: The variables that it may be for.
-            seen: Which had gradients in compiled calls, by what these were given.
-            when: The engine's, or its `flush`.
+            least: The number of micro-batches that an update needs.
+            everything: The indices of the variables that it may be for.
+            seen: `_Calls.compiled`, or its entry for these variables.
+            when: The engine's function `when` or `flush`.
         """
         if self._engine.is_traced(self._count):
             ways = self._ways(everything, seen)
@@ -295,27 +303,31 @@ class Accumulator:
             )
 
     def _known_way(self, everything):
-        """The variables that what waits was given for, and which had a gradient."""
+        """Returns the variables of the micro-batches that wait.
+
+        Returns:
+            The indices of all variables that the calls were for, and the set of those
+            that had a gradient.
+        """
         connected = set(np.flatnonzero(self._engine.read(self._received)).tolist())
         if self._calls.given and connected <= set(self._calls.given):
             return tuple(self._calls.given), connected
-        # The last call, or the last that was compiled, was for others.
+        # `given` is of another call, or of a function that was compiled since.
         return tuple(sorted(connected)) or everything, connected
 
     def _ways(self, everything, seen):
-        """What `_known_way` may be when a compiled function runs.
+        """Returns the pairs that `_known_way` may return when a compiled function runs.
 
-        Others may have added to the sums too. The last way is for what was not seen: it
-        takes a gradient of 0 where there is none.
+        The function cannot know them, because other functions may have added to the
+        sums too. The last pair is for all other cases: a variable without gradient gets
+        a gradient of 0 in it.
         """
         ways = sorted(seen.items(), key=lambda way: len(way[1]))
         ways = [way for way in ways if set() < way[1] < set(everything)]
         return [*ways, (everything, set(everything))]
 
     def _is_due(self, least, others):
-        """Whether so many micro-batches wait, none of which had a gradient of the
-        `others`.
-        """
+        """Whether enough micro-batches wait, and none had a gradient of `others`."""
         due = ops.greater_equal(self._count, least)
         if not others:
             return due
@@ -323,7 +335,7 @@ class Accumulator:
         return ops.logical_and(due, ops.equal(ops.sum(received), 0))
 
     def _update(self, given, connected):
-        """The finished gradient to the wrapped optimizer."""
+        """Compute the finished gradient, and apply it."""
         variables = [self._trainable_variables[index] for index in given]
         means = [
             self._accumulators[index]
@@ -342,8 +354,7 @@ class Accumulator:
         self._clear()
 
     def _finish(self, gradients, variables):
-        """A finished gradient to the wrapped optimizer, or to the one around."""
-        # Counted, for replicas take turns in here.
+        """Hand a finished gradient to the wrapped optimizer, or to one that scales."""
         optimizer = self._scaler() or self.inner_optimizer
         if self._clipping is not None:
             gradients = self._engine.clip(
@@ -364,8 +375,8 @@ class Accumulator:
         finally:
             self._finishing -= 1
 
-    def _alone(self, grads, weight):
-        """The gradients of a micro-batch that is an update."""
+    def _weighted(self, grads, weight):
+        """Returns the finished gradients of an update of one micro-batch."""
         if weight is None:
             return grads
         weight = ops.cast(weight, "float32")
@@ -374,9 +385,9 @@ class Accumulator:
         )
 
         def times(gradient):
-            gradient = self._engine.dense(gradient)
+            gradient = devices.active().dense(gradient)
             product = gradient * ops.cast(factor, gradient.dtype)
-            # A mean over nothing is not a number, nor is 0 times it.
+            # The mean of no values is NaN, and so is 0 times it.
             return ops.where(factor == 0, ops.zeros_like(product), product)
 
         return [None if g is None else times(g) for g in grads]
@@ -388,7 +399,7 @@ class Accumulator:
         self._total.assign(0.0)
 
     def _changing(self) -> list:
-        """All variables that an update changes."""
+        """Returns all variables that an update changes."""
         return [*self._trainable_variables, *(self._scaler() or self).variables]
 
     def _check_variables(self, variables):
@@ -416,7 +427,7 @@ class Accumulator:
 
 
 def chain(optimizer: Any) -> Iterable:
-    """An optimizer, the one it wraps, and so on."""
+    """Yields an optimizer, the optimizer that it wraps, and so on."""
     while optimizer is not None:
         yield optimizer
         optimizer = getattr(optimizer, "inner_optimizer", None)
@@ -438,21 +449,21 @@ def check_not_accumulating(optimizer: Any, problem: str) -> None:
 
 
 def check_variables(name: str, variables: list) -> None:
-    """Raise unless they are what an optimizer of Keras's updates.
+    """Raise unless all are variables that Keras's optimizers can update.
 
     Args:
-        name: Of the argument.
-        variables: What it holds.
+        name: Name of the argument.
+        variables: The argument's entries.
     """
     check_of_backend(name, variables)
-    if keras.backend.backend() == "tensorflow":  # whose own variables Keras takes too
+    if keras.backend.backend() == "tensorflow":  # Keras takes its `tf.Variable`s too
         return
     others = [v for v in variables if not isinstance(v, keras.Variable)]
     if others:
         raise TypeError(
             f"Argument `{name}` must hold Keras's variables, such as "
-            "`model.trainable_variables`, for no other are updated by an optimizer of "
-            "Keras's. With PyTorch's or optax's, take the gradients from "
+            "`model.trainable_variables`, because Keras's optimizers update no others. "
+            "With optimizers of PyTorch or optax, take the gradients from "
             f"`accumulated_value_and_grad`. Received: {name}={described(others)}"
         )
 
@@ -482,7 +493,7 @@ def _check_gradients(grads, variables):
             f"{len(grads)} gradients for {len(variables)} variables"
         )
     for gradient, variable in zip(grads, variables):
-        # TensorFlow does not always know a shape, nor that of sparse gradients.
+        # TensorFlow may not know a shape; sparse gradients are not checked.
         if (
             gradient is None
             or hasattr(gradient, "dense_shape")
@@ -504,7 +515,7 @@ def _names(variables) -> list[str]:
 
 
 def check_settings(reduction: Any, accum_dtype: Any) -> None:
-    """Raise unless they are arguments of `GradientAccumulateOptimizer`."""
+    """Raise if `GradientAccumulateOptimizer` cannot take these arguments."""
     check_float_dtype(accum_dtype)
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(
@@ -514,5 +525,5 @@ def check_settings(reduction: Any, accum_dtype: Any) -> None:
 
 
 def accumulating(optimizer: Any) -> Any:
-    """The one of an optimizer and those that it wraps that accumulates, or None."""
+    """Returns the optimizer, or the one that it wraps, that accumulates; or None."""
     return next((o for o in chain(optimizer) if isinstance(o, Accumulator)), None)

@@ -1,4 +1,4 @@
-"""Adaptive gradient clipping: no unit's gradient is large beside the unit's weights.
+"""Adaptive gradient clipping: it bounds gradients relative to the norm of the weights.
 
 Brock, De, Smith and Simonyan 2021, "High-Performance Large-Scale Image Recognition
 Without Normalization", arXiv:2102.06171, section 4.
@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from gradient_accumulator import backend
-from gradient_accumulator.backend import trainer
-from gradient_accumulator.backend.api import keras, ops
+from gradient_accumulator import devices
+from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat.api import keras, ops
 from gradient_accumulator.received import check_of_backend, described
 
 # A layer, its name or that of a variable, or a function of a variable.
@@ -21,7 +21,7 @@ Excluded = Any
 
 
 def compute_norm(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
-    """The L2 norm of a tensor over some of its axes.
+    """Returns the L2 norm of a tensor over some of its axes.
 
     Args:
         x: Tensor of a float dtype.
@@ -29,8 +29,8 @@ def compute_norm(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
         keepdims: Whether these axes stay, with length 1.
 
     Returns:
-        Tensor, of `x`'s dtype if that is float32 or float64, and else of float32, in
-        which squares of half-precision values do not overflow.
+        Tensor of `x`'s dtype; for half precision of float32, in which the squares do
+        not overflow.
     """
     x = ops.convert_to_tensor(x)
     dtype = keras.backend.standardize_dtype(x.dtype)
@@ -40,22 +40,22 @@ def compute_norm(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
 
 
 def unitwise_norm(x: Any) -> Any:
-    """The L2 norms of a weight's units: of what makes one output each.
+    """Returns the L2 norms of a weight's units. Each unit makes one output.
 
-    | rank | as | norm over |
+    | rank | examples | norm over |
     |---|---|---|
     | 0, 1, and more where one axis only is longer than 1 | bias, gain | all axes |
     | 2, 3 | dense and attention kernels | axis 0 |
     | from 4 up | convolution kernels | all axes but the last |
 
-    Source: Brock et al. 2021, equation 3; the axes are those of the authors' code, and
-    of `optax.adaptive_grad_clip`.
+    Source: Brock et al. 2021, equation 3. The authors' code and
+    `optax.adaptive_grad_clip` have the same axes.
 
     Args:
         x: Tensor of a float dtype, with Keras's order of axes.
 
     Returns:
-        Tensor of `x`'s rank, whose axes that were summed over have length 1.
+        Tensor of `x`'s rank. The axes that were summed over have length 1.
     """
     x = ops.convert_to_tensor(x)
     shape = tuple(x.shape)
@@ -77,38 +77,38 @@ def adaptive_clip_grad(
     *,
     agc_exclude: Excluded = None,
 ) -> list:
-    """Clip gradients unit by unit, to a share of the norm of the unit's weights.
+    """Clip gradients unit by unit, to a multiple of the norm of the unit's weights.
 
         gradient * min(1, clip_factor * max(|weights|, eps) / |gradient|)
 
-    Under accumulation, clip the finished gradient of an update, once: clipped
-    micro-batches add up to something else. `accumulate(model, ..., use_agc=True)` and
-    `GradientAccumulateOptimizer(..., use_agc=True)` do so; in a loop of your own, call
-    this between `accumulated_value_and_grad` and the optimizer. It has no effects, and
-    may be called in `jax.jit` and in a `tf.function`.
+    If you accumulate, clip the finished gradient of an update, once: clipped gradients
+    of micro-batches add up to another gradient. `accumulate(model, ..., use_agc=True)`
+    and `GradientAccumulateOptimizer(..., use_agc=True)` do so. In a loop of your own,
+    call this function between `accumulated_value_and_grad` and the optimizer. It has no
+    side effects, and may be called in `jax.jit` and in a `tf.function`.
 
     Source: Brock et al. 2021, equation 3.
 
     Args:
         parameters: The weights: Keras variables, or tensors of the active backend,
             such as `module.parameters()`.
-        gradients: One tensor for each of them, or None where there is no gradient.
+        gradients: One tensor for each parameter, or None if it has no gradient.
         clip_factor: Positive number, the largest ratio of the two norms (the paper's
             lambda; 0.01 for batches of up to 4096).
-        eps: Positive number, the smallest norm that weights are taken to have, so that
-            those that begin at zero can move.
-        agc_exclude: What is not clipped: a layer, a name (of a layer or a variable), a
-            function of a parameter that returns a bool, or a list of these. The paper
-            leaves out the last, linear layer.
+        eps: Positive number. A smaller norm of weights counts as this number, so that
+            weights that begin at zero can move.
+        agc_exclude: The parameters that are not clipped: a layer, a name (of a layer or
+            variable), a function of a parameter that returns a bool, or a list of
+            these. The paper leaves out the last, linear layer.
 
     Returns:
-        The clipped gradients, a list. Sparse gradients of TensorFlow's come back dense.
+        The list of clipped gradients. TensorFlow's sparse gradients become dense.
 
     Raises:
-        TypeError: If a number or an entry of `agc_exclude` is of another type, or
-            tensors are of another framework than Keras runs on.
+        TypeError: If a number or an entry of `agc_exclude` has a wrong type, or tensors
+            belong to another framework than the one that Keras runs on.
         ValueError: If the lists have different lengths, a number is not positive, or
-            `agc_exclude` names what is not there.
+            `agc_exclude` names a layer or variable that is not among the parameters.
 
     Example:
 
@@ -133,12 +133,12 @@ def adaptive_clip_grad(
 
 @dataclass(frozen=True)
 class AdaptiveClipping:
-    """How gradients are clipped.
+    """The settings of adaptive clipping, checked.
 
     Args:
         clip_factor: As for `adaptive_clip_grad`.
         eps: As for `adaptive_clip_grad`.
-        agc_exclude: As for `adaptive_clip_grad`; kept as a tuple.
+        agc_exclude: As for `adaptive_clip_grad`; the attribute is a tuple.
     """
 
     clip_factor: float = 0.01
@@ -163,12 +163,12 @@ class AdaptiveClipping:
         object.__setattr__(self, "agc_exclude", tuple(exclude))
 
     def clip(self, parameters: list, gradients: list, scale: Any = None) -> list:
-        """The clipped gradients, None where there is none.
+        """Returns the clipped gradients, with None for a parameter without gradient.
 
         Args:
             parameters: Variables or tensors.
-            gradients: A tensor for each, or None.
-            scale: What the loss was multiplied by, if it was.
+            gradients: A tensor or None for each parameter.
+            scale: The number that the loss was multiplied by, or None.
         """
         excluded = self._excluded(parameters)
         return [
@@ -179,47 +179,51 @@ class AdaptiveClipping:
         ]
 
     def clip_update(self, optimizer: Any, variables: list, gradients: list) -> list:
-        """The clipped finished gradients of an update, as large as the loss is scaled.
+        """Returns the finished gradients of an update, clipped and still scaled.
 
-        They are what clipping after unscaling gives, which is the optimizer's affair.
+        The optimizer unscales them later. The result is as if it had unscaled first.
         """
         scale = trainer.scale_loss(optimizer, ops.ones((), "float32"))
         return self.clip(variables, gradients, scale)
 
     def _clip(self, parameter, gradient, scale):
-        gradient = backend.active().optimizer.dense(gradient)
+        gradient = devices.active().dense(gradient)
         norm = unitwise_norm(gradient)
         largest = ops.stop_gradient(unitwise_norm(ops.convert_to_tensor(parameter)))
         largest = self.clip_factor * ops.maximum(
             ops.cast(largest, norm.dtype), self.eps
         )
         if scale is not None:
-            # As if it were unscaled, clipped, and scaled again.
+            # The bound is scaled as the gradient is.
             largest = largest * ops.cast(scale, norm.dtype)
         factor = ops.where(norm < largest, 1.0, ops.divide_no_nan(largest, norm))
         clipped = ops.cast(gradient, norm.dtype) * factor
         return ops.cast(clipped, gradient.dtype)
 
     def _excluded(self, parameters: list) -> set[int]:
-        """The places of the parameters whose gradients stay as they are."""
+        """Returns the indices of the parameters that are not clipped."""
         return {i for entry in self.agc_exclude for i in _places(entry, parameters)}
 
     def check_excluded(self, parameters: list) -> None:
-        """Raise if an entry names nothing among all parameters, frozen ones too."""
+        """Raise if an entry names none of the parameters, which include frozen ones."""
         for entry in self.agc_exclude:
             named = isinstance(entry, (str, keras.layers.Layer))
             if named and not _places(entry, parameters):
                 names = [trainer.path(p) or "a tensor without name" for p in parameters]
                 raise ValueError(
-                    "Argument `agc_exclude` must name layers or variables that there "
-                    f"are: {names}. Received: agc_exclude={described(entry)}"
+                    "Argument `agc_exclude` must name layers or variables among these: "
+                    f"{names}. Received: agc_exclude={described(entry)}"
                 )
 
     def get_config(self, parameters: list | None) -> dict:
-        """What makes this again, where `parameters` have the same names.
+        """Returns the arguments that make equal settings for a saved model.
+
+        Args:
+            parameters: The variables, whose names stand for functions and layers; None
+                before there are any.
 
         Raises:
-            ValueError: If a function is to be saved and there are no parameters yet.
+            ValueError: If `agc_exclude` has a function and there are no parameters.
         """
         names: list[str] = []
         for entry in self.agc_exclude:
@@ -232,8 +236,9 @@ class AdaptiveClipping:
                 names.append(entry.name)
             else:
                 raise ValueError(
-                    "A function as `agc_exclude` is saved as the names of what it "
-                    "excludes, which are not known before the optimizer is built. "
+                    "A function as `agc_exclude` is saved as the names of variables "
+                    "that it excludes. They are not known before the optimizer is "
+                    "built. "
                     f"Received: agc_exclude={described(entry)}"
                 )
         return {
@@ -244,11 +249,11 @@ class AdaptiveClipping:
 
 
 def _places(entry: Excluded, parameters: list) -> list[int]:
-    """Where the parameters are that an entry of `agc_exclude` means."""
+    """Returns the indices of the parameters that an entry of `agc_exclude` means."""
     if isinstance(entry, keras.layers.Layer):
         own = {id(weight) for weight in entry.weights}
         places = [i for i, p in enumerate(parameters) if id(p) in own]
-        # In a clone of the model, its layer of the same name.
+        # A clone of the model has another layer, of the same name.
         return places or _places(entry.name, parameters)
     if isinstance(entry, str):
         paths = [trainer.path(p) for p in parameters]

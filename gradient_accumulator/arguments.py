@@ -1,4 +1,4 @@
-"""Arguments that a function does not have: an error that names those that it has."""
+"""Errors for arguments that a function does not have: they name the right ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ SIZES = {
     "accum_steps": "the number of micro-batches in an update",
     "microbatch_size": "the number of examples in a micro-batch",
 }
-# What other libraries call them, or what one remembers; without underscores.
+# The names that other libraries give to arguments, or that users may remember. They are
+# lowercase, and without underscores.
 OTHER_NAMES = {
     "accum_steps": (
         "accum accumiter accumstep accumsteps accumulategradbatches accumulatesteps "
@@ -38,10 +39,10 @@ MEANT = {other: name for name, text in OTHER_NAMES.items() for other in text.spl
 
 
 def names_arguments(**elsewhere: str) -> Callable[[Function], Function]:
-    """Let a function say which argument was meant, where it is given another.
+    """Decorate a function: an unknown argument raises an error with the right name.
 
     Args:
-        **elsewhere: For arguments that are of something else, what to do.
+        **elsewhere: Advice for arguments that belong to something else, by their names.
     """
 
     def decorator(function: Function) -> Function:
@@ -54,7 +55,7 @@ def names_arguments(**elsewhere: str) -> Callable[[Function], Function]:
             _check(name, signature, elsewhere, args, kwargs)
             return function(*args, **kwargs)
 
-        # Keras looks at it, and not through `functools.wraps`.
+        # Keras reads the signature, and does not look through `functools.wraps`.
         cast(Any, checked).__signature__ = signature
         return cast(Function, checked)
 
@@ -93,12 +94,12 @@ def _check(function, signature, elsewhere, args, kwargs):
 
 
 def _advice(name, names, elsewhere, takes_others) -> str | None:
-    """What to do instead; None for what a function may hand on to another."""
+    """Returns what to do instead, or None if the function may pass the argument on."""
     if name in elsewhere:
         return elsewhere[name]
     meant = name if name in SIZES else MEANT.get(name.lower().replace("_", ""), "")
     if meant in SIZES and meant not in names:
-        # The other one, of a function that has one of them only.
+        # The function has only the other one of the two.
         meant = next((size for size in SIZES if size in names), "")
     if meant in names and (meant in SIZES or not takes_others):
         return f"use {_meaning(meant)}"
@@ -112,4 +113,5 @@ def _advice(name, names, elsewhere, takes_others) -> str | None:
 
 
 def _meaning(name: str) -> str:
+    """Returns an argument's name, with its meaning if it is a size."""
     return f"`{name}` ({SIZES[name]})" if name in SIZES else f"`{name}`"

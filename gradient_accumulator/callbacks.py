@@ -1,33 +1,33 @@
-"""`FlushGradients`: an epoch's last micro-batches, with the optimizer wrapper."""
+"""`FlushGradients`: it applies the micro-batches that wait at the end of an epoch."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from gradient_accumulator.accumulator import Accumulator, accumulating
-from gradient_accumulator.backend import trainer
-from gradient_accumulator.backend.api import keras
-from gradient_accumulator.backend.statistics import update_layers
+from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat.api import keras
 from gradient_accumulator.received import described
+from gradient_accumulator.statistics import update_layers
 
 
 class FlushGradients(keras.callbacks.Callback):
-    """Applies what a `GradientAccumulateOptimizer` holds at each epoch's end.
+    """Applies the micro-batches that wait for their update at each epoch's end.
 
-    And what the model's `AccumBatchNormalization` layers hold.
-
-    Before the validation at that end, if there is one. Put it before callbacks that
-    save the model.
+    It flushes `GradientAccumulateOptimizer`s, and ends the updates of the model's
+    `AccumBatchNormalization` layers. It does so before the validation at the epoch's
+    end, if there is one. Put it before callbacks that save the model.
 
     Args:
-        *optimizers: Those that a `train_step` of the model's own uses, such as a GAN's
-            two; they are flushed in this order. Without any, it is the optimizer that
-            the model is compiled with.
+        *optimizers: The optimizers that a `train_step` of the model's own uses, such as
+            a GAN's two; they are flushed in this order. If there are none, the
+            optimizer that the model is compiled with is flushed.
 
     Raises:
         TypeError: If one of `optimizers` is no optimizer.
-        ValueError: If one of them does not accumulate, nor one that it wraps; when
-            training begins, if there are none and the model's optimizer does not.
+        ValueError: If one of them does not accumulate, and wraps no optimizer that
+            does. When training begins, if none are given and the model's optimizer does
+            not accumulate.
 
     Example:
 
@@ -49,14 +49,14 @@ class FlushGradients(keras.callbacks.Callback):
         self._optimizers = self._given or [self._compiled()]
 
     def _compiled(self) -> Accumulator:
-        """The one of the model's own optimizer."""
+        """Returns the optimizer in the model's own optimizer that accumulates."""
         optimizer = getattr(self.model, "optimizer", None)
         found = accumulating(optimizer)
         if found is None:
             raise ValueError(
                 "`FlushGradients` needs a model that was compiled with a "
-                "`GradientAccumulateOptimizer`, or to be given the optimizers that the "
-                "model holds: `FlushGradients(g_optimizer, d_optimizer)`. "
+                "`GradientAccumulateOptimizer`, or else the optimizers that the model "
+                "has: `FlushGradients(g_optimizer, d_optimizer)`. "
                 f"Received: optimizer={described(optimizer)}"
             )
         return found
@@ -71,17 +71,17 @@ class FlushGradients(keras.callbacks.Callback):
         self._flush()
 
     def _flush(self):
-        if not self._optimizers:  # outside of `fit` nothing has begun
+        if not self._optimizers:  # `evaluate` was called outside of `fit`
             return
         for optimizer in self._optimizers:
             optimizer.flush()
-        # Those that it does not know, for it trains no variable of theirs.
+        # `flush` misses the layers of which the optimizer trains no variable.
         for layer in update_layers(self.model):
             layer.finish_update()
 
 
 def _accumulating(optimizer: Any) -> Accumulator:
-    """The optimizer, or the one that it wraps, that accumulates."""
+    """Returns the optimizer, or the one that it wraps, that accumulates."""
     if not trainer.is_optimizer(optimizer):
         raise TypeError(
             "`FlushGradients` takes optimizers. "
@@ -90,8 +90,8 @@ def _accumulating(optimizer: Any) -> Accumulator:
     found = accumulating(optimizer)
     if found is None:
         raise ValueError(
-            "`FlushGradients` takes optimizers that accumulate, each a "
-            "`GradientAccumulateOptimizer` or with one inside. "
+            "`FlushGradients` takes optimizers that accumulate: each must be a "
+            "`GradientAccumulateOptimizer`, or wrap one. "
             f"Received: optimizer={described(optimizer)}"
         )
     return found

@@ -1,4 +1,4 @@
-"""What cannot train in micro-batches, and what to do instead."""
+"""Checks that raise for models that cannot train in micro-batches, with advice."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 from typing import Any
 
 from gradient_accumulator.accumulator import check_not_accumulating
-from gradient_accumulator.backend import trainer
-from gradient_accumulator.backend.api import KERAS_2, keras
+from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat.api import KERAS_2, keras
 from gradient_accumulator.received import described
 
 
 def check_backend() -> None:
-    """Raise if another backend is asked for than the one that Keras runs on."""
-    if KERAS_2:  # which has one
+    """Raise if `KERAS_BACKEND` names another backend than Keras runs on."""
+    if KERAS_2:  # which runs on TensorFlow only
         return
     wanted = os.environ.get("KERAS_BACKEND")
     running = keras.backend.backend()
@@ -26,7 +26,7 @@ def check_backend() -> None:
 
 
 def check_is_model(model: Any) -> None:
-    """Raise if it is no model of Keras 3's."""
+    """Raise unless `model` is a model of the Keras that is in use."""
     if not isinstance(model, keras.Model):
         raise TypeError(
             f"Argument `model` must be {trainer.A_MODEL}.{_of_the_other(model)} "
@@ -35,7 +35,7 @@ def check_is_model(model: Any) -> None:
 
 
 def _of_the_other(model):
-    """What to say of a model of the Keras that is not in use."""
+    """Returns a sentence on a model of another framework, or of another Keras."""
     modules = [cls.__module__ + "." for cls in type(model).__mro__]
 
     def is_of(*packages):
@@ -60,7 +60,7 @@ def _of_the_other(model):
 
 
 def check_model(model: Any) -> None:
-    """Raise if it is no model, or one whose train step is not known."""
+    """Raise unless `model` is a model whose train step is known."""
     check_is_model(model)
     for name, is_known in (
         (
@@ -85,12 +85,12 @@ def check_model(model: Any) -> None:
 
 
 def _makes_known_train_function(cls: type) -> bool:
-    """Whether no class of a user's overrides the method."""
+    """Whether no class of a user overrides `make_train_function`."""
     own = next(c for c in cls.__mro__ if "make_train_function" in vars(c))
-    return own.__module__.partition(".")[0] in _KNOWN
+    return own.__module__.partition(".")[0] in _KNOWN_PACKAGES
 
 
-_KNOWN = ("keras", "tf_keras", "gradient_accumulator")
+_KNOWN_PACKAGES = ("keras", "tf_keras", "gradient_accumulator")
 
 
 def check_layers(model: keras.Model) -> None:

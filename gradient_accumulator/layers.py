@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from gradient_accumulator import backend
-from gradient_accumulator.accumulation import positive_int
-from gradient_accumulator.backend import trainer
-from gradient_accumulator.backend.api import KERAS_2, keras, ops
+from gradient_accumulator import devices
+from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat.api import KERAS_2, keras, ops
 from gradient_accumulator.received import described
+from gradient_accumulator.settings import positive_int
 
 
 @keras.saving.register_keras_serializable("gradient_accumulator")
@@ -36,22 +36,26 @@ class AccumBatchNormalization(trainer.Normalization):
     `keras.layers.BatchNormalization` has after the same update on the batch.
 
     In a model that trains in micro-batches (`accumulate`, `GradientAccumulateModel`)
-    the train step says where an update ends, and `accum_steps` need not be given; an
+    the train step says where an update ends, and the layer ignores `accum_steps`. An
     update that fails, or that a `LossScaleOptimizer` skips, leaves the statistics as
-    they were. With `GradientAccumulateOptimizer` or in a loop of your own, the layer
-    counts its calls in training, `accum_steps` for an update; `finish_update` ends an
-    update that has fewer. With `accum_steps=1` there, it is Keras's layer. An update
-    that fails or is skipped in a `GradientAccumulateOptimizer` that trains the layer's
-    `gamma` or `beta` takes the statistics back; not so on JAX and in loops of your own
-    with another optimizer, where the layer does not learn what became of the gradients:
-    there only statistics that are not finite are left out. `flush` and `reset` of that
-    optimizer end and forget the layer's update too. A model that is saved in the middle
-    of an update loses what the layer has pooled of it (not so in a checkpoint of Keras
-    2); loaded with that optimizer, the layer ends the update where the optimizer does.
+    they were.
+
+    With `GradientAccumulateOptimizer`, or in a loop of your own, the layer counts its
+    calls in training: `accum_steps` of them are an update. `finish_update` ends an
+    update that has fewer. With `accum_steps=1` the layer does what Keras's layer does.
+    If a `GradientAccumulateOptimizer` trains the layer's `gamma` or `beta`, and its
+    update fails or is skipped, then the layer restores the statistics. It cannot do so
+    on JAX, or in loops of your own with another optimizer, because it does not learn
+    there what became of the gradients: it leaves out only statistics that are not
+    finite. The optimizer's `flush` and `reset` also end and forget the layer's update.
+    A model that is saved in the middle of an update loses the statistics that the layer
+    has pooled in it (except in a checkpoint of Keras 2). If the model is loaded with
+    that optimizer, the layer ends the update where the optimizer does.
 
     A layer that is called several times in a forward pass (shared, or in a
-    `TimeDistributed`) pools all of these calls, where Keras's moves at each of them;
-    where it counts, `accum_steps` is the number of micro-batches times that of calls.
+    `TimeDistributed`) pools all of these calls, whereas Keras's layer moves its
+    statistics at each call. If the layer counts its calls, `accum_steps` is the number
+    of micro-batches times the number of calls in a forward pass.
 
     Micro-batches of 1 to 4 examples have statistics too noisy to normalize by. With
     `renorm=True` the layer corrects them to the moving ones, within bounds ("batch
@@ -61,16 +65,16 @@ class AccumBatchNormalization(trainer.Normalization):
         d = clip((mean_k - moving_mean) / moving_std, -dmax, dmax)
         output = ((x - mean_k) / std_k * r + d) * gamma + beta
 
-    where no gradient goes through r and d. The moving statistics must then follow the
+    No gradient goes through r and d. The moving statistics must then follow the
     network: take a `momentum` that forgets within some ten updates, such as 0.9. The
-    bounds are wider than the 3 and 5 that Ioffe ends with, for tiny micro-batches: of 2
-    normal values the standard deviation is below a third of the true one every third
-    time.
+    default bounds are wider than the 3 and 5 that Ioffe ends with, because they must
+    serve tiny micro-batches: 2 normal values have a standard deviation below a third of
+    the true one every third time.
 
     Args:
-        accum_steps: Positive int, the number of calls in training that make an update,
-            where no train step of this library tells.
-        momentum: Float, how much of the moving statistics an update keeps.
+        accum_steps: Positive int, the number of calls in training that make an update.
+            A model that trains in micro-batches ignores it.
+        momentum: Float, the part of the moving statistics that an update keeps.
         epsilon: Float, added to variances.
         trainable: Whether the layer learns; if not, it normalizes by its moving
             statistics, in training too.
@@ -78,18 +82,19 @@ class AccumBatchNormalization(trainer.Normalization):
         center: Whether to add `beta`.
         scale: Whether to multiply by `gamma`.
         synchronized: Whether the replicas of a `tf.distribute` strategy, or the
-            processes of `torch.distributed`, normalize by the statistics of all of them
-            together. JAX's sharded arrays always do.
+            processes of `torch.distributed`, normalize by the statistics of all
+            replicas. JAX's sharded arrays always do.
         renorm: Whether to correct the micro-batches' statistics to the moving ones.
-        rmax: Float of at least 1, the bound of the correction of scale.
-        dmax: Float of at least 0, the bound of the correction of place.
+        rmax: Float of at least 1, the bound of r, which corrects the scale.
+        dmax: Float of at least 0, the bound of d, which corrects the mean.
         **kwargs: The initializers, regularizers and constraints of
             `keras.layers.BatchNormalization`, `dtype` and `name`.
 
     Call arguments:
         inputs: Tensor of rank 2 to 5 and a float dtype.
         training: Whether to normalize by the micro-batch's statistics and pool them.
-        mask: Bool tensor of a rank less, of the examples' steps that count.
+        mask: Bool tensor, of one rank less than the inputs: which steps of the examples
+            count.
 
     Raises:
         TypeError: If an argument has a wrong type.
@@ -153,13 +158,17 @@ class AccumBatchNormalization(trainer.Normalization):
         self.rmax = float(rmax)
         self.dmax = float(dmax)
         self._pool: Any = None  # made with the other variables
-        self._within = 0  # by how many train steps it is told where an update ends
+        self._within = 0  # the number of `within_update` contexts that are open
 
     @classmethod
     def take_over(cls, layer: Any, *settings: Any) -> None:
-        """Make one of these of a built layer of Keras's, in place.
+        """Turn a built layer of Keras into a layer of this class, in place.
 
-        Its weights are the same. `settings` are those of `_set_up`.
+        The layer keeps its weights.
+
+        Args:
+            layer: A `keras.layers.BatchNormalization`.
+            *settings: The arguments of `_set_up`.
         """
         layer.__class__ = cls
         layer._set_up(*settings)
@@ -172,7 +181,7 @@ class AccumBatchNormalization(trainer.Normalization):
         return self.accum_steps, self.renorm, self.rmax, self.dmax
 
     def hand_over(self) -> None:
-        """Make a Keras layer of this one, in place."""
+        """Turn this layer into Keras's `BatchNormalization`, in place."""
         trainer.forget(self)
         for name in ("accum_steps", "rmax", "dmax", "_pool", "_within"):
             delattr(self, name)
@@ -197,9 +206,10 @@ class AccumBatchNormalization(trainer.Normalization):
 
     @property
     def variables(self):
-        # State, as seeds are, and so no weight: it is not saved, and not counted.
+        # The pool is state, as seeds are, and no weight: Keras neither saves nor counts
+        # it. To Keras 2 all variables are weights.
         own = super().variables
-        if self._pool is None or KERAS_2:  # for which variables are weights
+        if self._pool is None or KERAS_2:
             return own
         return [*own, *self._pool.variables, *self._pool.before]
 
@@ -211,7 +221,7 @@ class AccumBatchNormalization(trainer.Normalization):
         x = ops.cast(inputs, dtype)
         axis = trainer.feature_axis(self)
         mean, variance, count = _statistics(
-            x, axis, mask, backend.active().replicas.total, self.synchronized
+            x, axis, mask, devices.active().total, self.synchronized
         )
         beta = ops.cast(self.beta, dtype) if self.center else None
         gamma = ops.cast(self.gamma, dtype) if self.scale else None
@@ -224,7 +234,7 @@ class AccumBatchNormalization(trainer.Normalization):
         return ops.cast(outputs, self.compute_dtype)
 
     def _corrected(self, mean, variance, gamma, beta):
-        """`gamma` and `beta` with the corrections of batch renormalization in them."""
+        """Returns `gamma` and `beta` with the corrections of batch renormalization."""
         moving_mean = ops.cast(self.moving_mean, mean.dtype)
         moving_variance = ops.cast(self.moving_variance, mean.dtype)
         moving_std = ops.sqrt(moving_variance + self.epsilon)
@@ -246,37 +256,41 @@ class AccumBatchNormalization(trainer.Normalization):
 
     @property
     def pending(self) -> int:
-        """How many calls were pooled since the moving statistics last moved."""
+        """The number of calls pooled since the moving statistics last moved."""
         if self._pool is None:
             return 0
         return int(ops.convert_to_numpy(self._pool.calls))
 
     def finish_update(self) -> None:
-        """Move the moving statistics by what was pooled since they last moved.
+        """Move the moving statistics by the calls pooled since they last moved.
 
-        Does nothing if that is nothing. Only a loop of your own needs to call it, for
-        an update of fewer than `accum_steps` micro-batches.
+        If no call was pooled, nothing happens. Only a loop of your own needs to call
+        this method, after an update of fewer than `accum_steps` micro-batches.
         """
         if self._pool is not None:
             self._finish_if(trainer.value(self._pool.calls) > 0)
 
     def reset(self) -> None:
-        """Forget what was pooled since the moving statistics last moved."""
+        """Forget the calls pooled since the moving statistics last moved."""
         if self._pool is not None:
             self._pool.keep(False)
 
     def resume(self, done: float) -> None:
-        """Go on with an update of which this part is done, and nothing pooled."""
+        """Continue an update whose statistics so far are lost.
+
+        Args:
+            done: The part of the update's micro-batches that is done, from 0 to 1.
+        """
         self.reset()
         if self._pool is not None:
             self._pool.calls.assign(round(done * self.accum_steps))
 
     def _finish_if(self, done):
-        # No branch: what it would save is less than what it costs.
+        # A branch would cost more time than it would save.
         mean, variance, count = self._pool.values()
         if not self.synchronized:
             mean, variance, count = _over_replicas(
-                mean, variance, count, backend.active().replicas.total
+                mean, variance, count, devices.active().total
             )
         for before, moving in zip(self._pool.before, self._moving):
             before.assign(ops.where(done, trainer.value(moving), trainer.value(before)))
@@ -288,10 +302,10 @@ class AccumBatchNormalization(trainer.Normalization):
         return self.moving_mean, self.moving_variance
 
     def take_back(self, condition: Any) -> None:
-        """Undo how the moving statistics last moved, if no call was pooled since.
+        """Undo the last move of the moving statistics, if no call was pooled since.
 
         Args:
-            condition: Scalar bool tensor, whether to do it at all.
+            condition: Scalar bool tensor. If it is false, nothing happens.
         """
         undone = ops.logical_and(
             condition, ops.equal(trainer.value(self._pool.calls), 0)
@@ -306,15 +320,15 @@ class AccumBatchNormalization(trainer.Normalization):
         moves = (count > 0) & ops.isfinite(mean) & ops.isfinite(variance)
         variance = trainer.variance_to_move_by(self, variance, count)
         for moving, new in zip(self._moving, (mean, variance)):
-            # In the new value's dtype, for that of half-precision weights rounds.
+            # In the new value's dtype, because that of half-precision weights rounds.
             old = ops.cast(moving, new.dtype)
             moved = old * self.momentum + new * (1 - self.momentum)
             moving.assign(ops.where(moves, moved, old))
 
     @contextmanager
     def within_update(self) -> Iterator[None]:
-        """Around calls whose update the caller will finish with `finish_update`."""
-        self._within += 1  # counted, for replicas take turns in here
+        """A context of calls whose update the caller ends with `finish_update`."""
+        self._within += 1  # a number, because replicas take turns in this context
         try:
             yield
         finally:
@@ -334,30 +348,33 @@ class AccumBatchNormalization(trainer.Normalization):
         }
 
 
-# The layers that are still there, by the `id` of their trained variables.
+# The layers that are still in memory, by the `id` of their trained variables.
 _OWNERS: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 
 
 def owners(variables: list) -> list[AccumBatchNormalization]:
-    """The layers, each once, that some of the variables are trained for."""
+    """Returns the layers, each once, that own some of the trained variables."""
     found = {id(x): x for v in variables if (x := _OWNERS.get(id(v)))}
     return [x for x in found.values() if isinstance(x, AccumBatchNormalization)]
 
 
 def _state(name: str, shape: tuple, dtype: str) -> keras.Variable:
-    """A variable of zeros that is no weight."""
+    """Returns a variable of zeros that is state, and no weight."""
     return keras.Variable(
         "zeros", shape, dtype, trainable=False, autocast=False, name=name
     )
 
 
 class Pool(trainer.State):
-    """The statistics of an update's micro-batches so far, as variables of no layer.
+    """The pooled statistics of an update's micro-batches so far.
+
+    Its variables are weights of no layer.
 
     Args:
         shape: Shape of the statistics.
         dtype: Dtype of the moving statistics.
-        counts: Whether to hold, too, what these were before they last moved.
+        counts: Whether the layer counts its calls. It then also holds the moving
+            statistics from before their last move, in `before`.
     """
 
     def __init__(self, shape: tuple, dtype: str, counts: bool):
@@ -393,44 +410,45 @@ class Pool(trainer.State):
         self.calls.assign_add(1)
 
     def keep(self, kept):
-        """Forget all, unless `kept`."""
+        """Forget all pooled statistics, unless `kept` is true."""
         for variable in self.variables:
             value = trainer.value(variable)
             variable.assign(ops.where(kept, value, ops.zeros_like(value)))
 
 
 def synchronized_moments(layer: Any, inputs: Any, mask: Any) -> tuple:
-    """The mean and variance of each feature, over all replicas."""
-    total = backend.active().replicas.total
+    """Returns the mean and variance of each feature, over all replicas."""
+    total = devices.active().total
     axis = trainer.feature_axis(layer)
     return _statistics(inputs, axis, mask, total, True)[:2]
 
 
 def _statistics(x, axis, mask, total, synchronized):
-    """Mean, variance and number of values of each feature.
+    """Returns the mean, variance and number of values of each feature.
 
     Args:
         x: Tensor.
         axis: The axis of features.
-        mask: Tensor of a rank less than `x`, or None.
+        mask: Tensor of one rank less than `x`, or None.
         total: Function that sums a tensor over replicas.
-        synchronized: Whether to call it.
+        synchronized: Whether the statistics are those of all replicas, for which
+            `total` is called.
     """
     axes = [i for i in range(len(x.shape)) if i != axis % len(x.shape)]
     if mask is None:
         if not synchronized:
             mean, variance = ops.moments(x, axes)
-            # In floats, for the number of a volume's voxels may not fit in an int32.
+            # Floats, because the number of a volume's voxels may not fit in an int32.
             shape = [ops.cast(ops.shape(x)[i], x.dtype) for i in axes]
             return mean, variance, ops.broadcast_to(math.prod(shape), mean.shape)
         weights = ops.ones_like(x)
     else:
         weights = ops.cast(ops.expand_dims(mask, -1), "bool")
         weights = ops.cast(ops.broadcast_to(weights, ops.shape(x)), x.dtype)
-        # A masked value may be anything, and times 0 is not always 0.
+        # A masked value may be infinite or NaN, which times 0 is not 0.
         x = ops.where(weights > 0, x, 0)
     if not synchronized:
-        total = _same
+        total = _unchanged
     count = total(ops.sum(weights, axes, keepdims=True))
     mean = ops.divide_no_nan(total(ops.sum(x * weights, axes, keepdims=True)), count)
     squares = ops.square(x - mean) * weights
@@ -439,7 +457,7 @@ def _statistics(x, axis, mask, total, synchronized):
 
 
 def _over_replicas(mean, variance, count, total):
-    """The pooled statistics of all replicas."""
+    """Returns the statistics of all replicas, pooled."""
     everywhere = total(count)
     if everywhere is count:
         return mean, variance, count
@@ -448,7 +466,7 @@ def _over_replicas(mean, variance, count, total):
     return pooled, ops.divide_no_nan(total(squares), everywhere), everywhere
 
 
-def _same(tensor):
+def _unchanged(tensor):
     return tensor
 
 

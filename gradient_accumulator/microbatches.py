@@ -1,4 +1,4 @@
-"""Micro-batches: how one update's data is cut, drawn and checked."""
+"""Functions that cut, draw and check the micro-batches of an update."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from gradient_accumulator.backend.api import keras
+from gradient_accumulator.compat.api import keras
 
 
 def leaves(data: Any) -> list:
-    """The arrays of nested data, without what is None."""
+    """Returns the arrays of nested data, without None."""
     return [leaf for leaf in keras.tree.flatten(data) if leaf is not None]
 
 
 def first_input(microbatch: Any) -> Any:
-    """The array whose first axis tells a micro-batch's number of examples."""
+    """Returns the array whose first axis is a micro-batch's number of examples."""
     x, _, _ = keras.utils.unpack_x_y_sample_weight(microbatch)
     return leaves(x)[0]
 
 
 def map_leaves(function: Callable, data: Any) -> Any:
-    """Nested data with `function` applied to every array, None kept."""
+    """Returns nested data with `function` applied to every array, and None kept."""
     return keras.tree.map_structure(
         lambda leaf: None if leaf is None else function(leaf), data
     )
 
 
 def arrays_of(batch: Any) -> list:
-    """The arrays of a batch that have an entry for each example.
+    """Returns the arrays of a batch that have an entry for each example.
 
-    A sample weight may be one number: the weight of each.
+    A sample weight that is one number, for all examples, is left out.
     """
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
     weights = [weight for weight in leaves(sample_weight) if not is_number(weight)]
@@ -42,21 +42,22 @@ def arrays_of(batch: Any) -> list:
 
 
 def is_number(leaf: Any) -> bool:
+    """Whether an array or a number has no axes."""
     shape = getattr(leaf, "shape", ())
     return (shape.rank if hasattr(shape, "rank") else len(shape)) == 0
 
 
 def batch_size(batch: Any) -> int:
-    """Number of examples of a batch: see `arrays_of` and `example_count`."""
+    """Returns the number of examples of a batch, checked as in `example_count`."""
     return example_count(arrays_of(batch))
 
 
 def example_count(data: Any) -> int:
-    """Number of examples in nested data, which every array must agree on.
+    """Returns the number of examples in nested data.
 
     Raises:
-        ValueError: If an array has no batch axis, or another number of examples; if
-            there are none.
+        ValueError: If an array has no axes, arrays have different numbers of examples,
+            or there are no examples.
     """
     shapes = shapes_of(data)
     check_examples(shapes)
@@ -64,11 +65,12 @@ def example_count(data: Any) -> int:
 
 
 def shapes_of(data: Any) -> list[tuple]:
+    """Returns the shapes of the arrays of nested data."""
     return [tuple(leaf.shape) for leaf in leaves(data)]
 
 
 def check_shapes(shapes: list[tuple]) -> None:
-    """Raise unless arrays agree on the number of examples, as far as it is known."""
+    """Raise if arrays have different numbers of examples, as far as those are known."""
     if not shapes or () in shapes or len({shape[0] for shape in shapes} - {None}) > 1:
         raise ValueError(
             "Every array of a batch needs the same number of examples in its "
@@ -77,7 +79,7 @@ def check_shapes(shapes: list[tuple]) -> None:
 
 
 def check_examples(shapes: list[tuple]) -> None:
-    """Raise unless there are examples, and arrays agree on their number."""
+    """Raise unless all arrays have the same number of examples, and at least one."""
     check_shapes(shapes)
     if shapes[0][0] == 0:
         raise ValueError(
@@ -86,21 +88,24 @@ def check_examples(shapes: list[tuple]) -> None:
 
 
 def checked(microbatch: Any) -> Any:
-    """The same micro-batch, whose arrays would else be broadcast to one another."""
+    """Returns a micro-batch unchanged, after `check_shapes`.
+
+    Arrays of one example would be broadcast to arrays of several.
+    """
     check_shapes(shapes_of(arrays_of(microbatch)))
     return microbatch
 
 
 @dataclass(frozen=True)
 class Microbatches:
-    """The micro-batches of one update, each made when it is asked for.
+    """The micro-batches of one update, each made when it is drawn.
 
     Args:
-        iterator: Nested arrays.
-        count: The number of micro-batches, if the data does not end before.
-        examples: The number of examples of all micro-batches together, where that is
-            known, and they have one shape but for their own number.
-        devices: The number of devices that each have an equal part of every
+        iterator: Iterator over the micro-batches, which are nested arrays.
+        count: The number of micro-batches; there are fewer if the data ends early.
+        examples: The number of examples in all micro-batches, if it is known and the
+            micro-batches differ in shape only by their numbers of examples; else None.
+        devices: The number of devices, each of which has an equal share of every
             micro-batch.
     """
 
@@ -111,7 +116,7 @@ class Microbatches:
 
     @property
     def on_device(self) -> int:
-        """The number of examples of a batch that one device has."""
+        """The number of examples of the batch that are on one device."""
         return (self.examples or 0) // self.devices
 
 
@@ -122,15 +127,18 @@ def cut(
     devices: int = 1,
     count: Callable[[Any], int] = batch_size,
 ) -> Microbatches:
-    """The micro-batches of a batch; the last may be smaller.
+    """Cut a batch into micro-batches, of which the last may be smaller.
 
     Args:
         data: Nested arrays.
-        microbatch_size: Number of examples in a micro-batch.
-        take: Function of an array and the first and last (exclusive) example.
-        devices: The number of devices that each have an equal part of the batch, in
-            which `take` counts, and that each take a micro-batch of that size.
+        microbatch_size: Number of examples in a micro-batch, on each device.
+        take: Function of an array and of the first and last (exclusive) example, which
+            returns these examples. It counts examples within a device's share.
+        devices: The number of devices, each of which has an equal share of the batch.
         count: Function of the data that returns the number of its examples.
+
+    Returns:
+        The `Microbatches`.
     """
 
     def microbatch(start, stop):
@@ -144,12 +152,13 @@ def cut(
 def microbatches_of(
     examples: int, microbatch_size: int, microbatch: Callable, devices: int = 1
 ) -> Microbatches:
-    """The micro-batches of a batch that need not be there as a whole.
+    """Returns the micro-batches of a batch that is not in memory.
 
     Args:
         examples: Number of examples in the batch.
-        microbatch_size: Number of examples in a micro-batch.
-        microbatch: Function of the first and last (exclusive) example of a micro-batch.
+        microbatch_size: Number of examples in a micro-batch, on each device.
+        microbatch: Function of the first and last (exclusive) example that returns a
+            micro-batch.
         devices: As for `cut`.
     """
     size = examples // devices
@@ -161,10 +170,10 @@ def microbatches_of(
 
 
 def not_empty(generator: Iterator) -> Iterator:
-    """A generator that gives the same, of which the first was drawn.
+    """Returns a generator over the same items, after it drew the first of them.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there are no items.
     """
 
     def restored(first):
@@ -177,6 +186,7 @@ def not_empty(generator: Iterator) -> Iterator:
 
 
 def no_data() -> ValueError:
+    """Returns the error for data without batches."""
     return ValueError(
         "The data given to `fit` is empty: there is nothing to train on. "
         "Received: 0 batches"
@@ -184,7 +194,7 @@ def no_data() -> ValueError:
 
 
 class Epoch:
-    """Where `fit` stands in its epoch, so that no update crosses the epoch's end.
+    """The position of `fit` in its epoch, so that no update crosses the epoch's end.
 
     Args:
         steps: `steps_per_epoch` as the user gave it to `fit`, or None.
@@ -195,9 +205,14 @@ class Epoch:
 
     @contextmanager
     def of_call(self, *arguments: Any, **named: Any) -> Iterator[None]:
-        """Around a call of `fit` or `train_on_batch`: `restart`, and back in the end.
+        """A context of a call of `fit` or `train_on_batch`.
 
-        A callback of one call may make another.
+        It begins with `restart`, and restores the outer call's position in the end:
+        callbacks of `fit` may train the model.
+
+        Args:
+            *arguments: Arguments of `restart`.
+            **named: Arguments of `restart`.
         """
         before = dict(vars(self))
         self.restart(*arguments, **named)
@@ -213,31 +228,32 @@ class Epoch:
 
         Args:
             steps: `steps_per_epoch` as the user gave it to `fit`, or None.
-            fitting: Whether it is a call of `fit`.
-            sized: Whether data that is too little for `steps_per_epoch` is trained on,
-                with a warning, as Keras does where data tells its length.
+            fitting: Whether the call is one of `fit`.
+            sized: Whether the length of the data is known. Data that ends before
+                `steps_per_epoch` then causes a warning, as in Keras, and else an error.
         """
         self.steps = steps
         self.sized = sized
-        # Of batches whose micro-batches are drawn, one after the other:
+        # The number of examples in each batch of an epoch, if micro-batches are drawn
+        # from arrays.
         self.sizes: list[int] = []
-        # How many of them each iterator has given.
+        # The number of these batches that each iterator has drawn.
         self.drawn: Any = weakref.WeakKeyDictionary()
         self.fitting = fitting
         self.evaluating = False
         self.updates = 0
-        # Of the batches that were cut: the most micro-batches of one, and examples on
-        # a device.
+        # The most micro-batches of a batch that was cut, and its most examples on a
+        # device.
         self.most_microbatches = 0
         self.most_examples = 0
         self.begin()
 
     def begin(self, length: int | None = None, number: int = 0) -> None:
-        """Begin an epoch of it.
+        """Begin an epoch of the call.
 
         Args:
-            length: The number of batches in an epoch, as far as Keras knows it.
-            number: Which epoch of the training it is.
+            length: The number of batches in an epoch; None if it is not known.
+            number: The epoch's number.
         """
         self.number = number
         self.length = self.steps if length is None else length
@@ -245,7 +261,7 @@ class Epoch:
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Around what evaluates in between."""
+        """A context of a call of `evaluate` within `fit`."""
         before, self.evaluating = self.evaluating, True
         try:
             yield
@@ -253,35 +269,35 @@ class Epoch:
             self.evaluating = before
 
     def next_size(self, iterator: Iterator) -> int:
-        """The number of examples in the next batch whose micro-batches are drawn."""
+        """Returns the number of examples in an iterator's next batch, and counts it."""
         number = self.drawn.get(iterator, 0)
         self.drawn[iterator] = number + 1
         return self.sizes[number]
 
     def cut(self, microbatches: int, examples: int) -> None:
-        """Take note of a batch that was cut.
+        """Record that a batch was cut.
 
         Args:
-            microbatches: In how many.
-            examples: How many examples it has, on one device.
+            microbatches: The number of its micro-batches.
+            examples: The number of its examples on one device.
         """
         self.most_microbatches = max(self.most_microbatches, microbatches)
         self.most_examples = max(self.most_examples, examples)
 
     def left(self, count: int) -> int:
-        """`count`, or what is left of the epoch if that is less."""
+        """Returns `count`, or the number of batches left in the epoch if it is less."""
         return count if self.length is None else min(count, self.length - self.seen)
 
     def draw(self, iterator: Iterator, count: int) -> Microbatches:
-        """The next `count` batches, or as many as are left in the epoch.
+        """Draw the next `count` batches, or as many as are left in the epoch.
 
-        The first one is drawn at once, each other when it is asked for.
+        The first batch is drawn at once, and the others one by one later.
 
         Raises:
-            StopIteration: If nothing is left, which ends Keras's epoch.
-            ValueError: If there never was anything; later, if data that does not tell
-                its length ends in the middle of an update although `steps_per_epoch`
-                asks for more.
+            StopIteration: If no batch is left, which ends Keras's epoch.
+            ValueError: If the data has no batches at all. Later, if the data ends in
+                the middle of an update before `steps_per_epoch` and has no known
+                length.
         """
         count = self.left(count)
         batches = itertools.islice(iterator, count)
@@ -302,20 +318,27 @@ class Epoch:
             self.ended_early(self.seen)
 
     def check_not_empty(self) -> None:
+        """Raise if the data had no batches."""
         if not self.updates:
             raise no_data()
 
     def check_complete(self) -> None:
+        """Warn or raise if the epoch has fewer batches than `steps_per_epoch`."""
         if self.steps is not None and self.seen < self.steps:
             self.ended_early(self.seen)
 
     def ended_early(self, seen: int) -> None:
+        """Warn if the length of the data is known, else raise.
+
+        Args:
+            seen: The number of batches of the epoch.
+        """
         if self.sized:
-            # Keras does only where an update would begin.
+            # Keras itself warns only if the data ends between two updates.
             warnings.warn(
-                "The data ended in the middle of an update, which took the "
-                "micro-batches that there were: `steps_per_epoch` asks for "
-                f"{self.steps} batches, and {seen} were left.",
+                "The data ended in the middle of an update, which took fewer "
+                "micro-batches than usual: `steps_per_epoch` asks for "
+                f"{self.steps} batches, and the data has {seen}.",
                 stacklevel=2,
             )
             return

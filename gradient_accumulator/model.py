@@ -6,19 +6,19 @@ import functools
 import inspect
 from typing import Any
 
-from gradient_accumulator.accumulation import Accumulation, positive_int
 from gradient_accumulator.agc import AdaptiveClipping
 from gradient_accumulator.arguments import names_arguments
-from gradient_accumulator.backend import trainer
-from gradient_accumulator.backend.api import keras
 from gradient_accumulator.checks import check_model
-from gradient_accumulator.fitting import (
+from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat.api import keras
+from gradient_accumulator.fit import (
     Accumulating,
     Model,
     accumulate_as,
     accumulation_of,
 )
 from gradient_accumulator.received import described
+from gradient_accumulator.settings import Accumulation, positive_int
 
 
 @names_arguments()
@@ -37,8 +37,8 @@ def accumulate(
     """Make a Keras model train in micro-batches, in place.
 
     An update of the weights is computed from several micro-batches of data, one after
-    the other, and equals the update that plain Keras computes from all of them at once:
-    weights, optimizer variables, metrics and logs, up to rounding. Only one
+    the other. It equals the update that plain Keras computes from the whole batch:
+    weights, optimizer variables, metrics and logs are equal up to rounding. Only one
     micro-batch's activations are in memory at a time.
 
     ```
@@ -48,66 +48,68 @@ def accumulate(
         apply the optimizer to the gradient, once
     ```
 
-    Each compiled loss weighs a micro-batch by what it divides by (loss values, unmasked
-    values, or sample weights); additional losses (regularizers, `add_loss`) by the
-    micro-batch's share of the examples. A loss that cannot be taken apart, because its
-    class overrides `__call__` or its `call` returns one number for the whole batch,
-    weighs micro-batches by their examples, which is exact if the batch's loss is the
-    mean of its examples' losses. So does what a model's own `compute_loss` adds. A
-    tensor with axes that is given to `add_loss` is summed by Keras, and its
-    micro-batches add up; a scalar is taken for a mean over examples. A loss that gives
-    one number for a batch is not exact with `sample_weight`: Keras multiplies that
-    number by the weights of the batch, and here by those of the micro-batch.
+    The weight of a micro-batch depends on the loss:
+
+    - A compiled loss weighs a micro-batch by the number that it divides by: the number
+      of loss values, the number of unmasked values, or the sum of the sample weights.
+    - Additional losses (regularizers, scalars given to `add_loss`, and what a model's
+      own `compute_loss` adds) weigh a micro-batch by its share of the examples. This is
+      exact if the batch's loss is the mean of its examples' losses. Keras sums a tensor
+      with axes that is given to `add_loss`: the sums of the micro-batches add up.
+    - A loss whose class overrides `__call__`, or whose `call` returns one number for a
+      batch, weighs a micro-batch by its share of the examples too, and is exact under
+      the same condition. If it returns one number, it is not exact with
+      `sample_weight`: Keras multiplies the number by the weights of the batch, and
+      micro-batches multiply it by their own weights.
 
     The first `fit` warns (`AccumulationWarning`) of a loss that couples the examples of
     a batch, as Keras's `Dice()` does, and of batch normalization, which sees a
-    micro-batch and not the batch; the first epoch, if nothing was accumulated.
-    `model.accumulation` says how a model accumulates, and so does `fit` with
-    `verbose=1`, in one line.
+    micro-batch and not the batch. After the first epoch it warns if nothing was
+    accumulated. `model.accumulation` shows how a model accumulates; `fit` with
+    `verbose=1` prints it in one line.
 
-    Under `tf.distribute`, `keras.distribution` (JAX) or in processes of
-    `torch.distributed` that each have their share of every batch, gradients are
-    exchanged once an update. On JAX they are exchanged with every micro-batch in four
-    cases: a model with a `compute_metrics` of its own, metrics of classes of your own,
-    layers that keep a state of their own of what they see, and layouts of what layers
-    return.
+    Several devices, each with its share of every batch, exchange gradients once an
+    update: under `tf.distribute`, under `keras.distribution` (JAX), and in processes of
+    `torch.distributed`. On JAX they exchange them with every micro-batch if the model
+    has a `compute_metrics` of its own, metrics of your own classes, layers that keep a
+    state of the data that they see, or layouts for the outputs of layers.
 
     The model keeps its weights, compile state and optimizer state, and stays an
-    instance of its class. Nothing of accumulation is saved with it: what `load_model`
-    and `clone_model` make of it, and of a callback's checkpoints, trains as plain Keras
-    does, with an update for every batch it is given, until `accumulate` is called on
-    it. What `copy.deepcopy` and pickle make of it goes on accumulating, as a
-    `GradientAccumulateModel` does in any case.
+    instance of its class. A saved model does not hold how it accumulates. A model that
+    `load_model` or `clone_model` returns, or that a callback saved, trains as in plain
+    Keras, with one update for every batch, until you call `accumulate` on it. A copy
+    that `copy.deepcopy` or pickle makes goes on accumulating. A
+    `GradientAccumulateModel` goes on accumulating in all of these cases.
 
     Args:
-        model: A Keras 3 model: functional, Sequential or subclassed, compiled or not.
+        model: A Keras model: functional, Sequential or subclassed, compiled or not.
         accum_steps: Positive int. `fit` is given micro-batches, and this many of them
             make an update; an epoch's last update takes the micro-batches that are
             left. Micro-batches may differ in size and shape. `steps_per_epoch` counts
-            micro-batches, and batch-level callbacks run once an update. 1 gives plain
-            training back.
-        microbatch_size: Positive int. `fit` is given batches, and each is cut in
-            micro-batches of this many examples; the last one may be smaller. Where a
-            batch is distributed over devices, each cuts its share.
-        accum_dtype: Name of the float dtype that gradients are summed in (float64
-            variables always sum in float64).
+            micro-batches, and batch-level callbacks run once an update. 1 restores
+            plain training.
+        microbatch_size: Positive int. `fit` is given batches, and cuts each batch into
+            micro-batches of this many examples; the last one may be smaller. If a batch
+            is distributed over devices, each device cuts its share.
+        accum_dtype: Name of the float dtype in which gradients are summed (gradients of
+            float64 variables are always summed in float64).
         use_agc: Whether to clip the gradient of each update adaptively, before the
             optimizer sees it: see `adaptive_clip_grad`.
         clip_factor: Positive number, of adaptive clipping.
         eps: Positive number, of adaptive clipping.
-        agc_exclude: What is not clipped: a layer, a name (of a layer or a variable), a
-            function of a variable that returns a bool, or a list of these.
-        warn: Whether to warn of what makes updates differ from those on the batch, and
-            of accumulating nothing.
+        agc_exclude: The variables that are not clipped: a layer, a name (of a layer or
+            variable), a function of a variable that returns a bool, or a list of these.
+        warn: Whether to warn if updates differ from those on the batch, or if nothing
+            is accumulated.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: If `model` is no Keras 3 model, or an argument of a wrong type.
-        ValueError: If a size is not positive, both or none are given, the model has a
-            `train_step` of its own or a stateful RNN. In `fit`, if `agc_exclude` names
-            what the model does not have.
+        TypeError: If `model` is no Keras model, or an argument has a wrong type.
+        ValueError: If a size is not positive, if both sizes or none are given, or if
+            the model has a `train_step` of its own or a stateful RNN. `fit` raises it
+            if `agc_exclude` names a layer or a variable that the model does not have.
 
     Example:
 
@@ -141,10 +143,10 @@ _register = keras.saving.register_keras_serializable(
 
 
 class _WithSettings(Accumulating):
-    """Keeps what the constructor of a `GradientAccumulateModel` is given.
+    """A base class that keeps the constructor's arguments, in `_settings`.
 
-    Keras itself keeps the defaults only. A class of its own, for the signature of a
-    class is that of its `__new__` before that of its `__init__`.
+    Keras itself keeps the defaults only. `GradientAccumulateModel` does not define this
+    `__new__` itself, because Python would then show its signature as that of the class.
     """
 
     def __new__(cls, *args, **kwargs):
@@ -157,37 +159,36 @@ class _WithSettings(Accumulating):
 class GradientAccumulateModel(_WithSettings):
     """A `keras.Model` that trains in micro-batches.
 
-    Made from `inputs` and `outputs` it is a functional model, as `keras.Model` is;
-    a subclass with its own `call` gives `super().__init__` the first arguments only.
-    How it trains is described at `accumulate`, which does the same to a model that
-    exists.
+    With `inputs` and `outputs` it is a functional model, as `keras.Model` is. A
+    subclass with its own `call` calls `super().__init__` without these two. The model
+    trains as `accumulate` describes, which does the same to an existing model.
 
-    Exactly one of `accum_steps` and `microbatch_size` decides: with
-    `microbatch_size`, leave `accum_steps` at 1.
+    Give either `accum_steps` or `microbatch_size`: with `microbatch_size`, leave
+    `accum_steps` at 1.
 
-    Saved, it loads as what it is where this package is imported, and with Keras 3 as a
-    plain functional model where it is not.
+    A saved functional model loads as a `GradientAccumulateModel` if this package is
+    imported. If it is not, Keras 3 loads it as a plain functional model.
 
     Args:
-        accum_steps: Positive int, the number of micro-batches in an update, where `fit`
-            is given micro-batches. 1 is plain training.
-        mixed_precision: No longer needed, and without effect: Keras scales the loss by
-            itself under the policy `mixed_float16`.
+        accum_steps: Positive int, the number of micro-batches in an update, if `fit` is
+            given micro-batches. 1 is plain training.
+        mixed_precision: No longer needed, and without effect: Keras itself scales the
+            loss under the policy `mixed_float16`.
         use_agc: Whether to clip the gradient of each update adaptively: see
             `adaptive_clip_grad`.
         clip_factor: Positive number, of adaptive clipping.
         eps: Positive number, of adaptive clipping.
         experimental_distributed_support: No longer needed, and without effect.
-        microbatch_size: Positive int, the number of examples in a micro-batch, where
-            `fit` is given batches.
-        accum_dtype: Name of the float dtype that gradients are summed in.
+        microbatch_size: Positive int, the number of examples in a micro-batch, if `fit`
+            is given batches.
+        accum_dtype: Name of the float dtype in which gradients are summed.
         agc: Another spelling of `use_agc`.
-        agc_exclude: What adaptive clipping leaves out: see `accumulate`.
+        agc_exclude: The variables that are not clipped: see `accumulate`.
         warn: Whether to warn: see `accumulate`.
         **kwargs: Arguments of `keras.Model`: `inputs`, `outputs`, `name`, `trainable`.
 
     Raises:
-        TypeError, ValueError: As `accumulate`, and for arguments that `keras.Model`
+        TypeError, ValueError: As in `accumulate`, and for arguments that `keras.Model`
             does not know.
 
     Example:
@@ -203,7 +204,7 @@ class GradientAccumulateModel(_WithSettings):
     ```
     """
 
-    # How it accumulates, None if it is plain.
+    # The settings; None if the model trains as in plain Keras.
     accumulation: Accumulation | None = None
 
     @names_arguments()
@@ -254,7 +255,7 @@ class GradientAccumulateModel(_WithSettings):
         config.update(self._settings)
         accumulation = accumulation_of(self)
         if "agc_exclude" in config and accumulation and accumulation.clipping:
-            # Names, for a file holds no function.
+            # A file cannot hold functions: it gets the names of the variables.
             clipping = accumulation.clipping.get_config(self.weights)
             config["agc_exclude"] = clipping["agc_exclude"]
         return config
@@ -272,8 +273,8 @@ class GradientAccumulateModel(_WithSettings):
         kind: Any = cls
         if kind is GradientAccumulateModel and "layers" not in config:
             raise ValueError(
-                "The config is of no functional `GradientAccumulateModel` of this "
-                "version; those of version 0.5 do not hold their layers. Received: "
+                "The config is not that of a functional `GradientAccumulateModel` of "
+                "this version. Configs of version 0.5 do not contain layers. Received: "
                 f"config with {sorted(config)}"
             )
         if "layers" in config and _has_our_constructor(kind):
@@ -285,12 +286,12 @@ class GradientAccumulateModel(_WithSettings):
                 *others,
             ]
             kind = _functional_class(kind, Accumulation.from_config(settings))
-        # Not `super()`, whose class would be the one that was asked for.
+        # `super()` would call the method for `cls` instead of `kind`.
         return keras.Model.from_config.__func__(kind, config, custom_objects)
 
 
-# Where a functional model's config holds how it accumulates: in an entry that Keras
-# itself does not read, so that plain Keras loads the file.
+# The entry of a functional model's config that holds its settings. Keras does not read
+# it, so that plain Keras can load the file.
 _ANNOTATION = "gradient_accumulation"
 
 
@@ -299,15 +300,15 @@ def _has_our_constructor(cls: Any) -> bool:
 
 
 def _is_made(cls: Any) -> bool:
-    """Whether a class is one that `_functional_class` made for its settings."""
+    """Whether `_functional_class` made a class for certain settings."""
     return "_made_for" in vars(cls)
 
 
 def _settings(cls: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """The arguments of a constructor that `GradientAccumulateModel` takes."""
+    """Returns those of a constructor's arguments that are our constructor's too."""
     try:
         given = inspect.signature(cls.__init__).bind(None, *args, **kwargs).arguments
-    except TypeError:  # the constructor raises it
+    except TypeError:  # the constructor will raise the same error
         return {}
     ours = inspect.signature(GradientAccumulateModel.__init__).parameters.values()
     names = {p.name for p in ours if p.kind is not p.VAR_KEYWORD} - {"self"}
@@ -316,10 +317,10 @@ def _settings(cls: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
 
 @functools.cache
 def _functional_class(cls: Any, accumulation: Accumulation) -> type:
-    """The functional variant of a `GradientAccumulateModel` class.
+    """Returns the functional variant of a `GradientAccumulateModel` class.
 
-    Keras too makes a functional model of another class than the one it was asked for.
-    That the class knows its `accumulation` lets `keras.models.clone_model` keep it.
+    Keras, too, gives a functional model another class than the one that was called. The
+    new class knows its `accumulation`, so that `keras.models.clone_model` keeps it.
     """
     name = cls.__name__
     namespace: dict[str, Any] = {

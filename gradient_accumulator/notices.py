@@ -11,33 +11,32 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from gradient_accumulator import backend
-from gradient_accumulator.accumulation import Accumulation
-from gradient_accumulator.backend import trainer
-from gradient_accumulator.backend.api import keras
-from gradient_accumulator.backend.attributes import with_attribute
-from gradient_accumulator.backend.statistics import normalizations
+from gradient_accumulator import devices
+from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat.api import keras
+from gradient_accumulator.compat.attributes import with_attribute
 from gradient_accumulator.coupling import couples, is_known, keras_own, name_of
 from gradient_accumulator.layers import AccumBatchNormalization
 from gradient_accumulator.microbatches import Epoch, leaves
+from gradient_accumulator.settings import Accumulation
+from gradient_accumulator.statistics import normalizations
 
 
 class AccumulationWarning(UserWarning):
     """A model's updates differ from those on the batch, or nothing is accumulated.
 
-    Said once a model, and again when it accumulates otherwise or is compiled with
-    another loss. `accumulate(model, ..., warn=False)` does without these warnings, and
+    A model warns once, and again when it accumulates otherwise or is compiled with
+    another loss. `accumulate(model, ..., warn=False)` silences the warnings of one
+    model; this line silences those of all models:
 
     ```python
     warnings.filterwarnings("ignore", category=AccumulationWarning)
     ```
-
-    for all models.
     """
 
 
 class Notices:
-    """Tells the user of one model, and remembers what was said.
+    """Warnings and messages about one model, each of which is given once.
 
     Args:
         accumulation: How the model accumulates.
@@ -45,16 +44,17 @@ class Notices:
 
     def __init__(self, accumulation: Accumulation):
         self.accumulation = accumulation
-        self.told: set[str] = set()
+        self.said: set[str] = set()
         self.announced = False
         self.epoch_ended = False
-        self.handed: int | None = None  # examples of what `fit` draws, if that is known
+        # The number of examples that `fit` draws at a time; None if it is not known.
+        self.handed: int | None = None
 
     def warn(self, model: keras.Model, message: str) -> None:
-        """One warning, of the first of all processes."""
-        if not self.accumulation.warn or message in self.told or not _is_first(model):
+        """Warn once, and in the first process only."""
+        if not self.accumulation.warn or message in self.said or not _is_first(model):
             return
-        self.told.add(message)
+        self.said.add(message)
         warnings.warn(
             f"Model {model.name!r} {message} (`warn=False` silences this.)",
             AccumulationWarning,
@@ -62,7 +62,7 @@ class Notices:
         )
 
     def before_fit(self, model: keras.Model, arguments: dict) -> None:
-        """Print how updates are made, where `fit` shows how it goes on."""
+        """Print how updates are made, if `fit` shows its progress."""
         self.handed, examples = _sizes(arguments)
         verbose = arguments.get("verbose")
         shows = sys.stdout.isatty() if verbose in (None, "auto") else verbose == 1
@@ -91,12 +91,12 @@ class Notices:
         return f"one batch each: micro-batches of {size}"
 
     def _of_known(self, handed, examples, steps):
-        """The sentence for updates where `fit` draws a known number of examples.
+        """Returns the message for data of which `fit` draws a known number of examples.
 
         Args:
-            handed: The number.
-            examples: How many there are, or None.
-            steps: `steps_per_epoch`.
+            handed: The number of examples that `fit` draws at a time.
+            examples: The number of all examples, or None if it is not known.
+            steps: `steps_per_epoch`, or None.
         """
         size = self.accumulation.size
         if self.accumulation.mode == "accum_steps":
@@ -114,20 +114,22 @@ class Notices:
         seen: list,
         scope: Callable[[], Any] = trainer.StatelessScope,
     ) -> None:
-        """Warn of what makes updates differ from those on the batch.
+        """Warn of losses and layers that make updates differ from those on the batch.
 
         Args:
             model: The model.
-            denominators: Its compiled losses', as `normalizers.inspect` finds them.
+            denominators: The denominators of its compiled losses, which
+                `losses.inspect` returns.
             seen: The list that `watching` yields.
-            scope: Makes a scope in which the model's variables have values.
+            scope: Function that returns a scope in which the model's variables have
+                values.
         """
         for denominator in denominators:
-            self.tell_of_loss(model, denominator, scope)
-        self.tell_of_normalization(model, seen)
+            self.warn_of_loss(model, denominator, scope)
+        self.warn_of_normalization(model, seen)
 
-    def tell_of_loss(self, model: keras.Model, denominator: Any, scope: Any) -> None:
-        """Warn if a compiled loss is not the same in micro-batches."""
+    def warn_of_loss(self, model: keras.Model, denominator: Any, scope: Any) -> None:
+        """Warn if the values of a compiled loss differ in micro-batches."""
         loss = denominator.loss
         if not self.accumulation.warn or is_known(loss):
             return
@@ -135,9 +137,8 @@ class Notices:
             self.warn(
                 model,
                 f"has the loss `{name_of(loss)}`, whose class overrides `__call__`: "
-                "what it divides by where there are masks or sample weights is not "
-                "known, and micro-batches weigh by their examples. Override `call` "
-                "instead.",
+                "its denominator under masks or sample weights is not known, and "
+                "micro-batches weigh by their examples. Override `call` instead.",
             )
             return
         y_true, y_pred = denominator.arguments
@@ -158,9 +159,9 @@ class Notices:
                 "the batch. A loss that gives a value for each example is exact.",
             )
 
-    def tell_of_normalization(self, model: keras.Model, seen: list) -> None:
+    def warn_of_normalization(self, model: keras.Model, seen: list) -> None:
         """Warn of layers that normalize by the statistics of a micro-batch."""
-        # A micro-batch's number of examples, where the shape does not tell.
+        # The number of examples in a micro-batch, where the shape does not tell it.
         examples = self.accumulation.microbatch_size or self.handed
         constant, own = [], []
         for layer, shape in seen:
@@ -179,14 +180,14 @@ class Notices:
         if own:
             self.warn(
                 model,
-                "normalizes each micro-batch by its own statistics, where the batch is "
-                f"normalized by its own: batch normalization in {_few(own)}. "
-                "`replace_batchnorm_layers(model)` makes the moving statistics, at "
-                "least, those of the batch.",
+                "normalizes each micro-batch by its own statistics, and not by those "
+                f"of the batch: batch normalization in {_few(own)}. "
+                "`replace_batchnorm_layers(model)` makes at least the moving "
+                "statistics those of the batch.",
             )
 
     def after_epoch(self, model: keras.Model, epoch: Epoch) -> None:
-        """Say, after the first epoch, if nothing was accumulated."""
+        """Warn after the first epoch, if nothing was accumulated."""
         if self.epoch_ended:
             return
         self.epoch_ended = True
@@ -212,16 +213,16 @@ class Notices:
 
 @contextmanager
 def watching(model: keras.Model, training: bool = True) -> Iterator[list]:
-    """Around a forward pass, of which shapes are wanted.
+    """A context of a forward pass, which records the calls of batch normalization.
 
     Args:
         model: The model.
-        training: Whether it is one in training. If not, any layer that is trained is
-            taken to normalize by what it sees then.
+        training: Whether the forward pass is one in training. If not, every trainable
+            layer is taken to normalize by the statistics of its inputs.
 
     Yields:
-        A list of layers that normalize by a micro-batch's statistics, each with the
-        shape of what it normalizes.
+        A list of the layers that normalize by a micro-batch's statistics, each with the
+        shape of its inputs.
     """
     seen: list = []
 
@@ -242,26 +243,27 @@ def watching(model: keras.Model, training: bool = True) -> Iterator[list]:
 
 
 def _is_first(model):
-    """Whether this is the process that speaks for all."""
-    return backend.active().replicas.is_first(model)
+    """Whether this process is the first, which alone warns and prints."""
+    return devices.active().is_first(model)
 
 
 def _several(model):
     """Whether several devices, or processes, each have a share of the batch."""
-    return backend.active().replicas.several(model)
+    return devices.active().several(model)
 
 
 def _level_of_user():
-    """The `stacklevel` of a warning that shows the user's line, not one in between."""
+    """Returns the `stacklevel` with which a warning shows the line of the user."""
     frames = traceback.walk_stack(inspect.currentframe())
     for level, (frame, _) in enumerate(frames):
         package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if level and package not in _IN_BETWEEN:
+        if level and package not in _LIBRARIES:
             return level
     return 2
 
 
-_IN_BETWEEN = (
+# The packages whose functions are called between the user's line and the warning.
+_LIBRARIES = (
     "gradient_accumulator",
     "keras",
     "tf_keras",
@@ -274,12 +276,15 @@ _IN_BETWEEN = (
 
 
 def _sizes(arguments):
-    """How many examples `fit` draws at a time, and has in all, None if not known."""
+    """Returns how many examples `fit` draws at a time, and how many there are.
+
+    A number that is not known is None.
+    """
     data = arguments.get("x")
     if hasattr(data, "batch_sampler"):  # a PyTorch `DataLoader`
         return data.batch_size, None
     if hasattr(data, "element_spec"):  # a `tf.data.Dataset`
-        # What stands for None has no shape, nor has what each replica has its own of.
+        # The specs of None, and of tensors that differ by replica, have no shape.
         shapes = (s.shape for s in leaves(data.element_spec) if hasattr(s, "shape"))
         shape = next(shapes, None)
         return (shape[0] if shape is not None and shape.rank else None), None
@@ -289,7 +294,7 @@ def _sizes(arguments):
     examples = arrays[0].shape[0]
     split = arguments.get("validation_split")
     if split and arguments.get("validation_data") is None:
-        examples = math.floor(examples * (1 - split))  # the first ones, as Keras does
+        examples = math.floor(examples * (1 - split))  # rounded as Keras rounds
     return arguments.get("batch_size") or 32, max(examples, 0)
 
 
@@ -298,14 +303,14 @@ def _number(count, what):
 
 
 def _few(names):
-    """Names, or the first of many."""
+    """Returns a list of names as text, cut after the third."""
     names = [f"`{name}`" for name in dict.fromkeys(names)]
     others = len(names) - 3
     return ", ".join(names[:3]) + (f" and {others} more" if others > 0 else "")
 
 
 def _instead_of(loss, y_pred):
-    """Advice that mends a loss which couples examples."""
+    """Returns a sentence on how to mend a loss that couples examples."""
     name = keras_own(loss)
     if name is None:
         return "If it has a value for each example, let it return these."
@@ -318,13 +323,17 @@ def _instead_of(loss, y_pred):
 
 
 def _positive(axis, rank):
-    """The axes that Keras means, counted from the first; all of them for None."""
+    """Returns the set of axes that Keras means by `axis`, counted from the first.
+
+    None means all axes.
+    """
     if axis is None:
         return {*range(rank)}
     return {each % rank for each in (axis if isinstance(axis, Iterable) else [axis])}
 
 
 def _normalizes_to_constant(model, layer, shape, examples):
+    """Whether a layer sees one value for each feature, and so returns a constant."""
     if getattr(layer, "renorm", False):
         return False
     if getattr(layer, "synchronized", False) and _several(model):

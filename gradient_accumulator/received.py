@@ -1,4 +1,4 @@
-"""What an error says of a value: what it is, and never the numbers in a tensor."""
+"""Descriptions of values in errors: they never show the numbers in a tensor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gradient_accumulator.backend.api import KERAS_2, keras
+from gradient_accumulator.compat.api import KERAS_2, keras
 
 FRAMEWORKS = {
     "jax": "JAX",
@@ -17,15 +17,18 @@ FRAMEWORKS = {
     "tensorflow": "TensorFlow",
     "torch": "PyTorch",
 }
-# What Keras calls them.
+# Keras's names of the frameworks.
 BACKENDS = {"JAX": "jax", "TensorFlow": "tensorflow", "PyTorch": "torch"}
 NUMBERS_AND_TEXT = (bool, int, float, complex, str, bytes, np.bool_)
-SHOWN = 3  # entries of a list or a dictionary
-LENGTH = 120  # of what one entry is shown as
+SHOWN = 3  # the number of entries of a list or a dictionary that are shown
+LENGTH = 120  # the most characters of one entry
 
 
 def described(value: Any) -> str:
-    """A value as an error shows it: of tensors their kind, shape and dtype."""
+    """Returns the text by which an error shows a value.
+
+    For a tensor that is its class, shape and dtype.
+    """
     if isinstance(value, Mapping):
         entries = [f"{k!r}: {described(v)}" for k, v in islice(value.items(), SHOWN)]
         return "{" + _listed(entries, len(value)) + "}"
@@ -41,7 +44,7 @@ def described(value: Any) -> str:
         _is_of_keras(value)
     ):
         return _shortened(repr(value))
-    # Somebody's own may show all that it holds.
+    # The `repr` of a user's class may show all data that it holds.
     return f"<{type(value).__module__}.{type(value).__qualname__}>"
 
 
@@ -56,7 +59,7 @@ def _shortened(text: str) -> str:
 def _tensor(value: Any) -> str:
     path = getattr(value, "path", None)
     name = f" {path!r}" if isinstance(path, str) else ""
-    # TensorFlow does not always know it.
+    # TensorFlow does not always know the rank.
     rank_is_known = getattr(value.shape, "rank", 0) is not None
     shape = tuple(value.shape) if rank_is_known else "unknown"
     dtype = getattr(value.dtype, "name", value.dtype)
@@ -69,11 +72,11 @@ def _is_of_keras(value: Any) -> bool:
 
 
 def check_of_backend(name: str, values: Iterable) -> None:
-    """Raise if tensors are those of another framework than Keras runs on.
+    """Raise if tensors belong to another framework than the one that Keras runs on.
 
     Args:
-        name: Of the argument.
-        values: What it holds: tensors, variables, or other things.
+        name: Name of the argument.
+        values: The argument's entries: tensors, variables, or other objects.
     """
     values = list(values)
     backend = keras.backend.backend()
@@ -92,9 +95,9 @@ def check_of_backend(name: str, values: Iterable) -> None:
 
 
 def _framework(kind: type) -> str | None:
-    """The framework that a class of tensors is of, or None.
+    """Returns the framework of a class of tensors, or None for any other class.
 
-    Keras's variables are of the backend that it runs on.
+    For Keras's variables it is None, because they always fit Keras's backend.
     """
     roots = [cls.__module__.partition(".")[0] for cls in kind.__mro__]
     if roots[0] in ("keras", "tf_keras"):
@@ -103,6 +106,7 @@ def _framework(kind: type) -> str | None:
 
 
 def _plural(kind: type) -> str:
+    """Returns the plural noun for objects of a class."""
     if kind.__name__ == "Parameter":
         return "parameters"
     if kind.__name__.endswith("Variable"):

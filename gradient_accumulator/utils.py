@@ -1,4 +1,4 @@
-"""Batch normalization of a whole model, made to accumulate and made plain again."""
+"""Functions that replace and restore the batch normalization layers of a model."""
 
 from __future__ import annotations
 
@@ -6,42 +6,43 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from gradient_accumulator.accumulation import positive_int
-from gradient_accumulator.backend import trainer
-from gradient_accumulator.backend.api import keras, ops
-from gradient_accumulator.backend.statistics import normalizations
 from gradient_accumulator.checks import check_is_model
-from gradient_accumulator.fitting import accumulate_as, accumulation_of, own_class
+from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat.api import keras, ops
+from gradient_accumulator.fit import accumulate_as, accumulation_of, own_class
 from gradient_accumulator.layers import AccumBatchNormalization
 from gradient_accumulator.received import described
+from gradient_accumulator.settings import positive_int
+from gradient_accumulator.statistics import normalizations
 
 
 def replace_batchnorm_layers(
     model: keras.Model, accum_steps: int = 1, position: str = "replace"
 ) -> keras.Model:
-    """A copy of a model with `AccumBatchNormalization` for `BatchNormalization`.
+    """Copy a model, with `AccumBatchNormalization` for each `BatchNormalization`.
 
-    At any depth: in nested models, in wrappers such as `TimeDistributed`, in layers of
-    your own. The copy computes what the model computes; weights, moving statistics,
-    names, settings and trainable flags are kept, what nested models share is shared in
-    the copy, and the copy accumulates as the model does.
-    The model itself stays as it is. The copy has a compile state where
-    `keras.models.clone_model` gives it one; compile it before you train it.
+    Layers are replaced at any depth: in nested models, in wrappers such as
+    `TimeDistributed`, and in layers of your own. The copy computes the same outputs,
+    and accumulates as the model does. It has the same weights, moving statistics,
+    names, settings and trainable flags, and shares layers between nested models as the
+    model does. The model itself does not change. `keras.models.clone_model` decides
+    whether the copy has a compile state; compile it before you train it.
 
     Args:
         model: A functional or Sequential model, or a subclassed one that Keras can make
             again from its `get_config`.
-        accum_steps: Positive int, of the layers: the number of micro-batches in an
-            update where no train step of this library tells.
-        position: No longer needed: `"replace"`, as before.
+        accum_steps: Positive int, the argument of each `AccumBatchNormalization`: the
+            number of micro-batches in an update. A model that trains in micro-batches
+            ignores it.
+        position: No longer needed. Only `"replace"` is allowed.
 
     Returns:
         The new model.
 
     Raises:
-        TypeError: If `model` is no Keras 3 model, or `accum_steps` no int.
-        ValueError: If a layer cannot be made again, or is a subclass of
-            `BatchNormalization`, whose arithmetic is its own.
+        TypeError: If `model` is no Keras model, or `accum_steps` no int.
+        ValueError: If a layer cannot be made again, or is an instance of a subclass of
+            `BatchNormalization`, which may compute something else.
 
     Example:
 
@@ -66,18 +67,19 @@ def replace_batchnorm_layers(
             AccumBatchNormalization.take_over(layer, accum_steps)
         elif isinstance(layer, keras.layers.BatchNormalization):
             raise ValueError(
-                "A subclass of `BatchNormalization` cannot be replaced: what it does "
-                f"is its own. Received: layer={layer} (of type {type(layer)})"
+                "A subclass of `BatchNormalization` cannot be replaced, because it may "
+                "compute something else. "
+                f"Received: layer={layer} (of type {type(layer)})"
             )
 
     return _copied(model, replace)
 
 
 def restore_batchnorm_layers(model: keras.Model) -> keras.Model:
-    """A copy of a model with Keras's `BatchNormalization` again, for deployment.
+    """Copy a model, with Keras's `BatchNormalization` again, for deployment.
 
-    What `replace_batchnorm_layers` did, undone: the copy computes the same in
-    inference, and is saved to a file that loads without this package.
+    This undoes `replace_batchnorm_layers`. The copy computes the same outputs in
+    inference, and its file loads without this package.
 
     Args:
         model: As for `replace_batchnorm_layers`.
@@ -86,7 +88,7 @@ def restore_batchnorm_layers(model: keras.Model) -> keras.Model:
         The new model.
 
     Raises:
-        TypeError, ValueError: As `replace_batchnorm_layers`.
+        TypeError, ValueError: As in `replace_batchnorm_layers`.
 
     Example:
 
@@ -103,10 +105,11 @@ def restore_batchnorm_layers(model: keras.Model) -> keras.Model:
 
 
 def _copied(model, change: Callable[[Any], None]) -> keras.Model:
+    """Returns a copy of a model, after `change` was called on each layer of it."""
     check_is_model(model)
     if not model.built:
         raise ValueError(
-            "Argument `model` must be a model that is built: call it on data, or begin "
+            "Argument `model` must be a built model: call the model on data, or begin "
             f"it with an `Input`. Received: model={model}"
         )
     copy = _clone(model, made={})
@@ -116,14 +119,14 @@ def _copied(model, change: Callable[[Any], None]) -> keras.Model:
     ] != [tuple(w.shape) for w in copy.weights]:
         raise _not_rebuilt(model)
     for original, layer in zip(originals, layers):
-        # A layer that makes others in its constructor makes them anew.
+        # Layers that another layer's constructor made have new names.
         trainer.rename(layer, original.name)
-        # The outer ones come first, and set all that are inside of them.
+        # An outer layer comes before its inner ones, and sets their flags too.
         layer.trainable = original.trainable
         if type(original) is AccumBatchNormalization is not type(layer):
             AccumBatchNormalization.take_over(layer, *original.settings)
     for variable, original in zip(copy.variables, model.variables):
-        # Seeds too; a copy, for JAX gives the memory of variables away.
+        # Variables include seeds. A copy, because JAX may reuse a variable's memory.
         variable.assign(ops.copy(trainer.value(original)))
         if variable.trainable != original.trainable:
             variable.trainable = original.trainable
@@ -136,42 +139,45 @@ def _copied(model, change: Callable[[Any], None]) -> keras.Model:
 
 
 def _kind(layer):
+    """Returns the class of a layer, which is Keras's for `AccumBatchNormalization`."""
     is_own = type(layer) is AccumBatchNormalization
     return keras.layers.BatchNormalization if is_own else own_class(layer)
 
 
 def _clone(model, made: dict[int, Any]):
-    """A new model.
+    """Returns a copy of a model.
 
-    `made` has the copies by the `id` of their originals, so that what is shared, by
-    nested models too, is shared in the copy.
+    Args:
+        model: The model.
+        made: The copied layers by the `id` of their originals, so that the copy shares
+            the layers that the model, and models in it, share.
     """
-    again = partial(_made_again, made=made)
+    copy_layer = partial(_copy_once, made=made)
     if trainer.is_keras_own(type(model)) and isinstance(model, keras.Sequential):
-        return keras.models.clone_model(model, clone_function=again)
+        return keras.models.clone_model(model, clone_function=copy_layer)
     if trainer.is_keras_own(type(model)) and isinstance(model, trainer.Functional):
         return keras.models.clone_model(
-            model, trainer.same_inputs(model, made), clone_function=again
+            model, trainer.copied_inputs(model, made), clone_function=copy_layer
         )
     copy = _from_config(model)
     if copy.built:
         return copy
     try:
         copy.build_from_config(model.get_build_config())
-    except Exception as error:  # whatever a user's model does
+    except Exception as error:  # a user's model may raise anything
         raise _not_rebuilt(model) from error
     return copy
 
 
-def _made_again(layer, made):
+def _copy_once(layer, made):
     if id(layer) not in made:
-        made[id(layer)] = _made_anew(layer, made)
+        made[id(layer)] = _copy_layer(layer, made)
     return made[id(layer)]
 
 
-def _made_anew(layer, made):
+def _copy_layer(layer, made):
     if type(layer) is keras.layers.Lambda:
-        # Keras makes it again from source code only if that is declared safe.
+        # Keras loads a function from a config only if the user declares that safe.
         return keras.layers.Lambda(
             layer.function,
             layer._output_shape,
@@ -188,7 +194,7 @@ def _made_anew(layer, made):
 def _from_config(layer):
     try:
         return type(layer).from_config(layer.get_config())
-    except Exception as error:  # whatever a user's constructor does
+    except Exception as error:  # a user's constructor may raise anything
         raise _not_rebuilt(layer, error) from error
 
 
@@ -196,9 +202,9 @@ def _not_rebuilt(layer, cause=""):
     inside = [each.name for each in normalizations(layer)]
     return ValueError(
         f"The layer {layer.name!r} cannot be made again from its `get_config` with the "
-        "same layers and weights, and its batch normalization not be replaced. "
+        "same layers and weights, so that its batch normalization cannot be replaced. "
         "Implement `get_config` (and `build` for a subclassed model), register the "
-        "classes that it names, or use `AccumBatchNormalization` in it. "
+        "classes that the config names, or use `AccumBatchNormalization` in the layer. "
         f"{cause} Received: "
         f"{layer} (of type {type(layer)}), with batch normalization {inside}"
     )

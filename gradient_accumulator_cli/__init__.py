@@ -1,4 +1,4 @@
-"""The command line and the demonstration: above the library, and not needed by it.
+"""The command line and the demonstration. The library does not need them.
 
 Nothing here imports Keras before the command has chosen the backend.
 """

@@ -20,9 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     parser = build_parser()
     options, unknown = parser.parse_known_args(arguments)
-    if unknown:  # said with the usage of the command that does not know them
+    if unknown:  # the error shows the usage of the subcommand
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    # Whatever ends this process ends the one that trains, too.
+    # A signal that ends this process must end the process that trains too.
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _exit_on_signal)
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="gradient-accumulator",
         description="Gradient accumulation for Keras 3 that equals the batch.",
@@ -47,15 +48,15 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
-        help="train on a real brain and on sentences: the batch and micro-batches",
+        help="train on a real brain and on sentences, in batches and in micro-batches",
         description=(
             "Trains a small 3D U-Net to find grey and white matter in the MNI152 T1 "
             "brain that the nilearn package ships, and a small transformer on made-up "
             "sentences of many lengths with a learning-rate schedule. Each is trained "
-            "from the same weights on the batch, on the batch in micro-batches, with "
-            "Keras's own gradient accumulation, and on the batch in another order, "
-            "which shows how far rounding leads. Prints tables and writes a picture of "
-            "how far the weights are from those of the batch."
+            "four times from the same weights: on the batch, on the batch in "
+            "micro-batches, with Keras's own gradient accumulation, and on the batch "
+            "in another order, which shows the effect of rounding. Prints tables, and "
+            "draws a picture of the distances from the weights of the batch."
         ),
     )
     demo.set_defaults(parser=demo)
@@ -63,18 +64,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--backend",
         choices=BACKENDS,
         default=_default_backend(),
-        help="what Keras runs on (KERAS_BACKEND where set, or tensorflow)",
+        help="the backend that Keras runs on (KERAS_BACKEND if set, or tensorflow)",
     )
     demo.add_argument(
         "--size",
         choices=("full", "small"),
         default="full",
-        help="small takes a minute or a few, and shows less (full)",
+        help="small takes one minute or a few, and shows less (full)",
     )
     demo.add_argument(
         "--epochs",
         type=_positive,
-        help="times through the brain (6; 2 with --size small or not on TensorFlow)",
+        help="epochs of the brain (6; 2 with --size small, or without TensorFlow)",
     )
     demo.add_argument(
         "--output",
@@ -90,10 +91,11 @@ def demo(options: argparse.Namespace) -> int:
     if advice := missing(options.backend):
         print(f"error: {advice}", file=sys.stderr)
         return 1
-    # Before what takes seconds to import.
+    # Printed first, because the imports take seconds.
     print(
-        "A 3D U-Net learns tissue from a brain, and a transformer sentences, on "
-        f"{options.backend} ({options.size} size), four times from the same weights.",
+        "A 3D U-Net learns the tissues of a brain, and a transformer learns "
+        f"sentences, on {options.backend} ({options.size} size). Each trains four "
+        "times from the same weights.",
         flush=True,
     )
     from gradient_accumulator_cli.demo import sentences
@@ -103,7 +105,7 @@ def demo(options: argparse.Namespace) -> int:
     size = SIZES[options.size]
     epochs = size.epochs
     if options.backend != "tensorflow":
-        epochs = min(epochs, 2)  # their 3D convolutions take long on a CPU
+        epochs = min(epochs, 2)  # 3D convolutions of JAX and PyTorch are slow on CPUs
     run_demo(
         options.backend,
         size,
@@ -115,7 +117,7 @@ def demo(options: argparse.Namespace) -> int:
 
 
 def missing(backend: str) -> str | None:
-    """What the demonstration lacks and how to install it; None if nothing."""
+    """Returns which packages are missing and how to install them, or None."""
     lacking = [name for name in (*DEMO_PACKAGES, backend) if not _installed(name)]
     if not lacking:
         return None
@@ -159,7 +161,7 @@ def _picture(text: str) -> Path:
 
 
 class _Version(argparse.Action):
-    """Looks the version up only then."""
+    """The action of `--version`, which looks the version up only when it is given."""
 
     def __call__(self, parser, *_):
         print(_version())
@@ -167,7 +169,7 @@ class _Version(argparse.Action):
 
 
 def _version() -> str:
-    """That of the library, which is not asked, for it would import Keras."""
+    """Returns the version from the metadata, because the library imports Keras."""
     try:
         return metadata.version("gradient-accumulator")
     except metadata.PackageNotFoundError:  # a source tree on the path

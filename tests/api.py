@@ -1,6 +1,6 @@
 """Keras in the tests: Keras 3, or Keras 2 by the names of Keras 3."""
 
-from gradient_accumulator.backend.api import KERAS_2, keras, ops
+from gradient_accumulator.compat.api import KERAS_2, keras, ops
 
 __all__ = ["KERAS_2", "keras", "layers", "ops"]
 

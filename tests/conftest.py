@@ -108,7 +108,7 @@ def pytest_report_header():
 def drawn_in_microbatches(request, monkeypatch):
     """Small arrays too, but in tests that are about those."""
     if not KERAS_2 and "small_arrays" not in request.keywords:
-        from gradient_accumulator.backend.keras3 import arrays
+        from gradient_accumulator.compat import keras3_arrays as arrays
 
         monkeypatch.setattr(arrays, "LARGE", 0)
 

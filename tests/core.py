@@ -23,11 +23,13 @@ POINTS = 5  # of a hundred, that the core may run fewer
 # What differs from backend to backend, or what a backend is trained by. The rest is the
 # same on all of them, and its tests are in the core on one.
 OF_EACH = (
-    "*/backend/*",
+    "*/compat/*",
+    "*/devices/*",
+    "*/engine/*",
     "*/accumulator.py",
-    "*/fitting.py",
-    "*/gradients.py",
-    "*/normalizers.py",
+    "*/fit.py",
+    "*/functional.py",
+    "*/losses.py",
     "*/microbatches.py",
 )
 OF_THE_CORE = (r"(^|\|)core [^|]*$", "^$")  # contexts; importing has none
@@ -125,7 +127,7 @@ def seconds(backend):
 
 def _unit(test):
     """What is chosen together: checks that one launch runs."""
-    return test.partition("[")[0] if "test_engine_distributed" in test else test
+    return test.partition("[")[0] if "test_devices" in test else test
 
 
 def choose(backends, budget, beside_core):

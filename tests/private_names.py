@@ -34,7 +34,7 @@ def attributes(*, keras_2):
     found = {
         name
         for path, tree in trees.items()
-        if ("keras2" in path.parts) == keras_2
+        if path.name.startswith("keras2_") == keras_2
         for name in _used(tree, own)
     }
     return found - NOT_THEIRS

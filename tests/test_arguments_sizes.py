@@ -17,7 +17,7 @@ from gradient_accumulator import (
     accumulated_value_and_grad,
     replace_batchnorm_layers,
 )
-from gradient_accumulator.fitting import accumulation_of
+from gradient_accumulator.fit import accumulation_of
 
 
 class Size:

@@ -24,8 +24,8 @@ pytestmark = [
 ]
 SECONDS = 120  # that a process may take
 FIRST_LINE = (
-    "A 3D U-Net learns tissue from a brain, and a transformer sentences, on {} (small "
-    "size), "
+    "A 3D U-Net learns the tissues of a brain, and a transformer learns sentences, on "
+    "{} (small size). "
 )
 # As the installed script does it. Packages that are there, and that are not, are
 # pretended.

@@ -22,8 +22,8 @@ from gradient_accumulator import (
     GradientAccumulateModel,
     GradientAccumulateOptimizer,
 )
-from gradient_accumulator.backend.keras3 import data
-from gradient_accumulator.fitting import Accumulating
+from gradient_accumulator.compat import keras3_data as data
+from gradient_accumulator.fit import Accumulating
 
 DESIGN = Path(__file__).parents[1] / "docs" / "design.md"
 

@@ -11,7 +11,7 @@ from helpers.functional import VALUE, examples, mean, value_and_grad, variable
 from keras import ops
 
 from gradient_accumulator import accumulated_value_and_grad
-from gradient_accumulator.gradients import ValueAndGrad, ValueAuxAndGrad
+from gradient_accumulator.functional import ValueAndGrad, ValueAuxAndGrad
 
 pytestmark = pytest.mark.core
 

@@ -199,7 +199,7 @@ def statistics_path(model):
 )
 @pytest.mark.slow
 def test_synchronized_over_two_processes(tmp_path):
-    """On TensorFlow, `test_engine_distributed.py` has the same for two replicas."""
+    """On TensorFlow, `test_devices.py` has the same for two replicas."""
     script = Path(__file__).parent / "distributed" / "torch_normalization.py"
     ended = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "store")],

@@ -94,7 +94,7 @@ def test_data_of_known_length_that_ends_in_an_update_of_steps_per_epoch():
     """
     x, y = data(7 * MICROBATCH)
     model = accumulate(compiled(), accum_steps=3)
-    with pytest.warns(UserWarning, match="asks for 8 batches, and 7 were left"):
+    with pytest.warns(UserWarning, match="asks for 8 batches, and the data has 7"):
         fit(model, x, y, batch_size=MICROBATCH, steps_per_epoch=8)
     reference = compiled()
     fit(reference, x, y, batch_size=3 * MICROBATCH)

@@ -13,7 +13,7 @@ from helpers.models import batch_size, compile_, data, fit, ours, ways
 from keras import layers, ops
 
 from gradient_accumulator import GradientAccumulateModel, accumulate
-from gradient_accumulator.fitting import accumulation_of
+from gradient_accumulator.fit import accumulation_of
 
 pytestmark = core_on("torch")
 

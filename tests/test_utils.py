@@ -13,7 +13,7 @@ from gradient_accumulator import (
     replace_batchnorm_layers,
     restore_batchnorm_layers,
 )
-from gradient_accumulator.fitting import accumulation_of
+from gradient_accumulator.fit import accumulation_of
 from gradient_accumulator.utils import replace_batchnorm_layers as by_its_old_path
 
 pytestmark = core_on("torch")

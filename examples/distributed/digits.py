@@ -4,11 +4,11 @@ import keras
 import numpy as np
 from sklearn.datasets import load_digits
 
-BATCH = 64  # examples of an update
+BATCH = 64  # the number of examples of an update
 
 
 def data():
-    """Training and validation data, shuffled alike in every process."""
+    """Returns training and validation data, in the same order in every process."""
     x, y = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(x))
     x, y = (x[order] / 16).astype("float32"), y[order].astype("int32")
@@ -17,7 +17,7 @@ def data():
 
 
 def share(array, count, index):
-    """The part of every batch that process `index` of `count` trains on."""
+    """Returns the part of every batch that process `index` of `count` trains on."""
     parts = array.reshape(-1, count, BATCH // count, *array.shape[1:])
     return parts[:, index].reshape(-1, *array.shape[1:])
 

@@ -11,7 +11,7 @@ def main():
     parser.add_argument("--devices", type=int, help="virtual processors to use")
     parser.add_argument("--address", help="host:port of the first process")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--index", type=int, default=0, help="which of them this is")
+    parser.add_argument("--index", type=int, default=0, help="index of this process")
     parser.add_argument("--epochs", type=int, default=5)
     arguments = parser.parse_args()
     if arguments.devices is not None:
@@ -35,7 +35,7 @@ def main():
     from gradient_accumulator import accumulate
 
     training, validation = digits.data()
-    # Each device cuts its share of a batch in micro-batches of 4.
+    # Each device cuts its share of a batch into micro-batches of 4.
     model = accumulate(digits.classifier(), microbatch_size=4)
     x, y = (
         digits.share(array, arguments.processes, arguments.index) for array in training
@@ -44,16 +44,16 @@ def main():
         x,
         y,
         batch_size=digits.BATCH // arguments.processes,
-        shuffle=False,  # processes would shuffle their shares apart
+        shuffle=False,  # each process would shuffle its share in another order
         epochs=arguments.epochs,
         verbose=2 if arguments.index == 0 else 0,
     )
-    # Its weights, for a validation set need not divide by the devices.
+    # One device validates, because the examples may not divide by the devices.
     weights = model.get_weights()
     keras.distribution.set_distribution(None)
-    alone = digits.classifier()
-    alone.set_weights(weights)
-    digits.report(alone, validation)
+    trained = digits.classifier()
+    trained.set_weights(weights)
+    digits.report(trained, validation)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--devices", type=int, help="logical processors to use")
     parser.add_argument("--workers", default="", help="host:port of each worker")
-    parser.add_argument("--index", type=int, default=0, help="which of them this is")
+    parser.add_argument("--index", type=int, default=0, help="index of this worker")
     parser.add_argument("--epochs", type=int, default=5)
     arguments = parser.parse_args()
     distribution = strategy(arguments)  # before Keras uses a device
@@ -48,7 +48,7 @@ def main():
     keras.utils.set_random_seed(0)
     training, validation = digits.data()
     with distribution.scope():
-        # Each replica cuts its share of a batch in micro-batches of 4.
+        # Each replica cuts its share of a batch into micro-batches of 4.
         model = accumulate(digits.classifier(), microbatch_size=4)
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = (
@@ -60,10 +60,10 @@ def main():
         epochs=arguments.epochs,
         verbose=2 if arguments.index == 0 else 0,
     )
-    # Its weights, for Keras does not evaluate over several workers.
-    alone = digits.classifier()
-    alone.set_weights(model.get_weights())
-    digits.report(alone, validation)
+    # Each worker validates by itself, because Keras cannot evaluate over several.
+    trained = digits.classifier()
+    trained.set_weights(model.get_weights())
+    digits.report(trained, validation)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from gradient_accumulator import accumulate
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--backup", help="folder to go on from after a failure")
+    parser.add_argument("--backup", help="folder to continue from after a failure")
     arguments = parser.parse_args()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -24,7 +24,7 @@ def main():
     rank, count = dist.get_rank(), dist.get_world_size()
 
     training, validation = digits.data()
-    # Each process cuts its share of a batch in micro-batches of 4.
+    # Each process cuts its share of a batch into micro-batches of 4.
     model = accumulate(digits.classifier(), microbatch_size=4)
     x, y = (digits.share(array, count, rank) for array in training)
     callbacks = []

@@ -1,4 +1,4 @@
-"""A training loop of one's own in the processes of `torchrun`: see README.md."""
+"""A training loop of your own in the processes of `torchrun`. See README.md."""
 
 import argparse
 import os
@@ -41,7 +41,7 @@ def main():
         x, y = microbatch
         return torch.nn.functional.cross_entropy(module(x), y)
 
-    # Gradients are reduced once an update, with its last micro-batch.
+    # Processes reduce gradients once an update, with its last micro-batch.
     value_and_grad = accumulated_value_and_grad(
         loss_fn, microbatch_size=4, module=module
     )

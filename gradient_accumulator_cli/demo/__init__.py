@@ -1,1 +1,1 @@
-"""The demonstration: on a real brain and on sentences, the batch and micro-batches."""
+"""The demonstration: a brain and sentences, in batches and in micro-batches."""

@@ -1,8 +1,9 @@
 """The MNI152 brain that nilearn ships, cut into patches for training and validation.
 
-The template is symmetric: its right hemisphere is its left one, mirrored. A network
-that trains on the left and is judged on the right would be shown what it has seen, so
-the front of the left hemisphere trains and the back of the right one validates.
+The template is symmetric: its right hemisphere is the mirror image of its left one. If
+a network trained on the whole left hemisphere, validation on the right one would show
+it the same tissue again. Therefore training uses the front of the left hemisphere, and
+validation uses the back of the right one.
 """
 
 from __future__ import annotations
@@ -18,28 +19,28 @@ Arrays = dict[str, np.ndarray]
 
 CLASSES = ("background", "grey matter", "white matter")
 
-# In voxels of 2 mm: the brain's bounding box, halved left | right and back | front.
+# The brain's bounding box in voxels of 2 mm, halved left | right and back | front.
 TRAINING: Region = (slice(10, 49), slice(60, 106), slice(0, 80))
 VALIDATION: Region = (slice(50, 89), slice(12, 58), slice(0, 80))
 
-# What the picture shows, a slab as thick as the network sees; its middle is drawn.
+# A slab around the slice in the picture, as thick as the network's receptive field.
 SLAB: Region = (slice(10, 90), slice(12, 108), slice(22, 54))
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much the demonstration does."""
+    """The size of the demonstration on the brain."""
 
-    edge: int  # voxels along a patch's edge
-    patches: int  # in an epoch
+    edge: int  # the number of voxels along a patch's edge
+    patches: int  # the number of patches in an epoch
     validation_patches: int
-    batch_size: int  # patches that one update is computed from
-    microbatch_size: int  # patches on the device at one time
+    batch_size: int  # the number of patches of one update
+    microbatch_size: int  # the number of patches on the device at one time
     epochs: int
 
 
 class Settings(NamedTuple):
-    """How a model is trained."""
+    """The numbers by which a model is trained."""
 
     epochs: int
     batch_size: int
@@ -68,7 +69,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Brain:
-    """One head: the image, each voxel's class, and which voxels are brain."""
+    """The image of a head, the class of each voxel, and a mask of the brain."""
 
     image: np.ndarray  # float32, mean 0 and deviation 1 in the brain, 0 outside
     labels: np.ndarray  # int32, an index in CLASSES
@@ -76,7 +77,7 @@ class Brain:
 
 
 def load_brain() -> Brain:
-    """Loads the T1 image and its tissue maps from the nilearn package: no download."""
+    """Loads the T1 image and its tissue maps, which the nilearn package contains."""
     from nilearn import datasets
 
     t1, grey, white, mask = (
@@ -95,7 +96,7 @@ def load_brain() -> Brain:
 
 
 def prepare(brain: Brain, size: Size, seed: int = 0) -> Arrays:
-    """Everything that a training run reads, as named arrays."""
+    """Returns the named arrays that a training run reads."""
     rng = np.random.default_rng(seed)
     training = draw_patches(brain, TRAINING, size.edge, size.patches, rng)
     validation = draw_patches(
@@ -111,10 +112,10 @@ def prepare(brain: Brain, size: Size, seed: int = 0) -> Arrays:
 def draw_patches(
     brain: Brain, region: Region, edge: int, count: int, rng: np.random.Generator
 ) -> Arrays:
-    """Draws cubes that lie in `region` and hold some brain.
+    """Draws cubes that lie in `region` and contain some brain.
 
-    The weights leave out what is not brain. Each patch has another share of it, so
-    micro-batches of as many patches do not weigh the same.
+    Voxels outside the brain have the weight 0. Their number differs from patch to
+    patch, so that micro-batches of equally many patches have different weights.
     """
     patches: list[Region] = []
     while len(patches) < count:

@@ -1,4 +1,4 @@
-"""A small transformer that says the next word, and how it is trained."""
+"""A small transformer that predicts the next word, compiled for training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gradient_accumulator_cli.demo.sentences import WORDS
 
 
 def build_language_model(width: int = 32) -> keras.Model:
-    """One causal layer of attention; the embedding's mask tells words from padding."""
+    """Returns a model with one causal attention layer. Its embedding masks padding."""
     inputs = layers.Input((None,), dtype="int32")
     x = layers.Embedding(WORDS, width, mask_zero=True)(inputs)
     attention = layers.MultiHeadAttention(num_heads=2, key_dim=width // 2)
@@ -20,12 +20,12 @@ def build_language_model(width: int = 32) -> keras.Model:
 
 
 def compiled_language_model(steps: int | None, updates: int) -> keras.Model:
-    """Compiled to be trained with so many updates.
+    """Returns the model, compiled for training.
 
     Args:
         steps: Keras's `gradient_accumulation_steps`.
-        updates: What the schedule is made for: it warms up for a quarter of them, and
-            has come down to a tenth at the last.
+        updates: The number of updates of the learning-rate schedule: it warms up in the
+            first quarter, and falls to a tenth in the rest.
     """
     model = build_language_model()
     warmup = updates // 4
@@ -40,7 +40,7 @@ def compiled_language_model(steps: int | None, updates: int) -> keras.Model:
         keras.optimizers.Adam(
             schedule, epsilon=1e-4, gradient_accumulation_steps=steps
         ),
-        # The mean over words; where the mask says so, padding does not count.
+        # The mean over words: the mask leaves padding out.
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     return model

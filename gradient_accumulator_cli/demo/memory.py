@@ -1,4 +1,4 @@
-"""Peak memory of this process, or of its CUDA device where it has one."""
+"""Measures the peak memory of this process, or of its CUDA device if it has one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import keras
 
 
 def watch_peak() -> Callable[[], float]:
-    """Starts to watch; the function returned tells by how many MB memory has grown.
+    """Returns a function that returns by how many MB the peak has grown since now.
 
-    What is resident at the start (libraries, data, weights) does not count.
+    Libraries, data and weights that are in memory now do not count.
     """
     peak = _device_peak() or _host_peak()
     start = peak()
@@ -33,7 +33,7 @@ def _device_peak() -> Callable[[], float] | None:
 
         device = jax.devices()[0]
         if device.platform == "gpu":
-            # Never reset, but nothing large has run yet.
+            # The peak cannot be reset, but nothing large has run yet.
             return lambda: (device.memory_stats() or {})["peak_bytes_in_use"]
     elif backend == "torch":
         import torch
@@ -46,13 +46,13 @@ def _device_peak() -> Callable[[], float] | None:
 
 def _host_peak() -> Callable[[], float]:
     status = Path("/proc/self/status")
-    if status.exists():  # Linux, whose ru_maxrss begins with that of the parent
-        try:  # Forget the peak that importing the libraries has left.
+    if status.exists():  # Linux, where `ru_maxrss` begins at the parent's
+        try:  # Reset the peak, which importing the libraries has raised.
             Path("/proc/self/clear_refs").write_text("5")
         except OSError as error:
             warnings.warn(
-                "The peak of memory before training could not be forgotten, so that "
-                f"less than it is not seen: {error}",
+                "The peak of memory could not be reset before training, so that a "
+                f"lower peak of training is not seen: {error}",
                 stacklevel=2,
             )
         return lambda: _kilobytes(status.read_text(), "VmHWM:") * 1024

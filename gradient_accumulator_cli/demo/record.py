@@ -1,4 +1,4 @@
-"""What is written down while a model trains: weights after each update, and times."""
+"""Callbacks that record a training: weights after each update, and times."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 
 
 class Recorder(keras.callbacks.Callback):
-    """Writes down the weights at the start and after each update.
+    """Records the weights at the start and after each update.
 
-    To a file, so that they do not add to the memory that is measured.
+    It writes them to a file, because the memory of the process is measured.
 
     Args:
         path: The file.
@@ -25,16 +25,16 @@ class Recorder(keras.callbacks.Callback):
         self.learning_rates: list[float] = []
 
     def weights(self) -> np.ndarray:
-        """A row for the start and for each update, with all weights in it."""
+        """Returns all weights, in one row for the start and one for each update."""
         return np.fromfile(self.path, "float32").reshape(self.updates + 1, -1)
 
     def on_train_begin(self, logs=None):
         self.path.write_bytes(flat_weights(self.model).tobytes())
 
     def on_train_batch_end(self, batch, logs=None):
-        if keras.backend.backend() == "jax":  # whose state is elsewhere during `fit`
+        if keras.backend.backend() == "jax":  # variables do not hold the state in `fit`
             self.model.jax_state_sync()
-        # With Keras's own accumulation a batch is a part of an update.
+        # With Keras's own accumulation, an update takes several batches.
         updates = int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
         if updates == self.updates:
             return
@@ -46,7 +46,7 @@ class Recorder(keras.callbacks.Callback):
 
 
 class EpochClock(keras.callbacks.Callback):
-    """Times the training part of every epoch: the first compiles, so it is left out."""
+    """Measures the time of training in each epoch, without its validation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,14 +58,16 @@ class EpochClock(keras.callbacks.Callback):
 
     def on_test_begin(self, logs=None):
         if self.started is not None:
-            # JAX and GPUs work behind Python's back: wait for the last update.
+            # JAX and GPUs run asynchronously: this waits for the last update.
             keras.ops.convert_to_numpy(self.model.trainable_variables[0])
             self.times.append(time.perf_counter() - self.started)
             self.started = None
 
     def seconds(self) -> float:
+        """Returns the median of an epoch, without the first one, which compiles."""
         return float(np.median(self.times[1:] or self.times))
 
 
 def flat_weights(model: keras.Model) -> np.ndarray:
+    """Returns all weights of a model in one array without further axes."""
     return np.concatenate([weight.ravel() for weight in model.get_weights()])

@@ -1,4 +1,4 @@
-"""What the demonstration shows: tables, a few sentences and a picture."""
+"""The report of the demonstration: tables, a few sentences and a picture."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from matplotlib.ticker import MaxNLocator
 
 Results = dict[str, Arrays]  # by run: batch, microbatches, keras, reordered
 
-# Each run by the name that train.py knows it by, in the order in which they train.
+# The title of each run, by its name in train.py, in the order in which they train.
 TITLES = {
     "batch": "Batch",
     "microbatches": "Micro-batches",
     "keras": "Keras's own",
     "reordered": "Batch, reordered",
 }
-# Okabe and Ito's, which do not need telling red from green.
+# Okabe and Ito's colours, which colour-blind people can distinguish.
 COLOURS = {
     "batch": "#000000",
     "microbatches": "#0072B2",
@@ -55,13 +55,13 @@ SIZES_OF_TEXT = {
     "axes.labelsize": 13,
     "figure.titlesize": 18,
 }
-LEAST = 1e-6  # percent: what is closer is drawn here, for 0 has no logarithm
+LEAST = 1e-6  # percent: a smaller distance is drawn here, because 0 has no logarithm
 
 
 def print_to(
     out: Console, results: dict[str, Results], settings: dict[str, Settings]
 ) -> None:
-    """Prints a table for each model, and what it says."""
+    """Prints a table for each model, and sentences about them."""
     brain, text = results["brain"], results["sentences"]
     out.print(table("Brain, 3D U-Net", brain, "Dice", with_memory=True))
     out.print(table("Sentences, transformer", text, "loss", with_memory=False))
@@ -70,7 +70,7 @@ def print_to(
 
 
 def table(title: str, results: Results, score: str, with_memory: bool) -> Table:
-    """The measurements of a model, a row for each run."""
+    """Returns the measurements of a model, in one row for each run."""
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
     headers = ["distance from\nthe batch's weights", f"validation\n{score}"]
@@ -90,41 +90,43 @@ def table(title: str, results: Results, score: str, with_memory: bool) -> Table:
 
 
 def summary(results: dict[str, Results]) -> str:
-    """What the tables say, in a sentence for each way to accumulate."""
+    """Returns a sentence for each way to accumulate."""
     ours, keras_own, rounding = (
         " and ".join(at_the_end(each, run) for each in results.values())
         for run in ("microbatches", "keras", "reordered")
     )
     return (
-        "Distance: the norm of the difference, in percent of how far the batch's "
-        "weights moved.\n"
-        f"Micro-batches end {ours} from the batch; its own examples in another order, "
-        f"which is rounding, {rounding}.\n"
-        f"Keras's own ends {keras_own} away: each micro-batch counts the same, however "
+        "Distance: the norm of the difference from the batch's weights, in percent of "
+        "how far those moved.\n"
+        f"Micro-batches end at {ours}. The batch in another order, which differs by "
+        f"rounding only, ends at {rounding}.\n"
+        f"Keras's own ends at {keras_own}: each micro-batch counts the same, however "
         "few voxels or words it has, and the sentences' schedule counts micro-batches."
     )
 
 
 def memory(results: Results, settings: Settings) -> str:
-    """What the peak memory of the brain's training consists of."""
+    """Returns sentences about the parts of the peak memory, for the brain."""
     weights = float(results["batch"]["bytes_of_weights"]) / 1e6
     shares = {run: consists_of(results, run) for run in ("batch", "microbatches")}
     outputs, rest = (
         [share[part] for share in shares.values()] for part in ("outputs", "rest")
     )
     return (
-        f"Memory is what training adds to libraries, data and weights ({weights:.1f} "
-        f"MB): gradients and optimizer, {shares['batch']['state']:.1f} MB (with their "
-        f"sum {shares['microbatches']['state']:.1f}), the layers' outputs, "
-        f"{outputs[0]:.0f} MB for {settings.batch_size} patches and {outputs[1]:.0f} "
-        f"for {settings.microbatch_size}, and the rest, {rest[0]:.0f} and "
-        f"{rest[1]:.0f} MB: other activations, their gradients, and what the backend "
-        "takes when it first computes, however small the batch."
+        "Memory is the amount that training adds to libraries, data and weights "
+        f"({weights:.1f} MB). Gradients and optimizer take "
+        f"{shares['batch']['state']:.1f} MB, and "
+        f"{shares['microbatches']['state']:.1f} MB with a sum of gradients. The "
+        f"layers' outputs take {outputs[0]:.0f} MB for {settings.batch_size} patches "
+        f"and {outputs[1]:.0f} for {settings.microbatch_size}. The rest is "
+        f"{rest[0]:.0f} and {rest[1]:.0f} MB: other activations, their gradients, and "
+        "memory that the backend takes when it first computes, however small the batch "
+        "is."
     )
 
 
 def consists_of(results: Results, run: str) -> dict[str, float]:
-    """The peak in MB, in parts; all but the rest are counted from shapes."""
+    """Returns the parts of the peak in MB: all but the rest are counted from shapes."""
     result = results[run]
     # Gradients and Adam's two moments; accumulating adds a sum of gradients.
     copies = 3 if run == "batch" else 4
@@ -136,14 +138,17 @@ def consists_of(results: Results, run: str) -> dict[str, float]:
 
 
 def distance(results: Results, run: str) -> np.ndarray:
-    """From the batch's weights after each update, in percent of how far they moved."""
+    """Returns the distance of a run's weights from the batch's, after each update.
+
+    It is in percent of how far the batch's weights have moved.
+    """
     batch: np.ndarray = results["batch"]["weights"].astype("float64")
-    apart = np.linalg.norm(results[run]["weights"] - batch, axis=1)
-    return 100 * apart[1:] / np.linalg.norm(batch[1:] - batch[0], axis=1)
+    difference = np.linalg.norm(results[run]["weights"] - batch, axis=1)
+    return 100 * difference[1:] / np.linalg.norm(batch[1:] - batch[0], axis=1)
 
 
 def at_the_end(results: Results, run: str) -> str:
-    """The last distance, in two digits, without a power of ten."""
+    """Returns the last distance as text, in two digits, without a power of ten."""
     return f"{Decimal(f'{distance(results, run)[-1]:.1e}'):f} %"
 
 
@@ -155,7 +160,7 @@ def draw(
     settings: dict[str, Settings],
     output: Path,
 ) -> None:
-    """Writes the picture: distances, memory, a slice, learning rates."""
+    """Writes the picture: distances, memory, slices and learning rates."""
     with plt.rc_context(SIZES_OF_TEXT):
         figure = plt.figure(figsize=(15, 10.5), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
@@ -225,7 +230,7 @@ def _draw_distances(axes: Axes, results: Results) -> None:
     axes.yaxis.set_tick_params(labelleft=True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e5e5e5")
-    for run, height in _apart(ends).items():
+    for run, height in _spread(ends).items():
         axes.annotate(
             f"{labels[run]}\n{at_the_end(results, run)}",
             (1.015, height),
@@ -237,8 +242,8 @@ def _draw_distances(axes: Axes, results: Results) -> None:
         )
 
 
-def _apart(heights: dict[str, float], factor: float = 50) -> dict[str, float]:
-    """Heights on a log scale for labels that do not touch: two that would part."""
+def _spread(heights: dict[str, float], factor: float = 50) -> dict[str, float]:
+    """Returns heights on a log scale at which labels do not touch each other."""
     placed: dict[str, float] = {}
     for run, height in sorted(heights.items(), key=lambda item: -item[1]):
         above = next(reversed(placed), None)
@@ -307,7 +312,7 @@ def _draw_rates(axes: Axes, results: Results) -> None:
 def _draw_slices(row: tuple[Axes, Axes], brain: Brain, prediction: np.ndarray) -> None:
     middle = prediction.shape[2] // 2
     mask = brain.mask[SLAB][:, :, middle]
-    pictures = {  # tissue is not judged outside the brain
+    pictures = {  # the score does not count voxels outside the brain
         "Truth": brain.labels[SLAB][:, :, middle] * mask,
         "Prediction": prediction[:, :, middle] * mask,
     }
@@ -336,7 +341,7 @@ def _draw_slices(row: tuple[Axes, Axes], brain: Brain, prediction: np.ndarray) -
 
 
 def _outline(axes: Axes, region: Region, colour: str) -> None:
-    """Draws the region's edge onto the slice, whose origin is the slab's corner."""
+    """Draws the edge of a region on a slice, whose origin is the corner of the slab."""
     x, y = (part.start - slab.start for part, slab in zip(region[:2], SLAB[:2]))
     width, height = (part.stop - part.start for part in region[:2])
     axes.add_patch(

@@ -1,4 +1,4 @@
-"""The demonstration from beginning to end: data, training four ways, report."""
+"""Runs the demonstration: it prepares data, trains in four ways, and reports."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from gradient_accumulator_cli.demo.data import (
 
 
 def console() -> Console:
-    """Where it prints; without escape codes if the user wants none (no-color.org)."""
-    # Of itself Rich leaves colours out, and bold and dim in.
+    """Returns the console, without escape codes if NO_COLOR is set (no-color.org)."""
+    # Rich itself then leaves out colours, but neither bold nor dim text.
     return Console(color_system=None if os.environ.get("NO_COLOR") else "auto")
 
 
 def run_demo(
     backend: str, size: Size, text: sentences.Size, epochs: int, output: Path
 ) -> None:
-    """Trains the four ways, prints the tables and writes the picture."""
+    """Trains in four ways, prints the tables and writes the picture."""
     brain = load_brain()
     settings = {
         "brain": Settings(epochs, size.batch_size, size.microbatch_size),
@@ -57,10 +57,10 @@ def run_demo(
 def train_in_process(
     run: str, folder: Path, backend: str, settings: dict[str, Settings]
 ) -> None:
-    """Trains each model in one process, which ends before this function does.
+    """Trains each model in one new process, which ends before this function does.
 
     Raises:
-        RuntimeError: If the process fails; the message ends with what it said.
+        RuntimeError: If the process fails. The message ends with the process's errors.
     """
     log = folder / f"{run}.log"
     with log.open("w+b") as stderr:
@@ -71,11 +71,11 @@ def train_in_process(
             env={
                 **os.environ,
                 "KERAS_BACKEND": backend,
-                # A GPU's memory is taken as it is needed, so that its peak tells.
+                # JAX allocates GPU memory as it needs it: the peak is then meaningful.
                 "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             },
             stderr=stderr,  # the libraries are talkative
-            # Ctrl-C reaches this process only, which then ends the other one.
+            # Ctrl-C reaches the parent process only, which then ends the child.
             start_new_session=True,
         )
         try:
@@ -98,6 +98,7 @@ def train_in_process(
 
 
 def _how(run: str, settings: dict[str, Settings]) -> str:
+    """Returns a description of a run."""
     return "; ".join(
         {
             "batch": f"{batch} {of} at once",

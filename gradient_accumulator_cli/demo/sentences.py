@@ -1,4 +1,4 @@
-"""Sentences of many lengths, made up: a language in which few words follow a word."""
+"""Made-up sentences of many lengths, in which few words can follow each word."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import numpy as np
 
 from gradient_accumulator_cli.demo.data import Arrays
 
-WORDS = 64  # with 0, which pads
+WORDS = 64  # the number of words, with 0, which pads
 LONGEST = 40
-FOLLOWERS = 4  # words that may come after a word
+FOLLOWERS = 4  # the number of words that can follow a word
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much the demonstration does with sentences."""
+    """The size of the demonstration on sentences."""
 
-    sentences: int  # in an epoch
+    sentences: int  # the number of sentences in an epoch
     validation_sentences: int
-    batch_size: int  # sentences that one update is computed from
-    microbatch_size: int  # sentences on the device at one time
+    batch_size: int  # the number of sentences of one update
+    microbatch_size: int  # the number of sentences on the device at one time
     epochs: int
 
 
@@ -43,7 +43,7 @@ SIZES = {
 
 
 def prepare(size: Size, seed: int = 0) -> Arrays:
-    """Everything that a training run reads, as named arrays."""
+    """Returns the named arrays that a training run reads."""
     rng = np.random.default_rng(seed)
     followers = rng.integers(1, WORDS, (WORDS, FOLLOWERS))
     training = _write(size.sentences, followers, rng)
@@ -55,7 +55,7 @@ def prepare(size: Size, seed: int = 0) -> Arrays:
 
 
 def _write(count: int, followers: np.ndarray, rng: np.random.Generator) -> Arrays:
-    """Sentences, most of them short and some long, and the next word of each word."""
+    """Returns sentences, mostly short ones, and the next word for each word."""
     text: np.ndarray = np.zeros((count, LONGEST + 1), "int32")
     text[:, 0] = rng.integers(1, WORDS, count)
     for i in range(LONGEST):

@@ -1,11 +1,15 @@
-"""One way to train, in a process of its own so that its peak memory is its own.
+"""Trains in one way, in a process of its own, so that its peak memory can be measured.
 
-Run as `python -m gradient_accumulator_cli.demo.train FOLDER RUN`, and four arguments
-for each model that is trained: its name (`brain` or `sentences`), the number of epochs,
-the batch size and the micro-batch size. Reads FOLDER/NAME.npz and writes FOLDER/NAME-
-RUN.npz. RUN is `batch` (the batch at once), `microbatches` (this package), `keras`
-(Keras's own gradient accumulation) or `reordered` (the batch at once, its examples in
-another order: what is between it and `batch` is rounding).
+The command is `python -m gradient_accumulator_cli.demo.train FOLDER RUN`, with four
+more arguments for each model: its name (`brain` or `sentences`), the number of epochs,
+the batch size and the micro-batch size. It reads FOLDER/NAME.npz and writes
+FOLDER/NAME-RUN.npz. RUN is one of these:
+
+- `batch`: the whole batch at once
+- `microbatches`: micro-batches, by this package
+- `keras`: micro-batches, by Keras's own gradient accumulation
+- `reordered`: the whole batch at once, its examples in another order. Its difference
+  from `batch` is due to rounding.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ def train(
     batch_size: int,
     microbatch_size: int,
 ) -> Arrays:
-    """Trains, and gives what the report shows of it."""
+    """Trains a model, and returns the measurements for the report."""
     data = load(folder / f"{name}.npz")
     if run == "reordered":
         data = reordered(data, batch_size)
@@ -56,13 +60,13 @@ def train(
         sample_weight=data.get("train_weight"),
         batch_size=microbatch_size if run == "keras" else batch_size,
         epochs=epochs,
-        shuffle=False,  # drawn at random already; the same order for every run
+        shuffle=False,  # the examples are random, in the same order for every run
         validation_data=tuple(
             data[key] for key in ("val_x", "val_y", "val_weight") if key in data
         ),
         validation_batch_size=microbatch_size,
         callbacks=[clock, recorder],
-        verbose=1 if sys.stdout.isatty() else 2,  # a bar, or a line an epoch
+        verbose=1 if sys.stdout.isatty() else 2,  # a bar, or one line for each epoch
     ).history
     result = {
         "peak": np.array(peak()),
@@ -76,14 +80,14 @@ def train(
         at_once = microbatch_size if run in ("microbatches", "keras") else batch_size
         shape = (at_once, *data["train_x"].shape[1:])
         result["bytes_of_outputs"] = np.array(bytes_of(outputs(model, shape)))
-        if run == "microbatches":  # whose slice is drawn
+        if run == "microbatches":  # the picture shows its prediction
             classes = model.predict(data["slab"], verbose=0)[0]
             result["prediction"] = np.argmax(classes, axis=-1)
     return result
 
 
 def reordered(data: Arrays, batch_size: int) -> Arrays:
-    """The same batches, the examples of each in another order."""
+    """Returns the same batches, with the examples of each in another order."""
     rng = np.random.default_rng(1)
     count = len(data["train_x"])
     order = np.concatenate(
@@ -99,18 +103,19 @@ def reordered(data: Arrays, batch_size: int) -> Arrays:
 
 
 def outputs(model: keras.Model, shape: tuple[int, ...]) -> list:
-    """What the layers put out for an input of that shape; nothing is computed."""
+    """Returns symbolic outputs of all layers, for an input of a shape."""
     inputs = keras.Input(batch_shape=shape)
     every = keras.Model(model.input, [layer.output for layer in model.layers[1:]])
     return every(inputs)
 
 
 def bytes_of(tensors: list) -> int:
-    """Of float32 tensors."""
+    """Returns the number of bytes in some float32 tensors."""
     return sum(4 * math.prod(tensor.shape) for tensor in tensors)
 
 
 def main(arguments: list[str]) -> None:
+    """Runs the command that the module describes."""
     folder, run = Path(arguments[0]), arguments[1]
     for i in range(2, len(arguments), 4):
         name, *numbers = arguments[i : i + 4]

@@ -1,4 +1,4 @@
-"""A small 3D U-Net, how it is trained, and the metric that it is judged by."""
+"""A small 3D U-Net, compiled for training, and the metric of its predictions."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from gradient_accumulator_cli.demo.data import CLASSES
 
 
 def build_unet(filters: int = 8) -> keras.Model:
-    """Three levels, two convolutions each; takes volumes of any size.
+    """Returns a model of three levels with two convolutions each, for any volume.
 
-    No dropout and no batch normalization: the same batch gives the same gradient, so
-    what is left between two runs is rounding or a wrong mean.
+    It has neither dropout nor batch normalization: equal batches give equal gradients,
+    so that two runs differ only by rounding or by a wrong mean.
     """
     inputs = layers.Input((None, None, None, 1))
     fine = _convolve(inputs, filters)
@@ -38,18 +38,18 @@ def _convolve(x: keras.KerasTensor, filters: int) -> keras.KerasTensor:
 
 
 def compiled_unet(steps: int | None, updates: int) -> keras.Model:
-    """Compiled to be trained with any number of updates.
+    """Returns the model, compiled for training.
 
     Args:
         steps: Keras's `gradient_accumulation_steps`.
-        updates: Their number.
+        updates: The number of updates, which is not used: there is no schedule.
     """
     model = build_unet()
     model.compile(
         # With Adam's usual epsilon, weights whose gradient is about 0 take full steps
         # in a direction that rounding decides.
         keras.optimizers.Adam(3e-3, epsilon=1e-4, gradient_accumulation_steps=steps),
-        # The mean over the brain's voxels, however many of them a patch holds.
+        # The mean over voxels of the brain, of which patches have different numbers.
         loss=keras.losses.SparseCategoricalCrossentropy(
             from_logits=True, reduction="mean_with_sample_weight"
         ),

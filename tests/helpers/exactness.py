@@ -14,7 +14,7 @@ from api import KERAS_2, keras, ops
 from versions import unless_plain_fails
 
 from gradient_accumulator import GradientAccumulateOptimizer, accumulate
-from gradient_accumulator.backend import trainer
+from gradient_accumulator.compat import trainer
 
 from .marks import BACKEND
 

@@ -2,7 +2,7 @@
 
 from api import keras, layers, ops
 
-from gradient_accumulator.backend import trainer
+from gradient_accumulator.compat import trainer
 
 from .data import (
     CLASSES,

@@ -1,1 +1,0 @@
-"""Keras 2: what it lacks of Keras 3's names, its trainer and its optimizers."""

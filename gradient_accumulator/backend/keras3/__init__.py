@@ -1,1 +1,0 @@
-"""Keras 3: its trainer and its optimizers."""

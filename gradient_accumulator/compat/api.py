@@ -1,0 +1,34 @@
+"""The Keras in use, by Keras 3's names: `keras` and `ops`.
+
+Keras 2 if TensorFlow is told to use it (`TF_USE_LEGACY_KERAS`), or if the installed
+package `keras` is Keras 2, as beside TensorFlow up to 2.15; Keras 3 otherwise. It is
+what `tf.keras` is, in one process for all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+
+def _uses_keras_2() -> bool:
+    # What TensorFlow takes for yes.
+    if os.environ.get("TF_USE_LEGACY_KERAS") in ("1", "true", "True"):
+        return True
+    try:
+        version = metadata.version("keras")
+    except metadata.PackageNotFoundError:  # a nightly build has another name
+        version = importlib.import_module("keras").__version__
+    return version.startswith("2.")
+
+
+KERAS_2 = _uses_keras_2()
+
+if TYPE_CHECKING or not KERAS_2:
+    import keras as keras
+    from keras import ops as ops
+else:
+    from gradient_accumulator.compat.keras2_names import keras as keras
+    from gradient_accumulator.compat.keras2_names import ops as ops

@@ -1,0 +1,29 @@
+"""An update's operations, one engine a backend; only the active one's is imported."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from gradient_accumulator.devices import backend
+
+if TYPE_CHECKING:
+    from gradient_accumulator.engine.accumulators import Accumulators
+    from gradient_accumulator.engine.base import Engine
+
+__all__ = ["new_accumulators", "new_engine"]
+
+
+def new_engine() -> Engine:
+    """A new engine of the backend that Keras runs on.
+
+    Raises:
+        NotImplementedError: If Keras runs on a backend that does not train.
+    """
+    return importlib.import_module(f"{__name__}.{backend()}").ENGINE()
+
+
+def new_accumulators() -> Accumulators:
+    """The same for the operations of `GradientAccumulateOptimizer`."""
+    name = f"{__name__}.{backend()}_accumulators"
+    return importlib.import_module(name).ACCUMULATORS()

@@ -1,0 +1,422 @@
+"""An update on JAX: a host loop over one jitted function that adds a micro-batch.
+
+The loop is no `jax.lax.scan`: on CPUs, XLA runs convolutions inside a loop many times
+slower, and a host loop takes micro-batches of different shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache, partial
+from itertools import chain
+
+import jax
+import jax.numpy as jnp
+import keras
+
+from gradient_accumulator import losses
+from gradient_accumulator.compat import trainer
+from gradient_accumulator.devices.jax_devices import (
+    Replicas,
+    active_replicas,
+    has_layout,
+    state_shardings,
+    waited_for,
+)
+from gradient_accumulator.engine import jax_sharded
+from gradient_accumulator.engine.base import Steps
+from gradient_accumulator.engine.jax_fit import JaxFit, State
+from gradient_accumulator.engine.jax_functional import value_and_grad
+from gradient_accumulator.functional import LossFunction
+from gradient_accumulator.statistics import normalizations
+from gradient_accumulator.update import Carry, Update
+
+
+class JaxEngine(JaxFit):
+    """An update whose functions take the values of variables, and return new ones."""
+
+    def prepare(self, update: Update) -> None:
+        model = update.model
+        self._shardings = state_shardings(model)  # while variables hold their values
+        self._places = {id(v): i for i, v in enumerate(model.non_trainable_variables)}
+        # Loss scaling may read the optimizer's variables; else they are not passed.
+        self._scales_loss = trainer.has_own_scale_loss(model.optimizer)
+        self._compiles = model.jit_compile and not model.run_eagerly
+        self._replicas: Replicas | None = None
+        self._reduce: Callable = _unreduced
+        self._weights: losses.HostWeights | None = None
+
+    def weigh(self, update, microbatches):
+        if self._weights is None:
+            first = next(microbatches.iterator)
+            microbatches = replace(
+                microbatches, iterator=chain([first], microbatches.iterator)
+            )
+            self._replicas = self._replicas_of(update.model, first)
+            measure = partial(_measure, update)
+            if self._replicas is not None:
+                measure = partial(
+                    jax_sharded.measure, update.model, measure, self._replicas
+                )
+            if self._compiles:
+                measure = jax.jit(measure)
+            self._weights = losses.HostWeights(
+                update.model,
+                partial(_measured, measure),
+                partial(_scope, update.model),
+                notices=update.notices,
+                devices=self._device_count,
+                check=self.check_in_step,
+            )
+        # Processes may wait for each other in a micro-batch.
+        self.check_in_step(microbatches.count)
+        return self._weights(
+            microbatches, self._state.trainable, self._state.non_trainable
+        )
+
+    @property
+    def _device_count(self):
+        return 1 if self._replicas is None else self._replicas.count
+
+    def steps(self, update):
+        model, statistics = update.model, update.statistics
+        zeros: Callable = update.zeros
+        add: Callable = partial(_add, update)
+        finish: Callable = partial(_finish, update)
+        reduce: Callable = _unreduced
+        if self._replicas is not None:
+            zeros = partial(jax_sharded.zeros, zeros, model, self._replicas)
+            add = partial(jax_sharded.add, model, add, self._replicas)
+            reduce = partial(jax_sharded.reduce, model)
+        if self._compiles:
+            of_sums, of_micro_batch, of_reduced, of_update = _out_shardings(
+                self._shardings, self._replicas
+            )
+            zeros = jax.jit(zeros, out_shardings=of_sums)
+            add = jax.jit(
+                add,
+                static_argnames="kinds",
+                donate_argnames="carry",
+                out_shardings=of_micro_batch,
+            )
+            if self._replicas is not None:
+                reduce = jax.jit(reduce, donate_argnums=0, out_shardings=of_reduced)
+            finish = jax.jit(
+                finish,
+                static_argnames="divided_last",
+                donate_argnames=("trainable", "optimizer"),
+                out_shardings=of_update,
+            )
+        self._reduce = reduce if jax.process_count() == 1 else waited_for(reduce)
+        places = [self._places[id(v)] for v in statistics.variables]
+
+        def host_add(carry, kinds, data, share, factors):
+            state = self._state
+            carry, moved, metrics = add(
+                carry=carry._replace(logs={}),
+                trainable=state.trainable,
+                non_trainable=state.non_trainable,
+                metrics=state.metrics,
+                optimizer=state.optimizer if self._scales_loss else None,
+                kinds=kinds,
+                data=data,
+                share=share,
+                factors=factors,
+            )
+            self._state = state._replace(
+                non_trainable=_replaced(state.non_trainable, moved),
+                metrics=state.metrics if metrics is None else metrics,
+            )
+            return carry
+
+        def host_finish(divided_last, carry, scale, examples, kept):
+            trainable, non_trainable, optimizer, metrics = self._state
+            logs, trainable, optimizer, metrics, moved = finish(
+                divided_last=divided_last,
+                carry=carry,
+                scale=scale,
+                examples=examples,
+                kept=kept,
+                trainable=trainable,
+                optimizer=optimizer,
+                metrics=metrics,
+                statistics=[non_trainable[i] for i in places],
+            )
+            non_trainable = list(non_trainable)
+            for i, value in zip(places, moved):
+                non_trainable[i] = value
+            self._state = State(trainable, non_trainable, optimizer, metrics)
+            return logs
+
+        return Steps(zeros, host_add, update.apply, host_finish)
+
+    def fold(self, step, carry, weighed):
+        for microbatch, share, kinds, factors in weighed:
+            share = _number(share / self._device_count)
+            carry = step(carry, kinds, microbatch, share, factors)
+        self.check_in_step(weighed.count)
+        return carry
+
+    def forward(self, model, x):
+        # Keras's own trainer on JAX makes this call, and no other.
+        values = [
+            [variable.value for variable in variables]
+            for variables in (model.trainable_variables, model.non_trainable_variables)
+        ]
+        kwargs = {"training": True} if model._call_has_training_arg else {}
+        with trainer.summed_activity_losses(model):
+            y_pred, moved, additional = model.stateless_call(
+                *values, x, return_losses=True, **kwargs
+            )
+        scope = trainer.get_stateless_scope()
+        for variable, value in zip(model.non_trainable_variables, moved):
+            scope.add_update((variable, value))
+        return y_pred, additional
+
+    def value_and_grad(self, function, variables):
+        outer = trainer.get_stateless_scope()
+        moved: list[int] = []
+
+        def of_values(values):
+            scope = trainer.StatelessScope(state_mapping=list(zip(variables, values)))
+            before = {**outer.state_mapping, **scope.state_mapping}
+            scope.state_mapping.update(before)
+            with scope:
+                loss, aux = function(variables)
+            moved.extend(
+                key
+                for key, value in scope.state_mapping.items()
+                if value is not before.get(key)
+            )
+            return loss, (aux, [scope.state_mapping[key] for key in moved])
+
+        values = [variable.value for variable in variables]
+        gradients, (aux, after) = jax.grad(of_values, has_aux=True)(values)
+        outer.state_mapping.update(zip(moved, after))
+        return gradients, aux
+
+    def values(self, variables):
+        places = [self._places.get(id(variable)) for variable in variables]
+        values = self._state.non_trainable
+        return [None if place is None else values[place] for place in places]
+
+    def assign(self, variables, values):
+        if not variables:
+            return
+        non_trainable = list(self._state.non_trainable)
+        for variable, value in zip(variables, values):
+            # Others are trainable, which a forward pass on JAX does not move.
+            if value is not None:
+                non_trainable[self._places[id(variable)]] = value
+        self._state = self._state._replace(non_trainable=non_trainable)
+
+    def total(self, update, carry, weighed):
+        carry, metrics = self._reduce(carry, self._state.metrics)
+        self._state = self._state._replace(metrics=metrics)
+        return carry, _number(weighed.correction()), weighed.divided_last
+
+    def step(self, optimizer, gradients, variables):
+        # Loss scaling branches, and the branches of JAX have no effects.
+        with jax.named_scope("apply_gradients"):
+            values, state = optimizer.stateless_apply(
+                [variable.value for variable in optimizer.variables],
+                gradients,
+                [variable.value for variable in variables],
+            )
+        scope = trainer.get_stateless_scope()
+        for variable, value in zip(
+            [*variables, *optimizer.variables], [*values, *state]
+        ):
+            scope.add_update((variable, value))
+
+    def accumulated(self, loss: LossFunction) -> Callable:
+        return value_and_grad(self, loss)
+
+    def _replicas_of(self, model, microbatch):
+        """The devices that can compute on their parts of a micro-batch, or None."""
+        if not self._compiles:
+            return None
+        replicas = active_replicas(microbatch)
+        if replicas is None:
+            return None
+        if trainer.has_own_metrics(model):  # they would see one device's part
+            return None
+        if not all(trainer.is_keras_own(kind) for kind in trainer.metric_types(model)):
+            return None  # a user's own metric may not add up over devices
+        if any(
+            has_layout(f"{layer.path}/output") for layer in trainer.layers_of(model)
+        ):
+            return None  # a layer's output must be sharded over all devices
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(microbatch)
+        known = {id(v) for layer in normalizations(model) for v in layer.variables}
+        unknown: list[keras.Variable] = []
+
+        def run(trainable, non_trainable, x):
+            kwargs = {"training": True} if model._call_has_training_arg else {}
+            _, after = model.stateless_call(trainable, non_trainable, x, **kwargs)
+            unknown.extend(
+                variable
+                for variable, old, new in zip(
+                    model.non_trainable_variables, non_trainable, after
+                )
+                if new is not old
+                and id(variable) not in known
+                and not trainer.is_seed(variable)
+            )
+            return ()
+
+        state = self._state
+        jax.eval_shape(run, state.trainable, state.non_trainable, x)
+        # A layer's new state may depend on all examples of a micro-batch. XLA then
+        # computes it over all devices, and reduces the gradients of every micro-batch.
+        return None if unknown else replicas
+
+
+def _number(value):
+    return _array(value, losses.dtype())
+
+
+@lru_cache(maxsize=8)
+def _array(value, dtype):
+    # JAX dispatches its own arrays faster than NumPy's.
+    return jnp.asarray(value, dtype)
+
+
+def _unreduced(carry, metrics):
+    """The carry and the metrics, which need no reduction."""
+    return carry, metrics
+
+
+def _out_shardings(state, replicas):
+    """The shardings of the programs' results; sums are sharded as their variables."""
+    if state is None:
+        return None, None, None, None
+    trainable, non_trainable, optimizer, metrics = state
+    sums = Carry(trainable, None, None, None)
+    reduced = sums, metrics
+    if replicas is not None:
+        stacks = [replicas.stacked(sharding) for sharding in trainable]
+        stack = replicas.stacked()
+        sums = Carry((stacks, [stack for _ in metrics]), stack, stack, None)
+        metrics = None
+    return (
+        sums,
+        (sums, non_trainable, metrics),
+        reduced,
+        (None, trainable, optimizer, state[3], None),
+    )
+
+
+def _measure(update, trainable, non_trainable, data):
+    """The denominators of a micro-batch, and the values that it moved.
+
+    Values are None unless the next micro-batch's masks may depend on them.
+    """
+    with _scope(update.model, trainable, non_trainable) as scope:
+        denominators = update.denominators(data)
+    carried = set(map(id, update.statistics.carried))
+    after = [
+        scope.get_current_value(v) if id(v) in carried else old
+        for v, old in zip(update.model.non_trainable_variables, non_trainable)
+    ]
+    return denominators, _moved(non_trainable, after)
+
+
+def _measured(measure, state, microbatch, losses):
+    """The denominators and the next state, for `losses.HostWeights`."""
+    trainable, non_trainable = state
+    denominators, moved = measure(trainable, non_trainable, microbatch)
+    return denominators, (trainable, _replaced(non_trainable, moved))
+
+
+def _add(
+    update,
+    *,
+    carry,
+    trainable,
+    non_trainable,
+    metrics,
+    optimizer,
+    kinds,
+    data,
+    share,
+    factors,
+):
+    """`Update.add`, of values.
+
+    For non-trainable variables that the micro-batch did not move, None is returned: a
+    compiled function would copy all frozen weights for every micro-batch.
+    """
+    model = update.model
+    with (
+        _scope(model, trainable, non_trainable, metrics, optimizer) as scope,
+        jax.named_scope("accumulate_gradients"),
+    ):
+        carry = update.add(carry, kinds, data, share, factors)
+    after, metrics = (
+        [scope.get_current_value(v) for v in variables]
+        for variables in (model.non_trainable_variables, model.metrics_variables)
+    )
+    return carry, _moved(non_trainable, after), metrics
+
+
+def _finish(
+    update,
+    *,
+    divided_last,
+    carry,
+    scale,
+    examples,
+    kept,
+    trainable,
+    optimizer,
+    metrics,
+    statistics,
+):
+    """`Update.finish`, of values.
+
+    Returns the logs, and the new values of trainable variables, optimizer, metrics and
+    statistics.
+    """
+    model = update.model
+    pooled = list(zip(update.statistics.variables, statistics))
+    with _scope(model, trainable, (), metrics, optimizer, pooled) as scope:
+        logs = update.finish(divided_last, carry, scale, examples, kept)
+    after = (
+        [scope.get_current_value(v) for v in variables]
+        for variables in (
+            model.trainable_variables,
+            model.optimizer.variables,
+            model.metrics_variables,
+            update.statistics.variables,
+        )
+    )
+    return logs, *after
+
+
+def _scope(
+    model, trainable, non_trainable, metrics=(), optimizer=None, others=(), **settings
+):
+    """A scope in which the model's variables have these values."""
+    mapping = [
+        *zip(model.trainable_variables, trainable),
+        *zip(model.non_trainable_variables, non_trainable),
+        *zip(model.metrics_variables, metrics),
+        *others,
+    ]
+    if optimizer is not None:
+        mapping += zip(model.optimizer.variables, optimizer)
+    return trainer.StatelessScope(state_mapping=mapping, **settings)
+
+
+def _moved(before, after):
+    """The new values, None for unmoved ones, which a compiled function would copy."""
+    return [None if new is old else new for old, new in zip(before, after, strict=True)]
+
+
+def _replaced(values, moved):
+    return [old if new is None else new for old, new in zip(values, moved)]
+
+
+ENGINE = JaxEngine

@@ -1,0 +1,171 @@
+"""An update on PyTorch: `backward` on each micro-batch adds to `grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import keras
+import torch
+
+from gradient_accumulator import losses
+from gradient_accumulator.compat import trainer
+from gradient_accumulator.devices import torch_devices as processes
+from gradient_accumulator.engine.base import Steps
+from gradient_accumulator.engine.torch_activations import free_activations
+from gradient_accumulator.engine.torch_fit import TorchFit
+from gradient_accumulator.engine.torch_functional import value_and_grad
+from gradient_accumulator.engine.torch_sums import GradSums
+from gradient_accumulator.functional import LossFunction
+from gradient_accumulator.microbatches import map_leaves
+from gradient_accumulator.statistics import apart, synchronizes
+
+
+class TorchEngine(TorchFit):
+    """An update in eager execution, whose sums are in the parameters' `grad`."""
+
+    def prepare(self, update):
+        model = update.model
+        forward: Callable = partial(trainer.forward, model, training=True)
+        if model.jit_compile and not model.run_eagerly:
+            forward = torch.compile(forward)
+        self._forward = forward
+        self._waits = synchronizes(model)  # whether processes wait in each micro-batch
+        several = processes.count() > 1
+        # Own metrics compute logs at every micro-batch, and processes may differ in
+        # their number of micro-batches.
+        self._own_metrics = several and trainer.has_own_metrics(model)
+        self._weights = losses.HostWeights(
+            model,
+            partial(_measured, update, self._waits),
+            partial(_stateless, model),
+            notices=update.notices,
+            totals=processes.totals if several else None,
+        )
+
+    def weigh(self, update, microbatches):
+        if self._waits:
+            processes.check_microbatches(microbatches.count)
+        carried = update.statistics.carried
+        state = list(zip(carried, self.values(carried)))
+        return self._weights(microbatches, state)
+
+    def steps(self, update):
+        def zeros():
+            # A number needs no device, and is read without waiting for one.
+            return update.zeros()._replace(denominator=0.0)
+
+        return Steps(zeros, update.add, torch.no_grad()(update.apply), update.finish)
+
+    def sums(self, update, weighed):
+        return GradSums(
+            [v.value for v in update.variables],
+            update.dtypes,
+            [trainer.overwrites(v) for v in update.variables],
+        )
+
+    def fold(self, step, carry, weighed):
+        drawn = list(weighed) if self._own_metrics else weighed
+        for k, (microbatch, share, kinds, factors) in enumerate(drawn, start=1):
+            last = self._own_metrics and k == len(drawn)
+            with processes.together(last):
+                carry = step(carry, kinds, microbatch, share, factors)
+            free_activations()
+        if self._own_metrics and not drawn:
+            with processes.together():  # other processes wait
+                carry = carry._replace(logs=weighed.model.get_metrics_result())
+        return carry
+
+    def forward(self, model, x):
+        return self._forward(x), model.losses
+
+    def value_and_grad(self, function, variables):
+        loss, aux = function(variables)
+        if variables:
+            loss.backward()
+        # The gradients are in `grad`.
+        return [], aux
+
+    def values(self, variables):
+        return [variable.value.detach().clone() for variable in variables]
+
+    @torch.no_grad()
+    def assign(self, variables, values):
+        super().assign(variables, values)
+
+    def total(self, update, carry, weighed):
+        denominator = carry.denominator if weighed.divided_last else 0.0
+        scale = weighed.correction(denominator)
+        if processes.count() == 1:
+            return carry, scale, False
+        # Processes may have divided by different numbers.
+        loss = carry.loss * scale
+        update.sums.reduce(scale, loss, update.statistics.moving)
+        return carry._replace(loss=loss), None, False
+
+    @contextmanager
+    def finishing(self, weighed, carry) -> Iterator[None]:
+        with processes.together():
+            yield
+
+    def accumulated(self, loss: LossFunction) -> Callable:
+        return value_and_grad(self, loss)
+
+
+ENGINE = TorchEngine
+
+
+def _measured(update, waits, state, microbatch, losses):
+    """The denominators of a micro-batch, and the state that the next one begins with.
+
+    The forward pass leaves nothing else behind, and random states stay as they were.
+    """
+    model = update.model
+    (carried,) = state
+    with _stateless(model, carried) as scope, torch.no_grad():
+        if not losses.by_predictions:
+            y_pred = _of_shape(model, microbatch)
+            denominators = update.denominators(microbatch, y_pred)
+        else:
+            # No compiler drops unused results: this is a whole forward pass.
+            with nullcontext() if waits else apart(model):
+                denominators = update.denominators(microbatch)
+    free_activations()
+    return denominators, ([(v, scope.get_current_value(v)) for v, _ in carried],)
+
+
+def _of_shape(model, microbatch):
+    """Zeros in the shapes of the predictions."""
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(microbatch)
+    specs = trainer.compute_output_spec(
+        partial(trainer.forward, model, training=True), map_leaves(losses.symbolic, x)
+    )
+    return map_leaves(
+        # A broadcast number takes no memory, whatever the shape.
+        lambda spec: keras.ops.broadcast_to(
+            keras.ops.zeros((), spec.dtype), spec.shape
+        ),
+        specs,
+    )
+
+
+@contextmanager
+def _stateless(model: Any, state: list, **settings: Any) -> Iterator[Any]:
+    """A stateless scope, also for state that Keras does not know of.
+
+    PyTorch's own seeds, and the statistics of its modules, are restored.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = range(torch.cuda.device_count())
+    try:
+        with (
+            torch.random.fork_rng(devices),
+            trainer.StatelessScope(state_mapping=state, **settings) as scope,
+        ):
+            yield scope
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)

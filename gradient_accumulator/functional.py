@@ -1,0 +1,329 @@
+"""`accumulated_value_and_grad`: accumulation as a function, with no counter."""
+
+from __future__ import annotations
+
+import numbers
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, overload
+
+from gradient_accumulator import engine
+from gradient_accumulator.arguments import names_arguments
+from gradient_accumulator.compat.api import keras
+from gradient_accumulator.received import described
+from gradient_accumulator.settings import check_float_dtype, positive_int
+
+
+class ValueAndGrad(Protocol):
+    """What `accumulated_value_and_grad` returns."""
+
+    def __call__(
+        self, variables: Any, batch: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """The loss, and gradients nested as `variables`."""
+
+
+class ValueAuxAndGrad(Protocol):
+    """What `accumulated_value_and_grad` returns with `has_aux=True`."""
+
+    def __call__(
+        self, variables: Any, batch: Any, *args: Any, **kwargs: Any
+    ) -> tuple[tuple[Any, Any], Any]:
+        """The loss with what `loss_fn` returns besides, and the gradients."""
+
+
+@dataclass(frozen=True)
+class LossFunction:
+    """A user's function that computes a micro-batch's loss, and how its micro-batches
+    join.
+
+    Args:
+        function: What the user gave.
+        microbatch_size: Number of examples in a micro-batch.
+        has_aux: Whether the function returns more than the loss.
+        accum_dtype: Dtype in which gradients are summed.
+        module: What reduces the gradients over processes, or None.
+    """
+
+    function: Callable
+    microbatch_size: int
+    has_aux: bool
+    accum_dtype: str
+    module: Any = None
+
+    def __call__(self, *args, **kwargs) -> tuple[Any, Any, Any]:
+        """The numerator, its denominator or None if it is a mean, and what is more."""
+        result = self.function(*args, **kwargs)
+        aux = None
+        if self.has_aux:
+            if not isinstance(result, tuple) or len(result) != 2:
+                raise ValueError(
+                    "With `has_aux=True`, `loss_fn` must return a pair of the loss "
+                    "and what is to be returned besides. "
+                    f"Received: {described(result)}"
+                )
+            result, aux = result
+        pair = result if isinstance(result, tuple) else (result, None)
+        if (
+            len(pair) != 2
+            or not _is_scalar(pair[0])
+            or not (pair[1] is None or _is_scalar(pair[1]))
+        ):
+            besides = (
+                " To return more than the loss, return a pair of the loss and the "
+                "rest, with `has_aux=True`."
+            )
+            raise ValueError(
+                "`loss_fn` must return a scalar, the mean over a micro-batch's "
+                "examples, or a pair of scalars, a numerator and its denominator."
+                f"{besides if _has_more(result) and not self.has_aux else ''} "
+                f"Received: {described(result)}"
+            )
+        return *pair, aux
+
+    def accumulator_dtype(self, dtype: Any) -> str:
+        dtype = keras.backend.standardize_dtype(dtype)
+        return "float64" if dtype == "float64" else self.accum_dtype
+
+
+def _is_scalar(part: Any) -> bool:
+    shape = getattr(part, "shape", None)
+    if shape is None:
+        return isinstance(part, numbers.Number)
+    # TensorFlow does not always know it.
+    return getattr(shape, "rank", 0) is None or tuple(shape) == ()
+
+
+def _has_more(result: Any) -> bool:
+    """Whether a loss and something besides was returned."""
+    if isinstance(result, Mapping):
+        return True
+    return isinstance(result, (tuple, list)) and bool(result) and _is_scalar(result[0])
+
+
+def listed(variables: Any) -> list:
+    """The list of variables, of whatever they come in.
+
+    Raises:
+        TypeError: If they are nested, or one.
+        ValueError: If there are none.
+    """
+    if (
+        isinstance(variables, (Mapping, str))
+        or hasattr(variables, "shape")
+        or not isinstance(variables, Iterable)
+    ):
+        raise TypeError(
+            "Argument `variables` must be a list of variables, such as "
+            "`model.trainable_variables`, or `module.parameters()` of PyTorch's. "
+            f"Received: variables={described(variables)}"
+        )
+    made = list(variables)
+    if not made:
+        used_up = (
+            ": a generator, such as `module.parameters()`, gives what it has once, so "
+            "ask for a new one for each update, or make a list of it"
+            if isinstance(variables, Iterator)
+            else ""
+        )
+        raise ValueError(
+            f"Argument `variables` must hold variables{used_up}. "
+            f"Received: variables={described(variables)}, which holds none"
+        )
+    return made
+
+
+def check_leaves(batch: Any, leaves: list) -> None:
+    """Raise, and say where, unless a batch consists of arrays of examples.
+
+    Args:
+        batch: Nested arrays.
+        leaves: What the backend's framework sees in it.
+    """
+    if all(tuple(getattr(leaf, "shape", ())) for leaf in leaves):
+        return
+    for place, leaf in _places(batch, "batch"):
+        if leaf is None or tuple(getattr(leaf, "shape", ())):
+            continue
+        error = ValueError if hasattr(leaf, "shape") else TypeError
+        raise error(
+            f"`{place}` must be an array, with the same number of examples in its "
+            "first axis as every array of the batch. What all examples share goes to "
+            "`loss_fn` as a further argument: `value_and_grad(variables, batch, more)`."
+            f" Received: {place}={described(leaf)} (of type {type(leaf).__name__})"
+        )
+
+
+def _places(data: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """The leaves of nested data, each with the expression that gets it."""
+    entries: Iterable
+    if isinstance(data, Mapping):
+        entries = data.items()
+    elif isinstance(data, (list, tuple)):
+        entries = enumerate(data)
+    else:
+        yield place, data
+        return
+    for key, value in entries:
+        yield from _places(value, f"{place}[{key!r}]")
+
+
+def warn_of_nan(is_nan: bool) -> None:
+    """Where the mean of an update's losses is known: whether it is a number."""
+    if is_nan:
+        warnings.warn(
+            "The mean loss of a micro-batch is not a number. If it is a mean over "
+            "nothing, as of a micro-batch whose targets are all ignored or masked, let "
+            "`loss_fn` return a pair instead, the sum and the number that it would be "
+            "divided by: a micro-batch without any then adds nothing.",
+            stacklevel=3,
+        )
+
+
+@overload
+def accumulated_value_and_grad(
+    loss_fn: Callable,
+    *,
+    microbatch_size: int,
+    has_aux: Literal[False] = False,
+    accum_dtype: str = "float32",
+    module: Any = None,
+) -> ValueAndGrad: ...
+
+
+@overload
+def accumulated_value_and_grad(
+    loss_fn: Callable,
+    *,
+    microbatch_size: int,
+    has_aux: Literal[True],
+    accum_dtype: str = "float32",
+    module: Any = None,
+) -> ValueAuxAndGrad: ...
+
+
+@overload
+def accumulated_value_and_grad(
+    loss_fn: Callable,
+    *,
+    microbatch_size: int,
+    has_aux: bool,
+    accum_dtype: str = "float32",
+    module: Any = None,
+) -> ValueAndGrad | ValueAuxAndGrad: ...
+
+
+@names_arguments()
+def accumulated_value_and_grad(
+    loss_fn: Callable,
+    *,
+    microbatch_size: int,
+    has_aux: bool = False,
+    accum_dtype: str = "float32",
+    module: Any = None,
+) -> ValueAndGrad | ValueAuxAndGrad:
+    """A function that computes a batch's loss and gradients micro-batch by micro-batch.
+
+    Only one micro-batch's activations are in memory at a time. It is the loop for
+    training steps of your own, where one call is one update: no counter, nothing left
+    over.
+
+    ```
+    for each micro-batch k:  numerator_k, denominator_k = loss_fn(micro-batch k)
+    loss     = sum_k numerator_k / sum_k denominator_k
+    gradient = sum_k d numerator_k / sum_k denominator_k
+    ```
+
+    On JAX a random key among `args` is the same for every micro-batch, and so would be
+    the dropout masks drawn from it: put keys into `batch`, one for each example.
+
+    Args:
+        loss_fn: A function that computes a micro-batch's loss. On TensorFlow and
+            PyTorch it is called as `loss_fn(microbatch, *args, **kwargs)`; on JAX,
+            whose functions are pure, as `loss_fn(variables, microbatch, *args,
+            **kwargs)`. It returns the mean over the micro-batch's examples, or, where
+            micro-batches are worth more than their number of examples says (tokens
+            under a mask), a tuple of a numerator and its denominator, both scalars. No
+            gradient is taken of the denominator. Only this pair is right where a
+            micro-batch may have nothing to take a mean of, such as ignored labels only:
+            that mean is not a number, and so would the update be. It warns of it, but
+            not in `jax.jit` or a `tf.function`, which do not know values yet.
+        microbatch_size: Positive int, the number of examples in a micro-batch. The last
+            micro-batch may be smaller.
+        has_aux: Whether `loss_fn` returns a tuple of the loss and something more, a
+            nested structure of tensors.
+        accum_dtype: Name of the float dtype that gradients are summed in (float64
+            variables always sum in float64).
+        module: On PyTorch, the `DistributedDataParallel` or the FSDP2 module (what
+            `fully_shard` returns) that `loss_fn` calls. Its processes reduce their
+            gradients once, with the last micro-batch's, and each gets the loss and the
+            gradients of all their examples: each is given its share of the batch,
+            of any number of micro-batches. It does the summing, in its own dtype.
+
+    Returns:
+        A function `(variables, batch, *args, **kwargs)`. `variables` are those to
+        differentiate by: a list of variables or parameters on TensorFlow and PyTorch,
+        also a generator of them, and any nested arrays on JAX. `batch` is nested
+        tensors that agree in their first axis; `args` and `kwargs` go to `loss_fn` with
+        every micro-batch. As that of `jax.value_and_grad`, it returns `(loss,
+        gradients)`, or `((loss, aux), gradients)`: gradients are nested as `variables`,
+        in their dtypes, and None where there is none (zeros on JAX). Of `aux`, tensors
+        are joined along their first axis, and scalars become vectors with an entry for
+        each micro-batch. Where all denominators are 0, loss and gradients are.
+
+        On JAX it is pure and can be jitted; there the loop is a `jax.lax.scan`, in
+        which XLA runs convolutions slowly on CPUs. Called outside of `jax.jit` it
+        compiles the work on one micro-batch itself, and loops on the host: there arrays
+        and floats among `args` and `kwargs` are traced, as `jax.jit` does, and for each
+        other int, bool, string or function it compiles anew. On TensorFlow it works
+        inside and outside of `tf.function`. On PyTorch it calls `backward`, and leaves
+        the parameters' `grad` as it was.
+
+    Raises:
+        TypeError, ValueError: If an argument is unfit; when called, if variables are
+            of another framework than Keras runs on, the batch's tensors have different
+            numbers of examples, or `loss_fn` returns no scalar.
+
+    Example:
+
+    ```python
+    value_and_grad = accumulated_value_and_grad(loss_fn, microbatch_size=8)
+
+    def loss_fn(params, microbatch):  # JAX
+        tokens, labels = microbatch
+        losses = cross_entropy(apply(params, tokens), labels)
+        mask = labels != PAD
+        return (losses * mask).sum(), mask.sum()
+
+    loss, gradients = value_and_grad(params, batch)
+    ```
+
+    With dropout on JAX, whatever the size of the micro-batches:
+
+    ```python
+    def loss_fn(params, microbatch):
+        x, y, keys = microbatch
+        predictions = jax.vmap(apply, (None, 0, 0))(params, x, keys)  # each its key
+        return ((predictions - y) ** 2).mean()
+
+    keys = jax.random.split(key, len(x))
+    loss, gradients = value_and_grad(params, (x, y, keys))
+    ```
+    """
+    if not callable(loss_fn):
+        raise TypeError(
+            "Argument `loss_fn` must be a function. "
+            f"Received: loss_fn={described(loss_fn)} (of type {type(loss_fn).__name__})"
+        )
+    microbatch_size = positive_int("microbatch_size", microbatch_size)
+    check_float_dtype(accum_dtype)
+    if module is not None and keras.backend.backend() != "torch":
+        raise ValueError(
+            "Argument `module` is for PyTorch's `torch.distributed`: set the "
+            "environment variable KERAS_BACKEND=torch before Keras is imported. "
+            f"Received: module={described(module)} on {keras.backend.backend()}"
+        )
+    return engine.new_engine().accumulated(
+        LossFunction(loss_fn, microbatch_size, has_aux, accum_dtype, module)
+    )

@@ -1,0 +1,173 @@
+"""Layer state that moves once an update, such as moving statistics.
+
+A layer declares such state by its attributes, which docs/layers.md describes to users:
+
+- `update_variables` lists variables that the layer moves in training, whatever the data
+  is. Every micro-batch begins with their values from before the update, and the values
+  after the last micro-batch stay.
+- `within_update` is a context manager for the forward passes of an update, in which the
+  layer pools its data. `finish_update` moves the layer's state by the pooled data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat.api import keras, ops
+from gradient_accumulator.compat.attributes import with_attribute
+from gradient_accumulator.layers import (
+    AccumBatchNormalization,
+    owners,
+    synchronized_moments,
+)
+
+
+def normalizations(model: keras.Model) -> list:
+    """The batch normalization layers of a model, at any depth."""
+    return [
+        layer
+        for layer in trainer.layers_of(model)
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
+
+
+def pooling_layers(model: keras.Model) -> list:
+    """The batch normalization layers that pool an update's statistics."""
+    layers = normalizations(model)
+    return [x for x in layers if isinstance(x, AccumBatchNormalization)]
+
+
+def update_layers(model: keras.Model) -> list:
+    """The layers, of any class, that pool the data of an update's micro-batches."""
+    return [
+        layer
+        for layer in trainer.layers_of(model)
+        if hasattr(layer, "within_update") and hasattr(layer, "finish_update")
+    ]
+
+
+def rewound(model: keras.Model) -> list:
+    """The variables with the same values at the start of an update's micro-batches."""
+    layers = trainer.layers_of(model)
+    return list(
+        {id(v): v for x in layers for v in trainer.update_variables(x)}.values()
+    )
+
+
+def synchronizes(model: keras.Model) -> bool:
+    """Whether a forward pass waits for the forward passes of other replicas."""
+    return any(layer.synchronized for layer in normalizations(model))
+
+
+@contextmanager
+def apart(model: keras.Model) -> Iterator[None]:
+    """A context in which batch normalization does not wait for other replicas."""
+    with ExitStack() as stack:
+        for layer in normalizations(model):
+            alone = with_attribute(layer, "synchronized", False)
+            stack.enter_context(alone)
+        yield
+
+
+@contextmanager
+def together(model: keras.Model) -> Iterator[None]:
+    """A context in which devices normalize by the examples of all devices."""
+    with ExitStack() as stack:
+        for layer in normalizations(model):
+            synchronized = with_attribute(layer, "synchronized", True)
+            if not isinstance(layer, AccumBatchNormalization):
+                # Keras's layer does not know that each device has only its part.
+                moments = partial(synchronized_moments, layer)
+                synchronized = with_attribute(layer, "_moments", moments)
+            stack.enter_context(synchronized)
+        yield
+
+
+class Statistics:
+    """The state of a model's layers, as an update moves and restores it.
+
+    Args:
+        model: A compiled and built model.
+    """
+
+    def __init__(self, model: keras.Model):
+        self.optimizer: Any = model.optimizer
+        self.pools = update_layers(model)
+        # Moving statistics of plain `BatchNormalization`: every micro-batch moves them.
+        self.moving = [
+            variable
+            for layer in normalizations(model)
+            if layer not in self.pools
+            for variable in (layer.moving_mean, layer.moving_variance)
+        ]
+        # A skipped update must not move these layers. Only a loss scale skips updates.
+        left = list(self.pools)
+        self.may_skip = trainer.may_skip(model.optimizer)
+        if self.may_skip:
+            left += [x for x in normalizations(model) if x not in left]
+        self.variables = [v for x in left for v in x.variables if not v.trainable]
+        self.rewound = rewound(model)
+        # State that one micro-batch moves and the next reads: seeds, and the state of
+        # users' layers. No normalization in training reads what a micro-batch moves.
+        pooled = [v for layer in self.pools for v in layer.variables]
+        known = {id(v) for v in (*self.moving, *self.rewound, *pooled)}
+        self.carried = [
+            v for v in trainer.moved_by_microbatches(model) if id(v) not in known
+        ]
+
+    @contextmanager
+    def pooling(self) -> Iterator[None]:
+        """A context of an update's forward passes, in which layers pool their data."""
+        with ExitStack() as stack:
+            for layer in self.pools:
+                stack.enter_context(layer.within_update())
+            yield
+
+    def finish(self, position: Any, kept: list) -> None:
+        """Move the statistics after the optimizer's step, unless it was skipped.
+
+        Args:
+            position: The optimizer's `trainer.mark` before its step, or None.
+            kept: The values of `variables` before the first micro-batch, where the
+                optimizer may skip its step.
+        """
+        for layer in self.pools:
+            layer.finish_update()
+        if position is None:
+            return
+        skipped = trainer.skipped(self.optimizer, position)
+        for variable, value in zip(self.variables, kept):
+            variable.assign(ops.where(skipped, value, trainer.value(variable)))
+
+
+def in_reach(variables: list) -> list[AccumBatchNormalization]:
+    """The layers that own some of the variables.
+
+    A stateless call gets an empty list: it cannot reach the layers' other variables.
+    """
+    return [] if trainer.in_stateless_scope() else owners(variables)
+
+
+@contextmanager
+def taken_back(optimizer: Any, variables: list) -> Iterator[None]:
+    """A context of an optimizer's step: statistics are restored if none is made.
+
+    Args:
+        optimizer: The optimizer.
+        variables: The variables that it updates, by which their layers are found.
+    """
+    layers = in_reach(variables)
+    mark = trainer.mark(optimizer) if layers else None
+    try:
+        yield
+    except BaseException:
+        for layer in layers:
+            layer.take_back(True)
+        raise
+    if mark is not None:
+        for layer in layers:
+            layer.take_back(trainer.skipped(optimizer, mark))

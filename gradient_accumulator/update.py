@@ -1,0 +1,206 @@
+"""One update: a step of the optimizer, computed from several micro-batches.
+
+    weigh the micro-batches -> add each one's gradient -> correct -> sum over devices
+    -> clip -> the optimizer, once -> statistics of layers -> logs
+
+It is the same on every backend. What a backend does its own way is in its engine.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from gradient_accumulator import losses
+from gradient_accumulator.compat import trainer
+from gradient_accumulator.compat.api import keras, ops
+from gradient_accumulator.engine.base import Engine, Steps, Sums
+from gradient_accumulator.microbatches import first_input
+from gradient_accumulator.settings import Accumulation
+from gradient_accumulator.statistics import Statistics
+
+
+class Carry(NamedTuple):
+    """What one micro-batch hands to the next."""
+
+    sums: Any  # of gradients, as the update's `Sums` holds them
+    loss: Any  # the part of the batch's loss so far
+    denominator: Any  # the sum so far of a loss that is divided last
+    logs: Any  # of a model's own `compute_metrics`, for the last micro-batch
+
+
+class Update:
+    """A function that makes one update of a model.
+
+    Args:
+        model: A compiled and built model.
+        accumulation: How it accumulates.
+        engine: The model's engine.
+        notices: The model's `Notices`.
+    """
+
+    sums: Sums
+    _steps: Steps
+
+    def __init__(
+        self,
+        model: keras.Model,
+        accumulation: Accumulation,
+        engine: Engine,
+        notices: Any = None,
+    ):
+        if accumulation.clipping is not None:
+            accumulation.clipping.check_excluded(model.weights)
+        self.model = model
+        self.clipping = accumulation.clipping
+        self.engine = engine
+        self.notices = notices
+        self.statistics = Statistics(model)
+        self.variables = model.trainable_variables
+        self.dtypes = [
+            trainer.accumulator_dtype(v, accumulation.accum_dtype)
+            for v in self.variables
+        ]
+        engine.prepare(self)
+
+    def __call__(self, microbatches: Any) -> dict:
+        """Make an update of micro-batches that the engine drew; returns the logs."""
+        engine, statistics = self.engine, self.statistics
+        weighed = engine.weigh(self, microbatches)
+        if not hasattr(self, "_steps"):
+            self.sums = engine.sums(self, weighed)
+            self._steps = engine.steps(self)
+        steps = self._steps
+        # Updates that the optimizer skips must not move these.
+        kept = engine.values(statistics.variables) if statistics.may_skip else []
+        rewound = engine.values(statistics.rewound)
+
+        def step(carry, *microbatch):
+            engine.assign(statistics.rewound, rewound)
+            return steps.add(carry, *microbatch)
+
+        carry = engine.fold(step, steps.zeros(), weighed)
+        carry, scale, divided_last = engine.total(self, carry, weighed)
+        with engine.finishing(weighed, carry):
+            return steps.finish(divided_last, carry, scale, weighed.examples, kept)
+
+    def zeros(self) -> Carry:
+        """The carry for the first micro-batch."""
+        zero = ops.zeros((), losses.dtype())
+        return Carry(self.sums.zeros(), zero, zero, {})
+
+    def add(
+        self,
+        carry: Carry,
+        kinds: Sequence[str],
+        data: Any,
+        share: Any,
+        factors: Any,
+    ) -> Carry:
+        """Add a micro-batch's part of the batch's gradient, its loss and its metrics.
+
+        Args:
+            carry: What the micro-batch before returned.
+            kinds: The kinds of the compiled losses.
+            data: The micro-batch, nested arrays.
+            share: The micro-batch's part of the batch's examples.
+            factors: The factors of the compiled losses, None where all are 1.
+        """
+        x, y, sample_weight = trainer.unpack(self.model, data)
+        gradients, (loss, denominator, y_pred) = self.gradients(
+            data, share, kinds, factors
+        )
+        sums = self.sums.add(carry.sums, gradients)
+        logs = trainer.update_metrics(
+            self.model,
+            (x, y, y_pred, sample_weight),
+            loss,
+            ops.shape(first_input(data))[0],
+            share,
+        )
+        part = ops.cast(ops.stop_gradient(loss), losses.dtype())
+        if len(part.shape):
+            part = ops.mean(part)
+        part = part * share
+        denominator = carry.denominator + denominator
+        return Carry(sums, carry.loss + part, denominator, logs)
+
+    def gradients(
+        self, data: Any, share: Any, kinds: Sequence[str] = (), factors: Any = None
+    ) -> tuple:
+        """A micro-batch's part of the batch's gradients.
+
+        Args: As for `add`.
+
+        Returns:
+            The gradients, and the micro-batch's loss, what that is divided by last, and
+            the predictions.
+        """
+        model, engine = self.model, self.engine
+        x, y, sample_weight = trainer.unpack(model, data)
+        weighing = None
+        if factors is not None:
+            weighing = losses.Weighing(kinds, [factors[j] for j in range(len(kinds))])
+
+        def scaled_loss(_):
+            y_pred, additional = engine.forward(model, x)
+            microbatch = (x, y, y_pred, sample_weight)
+            loss = trainer.compute_loss(model, microbatch, additional, share, weighing)
+            # Of a loss without reduction the optimizer sees the sum of its values, so
+            # that micro-batches add up.
+            part = loss if len(loss.shape) else loss * ops.cast(share, loss.dtype)
+            denominator = 0.0 if weighing is None else weighing.denominator
+            scaled = trainer.scale_loss(model.optimizer, part)
+            return scaled, (loss, denominator, y_pred)
+
+        with self.statistics.pooling():
+            return engine.value_and_grad(scaled_loss, self.variables)
+
+    def denominators(self, data: Any, y_pred: Any = None) -> Any:
+        """What the compiled losses of a micro-batch are divided by: shape `(losses,)`.
+
+        Of the forward pass, a compiler keeps only what masks need.
+
+        Args:
+            data: The micro-batch, nested arrays.
+            y_pred: Predictions, if their values do not matter.
+        """
+        x, _, _ = trainer.unpack(self.model, data)
+        if y_pred is None:
+            with self.statistics.pooling():
+                y_pred = trainer.forward(self.model, x, trainer.MEASURES_IN_TRAINING)
+        return losses.values(losses.measure(self.model, data, y_pred))
+
+    def finish(
+        self, divided_last: bool, carry: Carry, scale: Any, examples: Any, kept: Any
+    ) -> dict:
+        """Hand the finished gradient to the optimizer; returns the logs.
+
+        Args:
+            divided_last: Whether `scale` has yet to be divided by the denominator.
+            carry: What the last micro-batch returned.
+            scale: The number that the sums are multiplied by, None for 1.
+            examples: The batch's number of examples.
+            kept: Values of statistics for an update that the optimizer skips.
+        """
+        if divided_last:
+            scale = losses.correction(scale, carry.denominator)
+        loss = carry.loss if scale is None else carry.loss * scale
+        gradients = self.sums.finish(carry.sums, scale)
+        position = trainer.mark(self.model.optimizer) if kept else None
+        self._steps.apply(gradients)
+        self.statistics.finish(position, kept)
+        return trainer.logs(self.model, carry.logs, loss, examples)
+
+    def apply(self, gradients: list) -> None:
+        """Clip the finished gradients, and hand them to the optimizer, once."""
+        if not self.variables:
+            warnings.warn(
+                "The model does not have any trainable weights.", stacklevel=2
+            )
+            return
+        engine, optimizer = self.engine, self.model.optimizer
+        if self.clipping is not None:
+            gradients = engine.clip(self.clipping, optimizer, self.variables, gradients)
+        engine.step(optimizer, gradients, self.variables)
