@@ -89,7 +89,7 @@ choose-core: $(TEST_READY)
 	$(BIN)/python tests/core.py choose
 
 # Those that are not of Keras 3 only.
-KERAS2_TESTS := tests/keras2 tests/test_exact.py tests/test_optimizer_exact.py
+KERAS2_TESTS := tests/keras2 tests/test_fit_exact.py tests/test_optimizer_exact.py
 
 test-keras2: test-keras2-2.15 test-keras2-tf_keras
 

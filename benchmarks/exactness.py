@@ -1,7 +1,7 @@
 """What is exact: Keras's own accumulation and ours, against the batch.
 
 Walks the problems of the test suite (`tests/problems/`) with its measure of what is
-the same (`tests/helpers.py`), in one process for each backend, which
+the same (`tests/helpers/exactness.py`), in one process for each backend, which
 `python -m benchmarks.exactness` is.
 """
 

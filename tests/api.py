@@ -11,10 +11,10 @@ if KERAS_2:
 
     import tensorflow as tf
 
-    ops = types.SimpleNamespace(
-        **vars(ops),
-        any=tf.reduce_any,
-        matmul=tf.matmul,
-        mean=tf.reduce_mean,
-        transpose=tf.transpose,
-    )
+    more = {
+        "any": tf.reduce_any,
+        "matmul": tf.matmul,
+        "mean": tf.reduce_mean,
+        "transpose": tf.transpose,
+    }
+    ops = types.SimpleNamespace(**more | vars(ops))

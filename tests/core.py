@@ -127,7 +127,7 @@ def seconds(backend):
 
 def _unit(test):
     """What is chosen together: checks that one launch runs."""
-    return test.partition("[")[0] if "test_distributed" in test else test
+    return test.partition("[")[0] if "test_devices" in test else test
 
 
 def choose(backends, budget, beside_core):

@@ -8,8 +8,10 @@ import optax
 import problems
 import pytest
 from helpers import (
+    BACKEND,
     array,
     assert_same,
+    core_on,
     even,
     in_microbatches,
     microbatches,
@@ -18,7 +20,6 @@ from helpers import (
     train,
 )
 from keras import layers, ops
-from marks import core_on
 
 from gradient_accumulator import (
     GradientAccumulateModel,
@@ -32,9 +33,7 @@ from gradient_accumulator import (
 
 pytestmark = core_on("torch")
 
-BACKEND = keras.backend.backend()
 CLIP, EPS = 0.05, 1e-2
-WAYS = ("microbatch_size", "accum_steps")
 
 
 def kernels(layer, *shapes):
@@ -173,16 +172,10 @@ PAIRS = {
     ),
     "a dynamic scale": (lambda: scaled(clipped()), lambda: scaled(plain_sgd())),
 }
-PROBLEMS = (
-    "weights_int",
-    "embedding_sgd_momentum",
-    "layer_conv2d",
-    "reduction_mean_masked",
-)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("way", problems.WAYS_OF_FIT)
+@pytest.mark.parametrize("name", [p.name for p in problems.here() if p.agc])
 @core_on("jax", "torch")
 def test_an_update_is_clipped_once(name, way):
     problem = named(name)
@@ -193,7 +186,7 @@ def test_an_update_is_clipped_once(name, way):
     assert moved(reference) < 0.9 * moved(unclipped)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", problems.WAYS_OF_FIT)
 @pytest.mark.parametrize("scaling", PAIRS)
 def test_clipping_sees_the_unscaled_gradient(scaling, way):
     problem = named("weights_int")

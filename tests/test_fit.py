@@ -5,7 +5,7 @@ import numpy as np
 import problems
 import pytest
 import quickly
-from fitting import (
+from helpers import (
     BACKEND,
     COUNT,
     FULL,
@@ -14,8 +14,14 @@ from fitting import (
     SOURCES,
     UPDATES,
     WAYS,
+    Batches,
+    arrays,
+    assert_close,
     both,
+    collector,
     compiled,
+    core_on,
+    counting_activations,
     data,
     fit,
     has_values,
@@ -24,9 +30,7 @@ from fitting import (
     size,
     ways,
 )
-from helpers import Batches, arrays, assert_close, collector, counting_activations
 from keras import layers, ops
-from marks import core_on
 from versions import JIT_COMPILE, unless_plain_fails
 
 from gradient_accumulator import accumulate

@@ -7,11 +7,13 @@ import keras
 import numpy as np
 import problems
 import pytest
-from fitting import (
+from helpers import (
     BACKEND,
     COUNT,
     FULL,
     MICROBATCH,
+    arrays,
+    assert_close,
     both,
     compiled,
     data,
@@ -22,7 +24,6 @@ from fitting import (
     of_py_dataset,
     size,
 )
-from helpers import arrays, assert_close
 from keras import layers, ops
 
 from gradient_accumulator import accumulate

@@ -4,9 +4,20 @@ import csv
 
 import keras
 import pytest
-from fitting import FULL, UPDATES, Record, both, compiled, fit, of_arrays, size, ways
-from helpers import arrays, assert_close
-from marks import core_on
+from helpers import (
+    FULL,
+    UPDATES,
+    Record,
+    arrays,
+    assert_close,
+    both,
+    compiled,
+    core_on,
+    fit,
+    of_arrays,
+    size,
+    ways,
+)
 
 pytestmark = core_on("torch")
 

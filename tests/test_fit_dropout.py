@@ -4,8 +4,7 @@ import keras
 import numpy as np
 import problems
 import pytest
-from fitting import COUNT, FULL, compiled, fit, size, ways
-from helpers import arrays
+from helpers import COUNT, FULL, arrays, compiled, fit, size, ways
 from keras import layers, ops
 
 from gradient_accumulator import accumulate

@@ -1,10 +1,12 @@
 """None in data: no weights, or an input that need not be given."""
 
+import dataclasses
+from collections.abc import Callable
+
 import keras
 import problems
 import pytest
-from fitting import BACKEND, BASE, both, data, ways
-from helpers import Batches
+from helpers import BACKEND, BASE, Batches, both, data, ways
 from keras import layers
 from versions import is_before
 
@@ -62,32 +64,54 @@ def of_tf_data(batch, size):
     return first
 
 
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model, a batch, and how plain Keras cannot be given that either.
+
+    Args:
+        build: Makes the model.
+        batch: What is cut in batches.
+        fails: The sources that it cannot take it from.
+        fails_on_tensorflow: Those that it cannot take it from on TensorFlow alone.
+    """
+
+    build: Callable
+    batch: tuple
+    fails: tuple[str, ...] = ()
+    fails_on_tensorflow: tuple[str, ...] = ("of_py_dataset",)
+
+    def sources(self):
+        fail = self.fails
+        if BACKEND == "tensorflow":
+            fail += self.fails_on_tensorflow
+        return [name for name in SOURCES if name not in fail]
+
+
+AS_A_LIST = {
+    "fails": ("of_tf_data",),
+    "fails_on_tensorflow": ("of_py_dataset", "of_generator"),
+}
 DATA = {
-    "no_weights": (BASE, (X, Y, None)),
-    "dict": (of_a_dict, ({"x": X, "other": None}, Y)),
-    "dict_no_weights": (of_a_dict, ({"x": X, "other": None}, Y, None)),
-    "dict_weights": (of_a_dict, ({"x": X, "other": None}, Y, WEIGHTS)),
-    "list": (of_a_list, ([X, None], Y)),
-    "given": (of_a_list, ([X, 2 * Y], Y)),
+    "no_weights": Case(BASE, (X, Y, None)),
+    "dict": Case(of_a_dict, ({"x": X, "other": None}, Y)),
+    "dict_no_weights": Case(of_a_dict, ({"x": X, "other": None}, Y, None)),
+    "dict_weights": Case(of_a_dict, ({"x": X, "other": None}, Y, WEIGHTS)),
+    "list": Case(of_a_list, ([X, None], Y), **AS_A_LIST),
+    "given": Case(of_a_list, ([X, 2 * Y], Y), **AS_A_LIST),
 }
 SOURCES = {
     source.__name__: source
     for source in (of_arrays, of_generator, of_py_dataset, of_tf_data)
 }
-# Where plain Keras cannot take it either.
-FAIL = {("list", "of_tf_data"), ("given", "of_tf_data")}
-if BACKEND == "tensorflow":
-    FAIL |= {("list", "of_generator"), ("given", "of_generator")}
-    FAIL |= {(name, "of_py_dataset") for name in DATA}
 
 
 def cases():
     """One of the reductions has TensorFlow hold all micro-batches."""
-    for name, (_, batch) in DATA.items():
-        holds = "mean_with_sample_weight" if len(batch) == 3 else "sum_over_batch_size"
-        for source in SOURCES:
-            if (name, source) not in FAIL:
-                yield name, source, holds, False
+    for name, case in DATA.items():
+        weighted = len(case.batch) == 3
+        holds = "mean_with_sample_weight" if weighted else "sum_over_batch_size"
+        for source in case.sources():
+            yield name, source, holds, False
     yield "dict_weights", "of_arrays", "sum_over_batch_size", False
     yield "dict_weights", "of_generator", "mean_with_sample_weight", True
 
@@ -96,11 +120,11 @@ def cases():
 @pytest.mark.parametrize("name, source, reduction, run_eagerly", [*cases()])
 @ways
 def test_none(way, name, source, reduction, run_eagerly):
-    build, batch = DATA[name]
+    case = DATA[name]
     both(
         way,
-        lambda size: SOURCES[source](batch, size),
-        build,
+        lambda size: SOURCES[source](case.batch, size),
+        case.build,
         lambda: {
             "loss": keras.losses.MeanSquaredError(reduction=reduction),
             "run_eagerly": run_eagerly,

@@ -6,22 +6,24 @@ import keras
 import numpy as np
 import problems
 import pytest
-from fitting import (
+from helpers import (
     BACKEND,
     COUNT,
     FULL,
     MICROBATCH,
     SOURCES,
     UPDATES,
+    Batches,
+    arrays,
+    assert_close,
     both,
     compiled,
+    core_on,
     data,
     fit,
     of_arrays,
     ways,
 )
-from helpers import Batches, arrays, assert_close
-from marks import core_on
 
 from gradient_accumulator import accumulate
 

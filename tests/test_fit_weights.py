@@ -4,8 +4,18 @@ import keras
 import numpy as np
 import problems
 import pytest
-from fitting import BACKEND, BASE, compiled, data, fit
-from helpers import Batches, arrays, assert_close
+from helpers import (
+    BACKEND,
+    BASE,
+    Batches,
+    arrays,
+    assert_close,
+    compiled,
+    data,
+    data_loader,
+    fit,
+    iterated,
+)
 from keras import layers
 
 from gradient_accumulator import accumulate
@@ -13,10 +23,6 @@ from gradient_accumulator import accumulate
 NUMBERS = (0.5, 2.0, 0.0, 1.5)
 SIZES = (5, 3, 4, 4)  # of micro-batches, of which two make an update
 STEPS = 3
-
-
-def iterated(batches):
-    yield from batches
 
 
 def tf_data(batches):
@@ -28,14 +34,6 @@ def tf_data(batches):
         for a in (x, y, *weights)
     )
     return tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=specs)
-
-
-def data_loader(batches):
-    import torch
-
-    return torch.utils.data.DataLoader(
-        [tuple(map(torch.as_tensor, batch)) for batch in batches], batch_size=None
-    )
 
 
 def of_sequences():

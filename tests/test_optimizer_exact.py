@@ -4,15 +4,14 @@ import problems
 import pytest
 from api import KERAS_2, keras
 from helpers import (
-    TRACED,
     assert_alike,
     assert_same,
     even,
+    marks_of,
     moved,
     train,
     with_optimizer,
 )
-from versions import unless_plain_fails
 
 from gradient_accumulator import GradientAccumulateOptimizer
 
@@ -50,11 +49,7 @@ def cases(reduction):
     """Problems that an optimizer accumulates by this reduction."""
     for problem in problems.here():
         if problem.optimizer_reduction == reduction:
-            marks = [unless_plain_fails(*problem.since)]
-            if "optimizer" in problem.core:
-                marks.append(pytest.mark.core)
-            elif TRACED and "optimizer" in problem.alike:
-                marks.append(pytest.mark.full)
+            marks = marks_of(problem, "optimizer")
             yield pytest.param(problem, marks=marks, id=problem.name)
 
 

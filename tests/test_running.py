@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import each_backend
 import pytest
-from marks import core_on
+from helpers import core_on
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 import launch

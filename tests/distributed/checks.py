@@ -9,8 +9,14 @@ import covered
 CHECKS = {}
 
 
-def check(function):
-    """The function is a check of its script, called without arguments."""
+def check(function=None, **_):
+    """The function is a check of its script, called without arguments.
+
+    Keywords are fields that `launch.checks` reads: `four_replicas=True` runs it on
+    four too.
+    """
+    if function is None:
+        return check
     CHECKS[function.__name__] = function
     return function
 

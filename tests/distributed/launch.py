@@ -3,6 +3,7 @@
 A script's checks are tests; one launch runs all of them that are selected.
 """
 
+import ast
 import json
 import os
 import re
@@ -107,9 +108,23 @@ def tensorflow_workers(script, *arguments, count=2):
     ]
 
 
-def checks(script):
-    """The names of a script's checks, which this process cannot import."""
-    return re.findall(r"^@check\ndef (\w+)", (HERE / script).read_text(), re.MULTILINE)
+def checks(script, **fields):
+    """The names of a script's checks, which this process cannot import.
+
+    Args:
+        script: A file in this folder.
+        **fields: What the `@check` of each has to say; all checks without.
+    """
+    names = []
+    for node in ast.parse((HERE / script).read_text()).body:
+        for decorator in getattr(node, "decorator_list", ()):
+            is_call = isinstance(decorator, ast.Call)
+            if ast.unparse(decorator.func if is_call else decorator) == "check":
+                given = decorator.keywords if is_call else ()
+                said = {each.arg: ast.literal_eval(each.value) for each in given}
+                if fields.items() <= said.items():
+                    names.append(node.name)
+    return names
 
 
 def one_of(request, start):

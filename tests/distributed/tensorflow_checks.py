@@ -75,7 +75,7 @@ def one_reduction():
     assert counts[0] == counts[1] == counts[2], counts
 
 
-@check
+@check(four_replicas=True)
 def no_share_of_the_last_batch():
     """The last batch has one example, which the first replica has."""
     plain = weights(fit(X[:13], Y[:13], 12))
@@ -84,7 +84,7 @@ def no_share_of_the_last_batch():
         compare(str(size), weights(ours), plain)
 
 
-@check
+@check(four_replicas=True)
 def overflow():
     """On one replica skips the update on all, and halves the scale once."""
 
@@ -128,7 +128,7 @@ def overflow():
             assert optimizer.iterations.numpy() == 0, name
 
 
-@check
+@check(four_replicas=True)
 def compiled():
     """By XLA, as TPUs need it. Plain Keras fails there, and is run without."""
     plain = weights(fit(X, Y, 12))

@@ -161,5 +161,5 @@ def different_updates():
 
 
 if __name__ == "__main__":
-    helpers.Batches = lambda data: data
+    helpers.exactness.Batches = lambda data: data
     run(sys.argv[1:], lambda name: CHECKS[name]() if name in CHECKS else exact(name))

@@ -1,6 +1,6 @@
 """Two processes of `torch.distributed` normalize by the statistics of both.
 
-`test_batch_normalization.py` runs it, for the processes import all anew.
+`test_layers_updates.py` runs it, for the processes import all anew.
 """
 
 import sys

@@ -22,7 +22,7 @@ from .data import (
     tokens,
     uneven,
 )
-from .losses import CLASS_WEIGHT, REDUCTIONS, LossByCall
+from .losses import CLASS_WEIGHT, LossByCall
 from .models import (
     Written,
     classifier,
@@ -34,7 +34,8 @@ from .models import (
     written,
 )
 from .outputs import tagger_and_classifier, two_losses
-from .problem import MICROBATCH, PROBLEMS, Problem, cut, here
+from .problem import MICROBATCH, PROBLEMS, WAYS_OF_FIT, Problem, cut, here
+from .reductions import REDUCTIONS, TO_A_NUMBER
 from .subclasses import nested_batches, of_named_inputs
 from .variables import CountsExamples, shared_layer
 
@@ -47,6 +48,8 @@ __all__ = [
     "REDUCTIONS",
     "STEPS",
     "TOKENS",
+    "TO_A_NUMBER",
+    "WAYS_OF_FIT",
     "CountsExamples",
     "LossByCall",
     "MeanOverExamples",

@@ -3,9 +3,9 @@
 from api import keras, layers, ops
 
 from .data import CLASSES, FEATURES, token_sequences, vectors, weighted
-from .losses import slow, squared
 from .models import Written, dense_steps, mlp, of_tokens, seeded, written
 from .problem import add
+from .reductions import slow, squared
 
 add("regularizer_of_weights", mlp(kernel_regularizer=keras.regularizers.L2(0.05)),
     lambda: weighted(vectors()), core=("optimizer",))  # fmt: skip

@@ -43,6 +43,7 @@ add(
     ),
     images,
     arguments=logits(),
+    agc=True,
 )
 add(
     "layer_depthwise_and_transposed_conv",

@@ -4,9 +4,10 @@ import numpy as np
 from api import layers
 
 from .data import classified_tokens, token_sequences, weighted_rows
-from .losses import logits, slow, squared
+from .losses import logits
 from .models import dense_steps, of_tokens, pooled, tagger
-from .problem import MICROBATCH, add, change, cut, of_reduction, sgd
+from .problem import MICROBATCH, add, cut
+from .reductions import of_reduction, squared
 
 
 def trimmed(batch):
@@ -37,20 +38,20 @@ def bucketed(make=token_sequences):
     return batches
 
 
-for _reduction in ("sum", "sum_over_batch_size", "mean_with_sample_weight"):
+for _reduction, _fields in (
+    ("sum", {}),
+    ("sum_over_batch_size", {"core": ("accum_steps",)}),
+    ("mean_with_sample_weight", {"devices": ("jax", "torch")}),
+):
     add(
         f"microbatches_of_different_length_{_reduction}",
         tagger,
         bucketed(lambda: weighted_rows(token_sequences())),
         arguments=squared(_reduction),
-        optimizer=slow if _reduction == "sum" else sgd,
         microbatches=trimmed,
-        **of_reduction(_reduction, equal=False),
+        **of_reduction(_reduction, masked=True),
+        **_fields,
     )
-change("microbatches_of_different_length_sum_over_batch_size", core=("accum_steps",))
-change(
-    "microbatches_of_different_length_mean_with_sample_weight", devices=("jax", "torch")
-)
 add(
     "microbatches_of_different_length_pooled",
     pooled(),

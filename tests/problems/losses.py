@@ -18,17 +18,8 @@ from .data import (
     zero_from,
 )
 from .models import classifier, conv_to_image, mlp, tagger
-from .problem import ALIKE, MICROBATCH, add, change, of_reduction, sgd
-
-REDUCTIONS = ("sum", "sum_over_batch_size", "mean", "mean_with_sample_weight", "none")
-ONLY_TENSORFLOW = {
-    "backends": ("tensorflow",),
-    "because": "JAX and PyTorch differentiate scalars only, in plain Keras too",
-}
-
-
-def squared(reduction):
-    return lambda: {"loss": keras.losses.MeanSquaredError(reduction=reduction)}
+from .problem import ALIKE, MICROBATCH, add, sgd
+from .reductions import REDUCTIONS, of_reduction, squared
 
 
 def logits(metrics=("accuracy",)):
@@ -38,80 +29,74 @@ def logits(metrics=("accuracy",)):
     }
 
 
-def slow(**overrides):
-    """For sums over a batch, whose gradients are large."""
-    return sgd(**{"learning_rate": 0.02, **overrides})
-
-
-LIKE_OTHERS = {
-    "sum": {"alike": ("fit",)},
-    "sum_over_batch_size": ALIKE,
-    "none": {"alike": ("optimizer",)},  # as sums
-}
-for _reduction in REDUCTIONS:
-    _settings = {
-        "arguments": squared(_reduction),
-        "optimizer": slow if _reduction in ("sum", "none") else sgd,
-        **(ONLY_TENSORFLOW if _reduction == "none" else {}),
-        **LIKE_OTHERS.get(_reduction, {}),
-    }
-    _plain = _settings | of_reduction(_reduction)
-    _masked = _settings | of_reduction(_reduction, equal=False)
-    _weighted = _settings | of_reduction(
-        _reduction, equal=_reduction != "mean_with_sample_weight"
-    )
-    add(f"reduction_{_reduction}", mlp(), vectors, **_plain)
-    add(f"reduction_{_reduction}_masked", tagger, token_sequences, **_masked)
-    if _reduction == "mean":  # another name of sum_over_batch_size
-        continue
-    add(
-        f"reduction_{_reduction}_weighted",
-        mlp(),
-        lambda: weighted(vectors()),
-        **_weighted,
-    )
-    add(
-        f"reduction_{_reduction}_masked_weighted",
-        tagger,
-        lambda: weighted_rows(token_sequences()),
-        **_masked,
-    )
-    add(
-        f"reduction_{_reduction}_weights_of_steps",
-        tagger,
-        lambda: weighted(
-            token_sequences(), lambda r, x, y: uneven(r, len(x), x.shape[1])
+def add_reduction(reduction, alike=(), **fields):
+    """What a reduction is tried on; `fields` has more fields of the case of a name."""
+    cases = {
+        "plain": (mlp(), vectors, {}),
+        "masked": (tagger, token_sequences, {"masked": True}),
+        "weighted": (mlp(), lambda: weighted(vectors()), {"weighted": True}),
+        "masked_weighted": (
+            tagger,
+            lambda: weighted_rows(token_sequences()),
+            {"masked": True},
         ),
-        **_masked,
-    )
-    add(
-        f"reduction_{_reduction}_microbatch_of_zero_weight",
-        mlp(),
-        lambda: zero_from(0, MICROBATCH),
-        **_weighted,
-    )
-    add(
-        f"reduction_{_reduction}_masked_microbatch",
-        tagger,
-        lambda: empty_rows(token_sequences(), MICROBATCH, 2 * MICROBATCH),
-        **_masked,
-    )
-change("reduction_sum_over_batch_size_masked_weighted", core=("microbatch_size",))
-change("reduction_mean_with_sample_weight_masked_microbatch", core=("accum_steps",))
-change("reduction_none_masked", core=("accum_steps",))
-change("reduction_sum", alike=(), core=("microbatch_size", "optimizer"))
-change(
-    "reduction_sum_masked_weighted", devices=("jax", "torch"), core=("microbatch_size",)
+        "weights_of_steps": (
+            tagger,
+            lambda: weighted(
+                token_sequences(), lambda r, x, y: uneven(r, len(x), x.shape[1])
+            ),
+            {"masked": True},
+        ),
+        "microbatch_of_zero_weight": (
+            mlp(),
+            lambda: zero_from(0, MICROBATCH),
+            {"weighted": True},
+        ),
+        "masked_microbatch": (
+            tagger,
+            lambda: empty_rows(token_sequences(), MICROBATCH, 2 * MICROBATCH),
+            {"masked": True},
+        ),
+    }
+    if REDUCTIONS[reduction].another_name:
+        cases = {name: cases[name] for name in ("plain", "masked")}
+    assert fields.keys() <= cases.keys()
+    for name, (build, batches, differ) in cases.items():
+        add(
+            f"reduction_{reduction}" + ("" if name == "plain" else f"_{name}"),
+            build,
+            batches,
+            arguments=squared(reduction),
+            **{"alike": alike, **of_reduction(reduction, **differ)}
+            | fields.get(name, {}),
+        )
+
+
+add_reduction(
+    "sum",
+    alike=("fit",),
+    plain={"alike": (), "core": ("microbatch_size", "optimizer")},
+    masked_weighted={"devices": ("jax", "torch"), "core": ("microbatch_size",)},
 )
-change(
-    "reduction_sum_over_batch_size_masked",
-    devices=("jax", "torch", "tensorflow"),
-    core=("accum_steps",),
+add_reduction(
+    "sum_over_batch_size",
+    **ALIKE,
+    masked={"devices": ("jax", "torch", "tensorflow"), "core": ("accum_steps",)},
+    masked_weighted={"core": ("microbatch_size",)},
 )
-change(
-    "reduction_mean_with_sample_weight_masked_weighted",
-    devices=("jax", "torch", "tensorflow", "workers"),
-    core=("microbatch_size", "accum_steps"),
+add_reduction("mean", masked={"agc": True})
+add_reduction(
+    "mean_with_sample_weight",
+    masked_weighted={
+        "devices": ("jax", "torch", "tensorflow", "workers"),
+        "core": ("microbatch_size", "accum_steps"),
+    },
+    masked_microbatch={"core": ("accum_steps",)},
+)
+add_reduction(
+    "none",
+    alike=("optimizer",),  # as sums
+    masked={"core": ("accum_steps",)},
 )
 
 
@@ -126,7 +111,7 @@ def cast_weights(dtype):
 
 
 add("weights_float64", mlp(), cast_weights("float64"))
-add("weights_int", mlp(), cast_weights("int32"))
+add("weights_int", mlp(), cast_weights("int32"), agc=True)
 add(
     "weights_bool",
     mlp(),
@@ -144,58 +129,68 @@ add(
     mlp(),
     lambda: weighted(vectors(), lambda r, x, y: normal(r, len(y))),
 )
-for _reduction in ("sum_over_batch_size", "mean_with_sample_weight"):
-    _by_weights = _reduction == "mean_with_sample_weight"
-    _settings = {
-        **of_reduction(_reduction, equal=not _by_weights),
-        "since": (MEAN_OVER_NO_WEIGHT,) if _by_weights else (),
+
+
+def add_nothing_counts(reduction, zero, masked, since=()):
+    """No example of a batch counts, by its weights or by its mask; more fields of
+    each of the two.
+    """
+    fields = {
+        "arguments": squared(reduction),
+        "since": since,
+        **of_reduction(reduction, weighted=True),
     }
     add(
-        f"weights_zero_in_a_batch_{_reduction}",
+        f"weights_zero_in_a_batch_{reduction}",
         mlp(),
-        lambda: [
-            (x, y, w * (len(y) == SIZES[0]))
-            for x, y, w in weighted(vectors())
-        ],
-        arguments=squared(_reduction),
-        **_settings,
-    )  # fmt: skip
-    add(
-        f"fully_masked_batch_{_reduction}",
-        tagger,
-        lambda: [
-            (x * (len(x) == SIZES[0]), y) for x, y in token_sequences()
-        ],
-        arguments=squared(_reduction),
-        # The loss of a batch that is masked as a whole is NaN in plain Keras 2.
-        **_settings | {"keras2": None, "optimizer_reduction": None},
-    )  # fmt: skip
-change("weights_zero_in_a_batch_sum_over_batch_size", core=("accum_steps",))
-change("fully_masked_batch_mean_with_sample_weight", core=("microbatch_size",))
-change("fully_masked_batch_sum_over_batch_size", devices=("jax", "torch"))
-
-CLASSIFICATION = {
-    "sparse_categorical_crossentropy": labelled,
-    "categorical_crossentropy": one_hot,
-    "binary_crossentropy": one_hot,
-    "categorical_focal_crossentropy": one_hot,
-    "kl_divergence": one_hot,
-    "poisson": one_hot,
-    "cosine_similarity": one_hot,
-    "huber": one_hot,
-    "log_cosh": one_hot,
-    "mae": one_hot,
-    "squared_hinge": one_hot,
-}
-for _loss, _batches in CLASSIFICATION.items():
-    add(
-        f"loss_{_loss}",
-        classifier,
-        lambda _batches=_batches: weighted(_batches()),
-        arguments=lambda _loss=_loss: {"loss": _loss},
-        keras2="2.13" if _loss == "categorical_focal_crossentropy" else "2.12",
-        **ALIKE,
+        lambda: [(x, y, w * (len(y) == SIZES[0])) for x, y, w in weighted(vectors())],
+        **fields | zero,
     )
+    # The loss of a batch that is masked as a whole is NaN in plain Keras 2.
+    fields |= {"keras2": None, "optimizer_reduction": None}
+    add(
+        f"fully_masked_batch_{reduction}",
+        tagger,
+        lambda: [(x * (len(x) == SIZES[0]), y) for x, y in token_sequences()],
+        **fields | masked,
+    )
+
+
+add_nothing_counts(
+    "sum_over_batch_size",
+    zero={"core": ("accum_steps",)},
+    masked={"devices": ("jax", "torch")},
+)
+add_nothing_counts(
+    "mean_with_sample_weight",
+    zero={},
+    masked={"core": ("microbatch_size",)},
+    since=(MEAN_OVER_NO_WEIGHT,),
+)
+
+
+def add_loss(loss, batches, **fields):
+    add(
+        f"loss_{loss}",
+        classifier,
+        lambda: weighted(batches()),
+        arguments=lambda: {"loss": loss},
+        **ALIKE,
+        **fields,
+    )
+
+
+add_loss("sparse_categorical_crossentropy", labelled)
+add_loss("categorical_crossentropy", one_hot)
+add_loss("binary_crossentropy", one_hot)
+add_loss("categorical_focal_crossentropy", one_hot, keras2="2.13")
+add_loss("kl_divergence", one_hot)
+add_loss("poisson", one_hot)
+add_loss("cosine_similarity", one_hot)
+add_loss("huber", one_hot)
+add_loss("log_cosh", one_hot)
+add_loss("mae", one_hot)
+add_loss("squared_hinge", one_hot)
 
 
 def segmentations():
@@ -269,7 +264,13 @@ add(
 )
 
 CLASS_WEIGHT = {0: 0.2, 1: 1.0, 2: 6.0}
-for _reduction in ("sum_over_batch_size", "mean_with_sample_weight"):
+for _reduction, _fields in (
+    ("sum_over_batch_size", {}),
+    (
+        "mean_with_sample_weight",
+        {"devices": ("jax", "torch"), "core": ("microbatch_size",)},
+    ),
+):
     add(
         f"class_weight_{_reduction}",
         classifier,
@@ -280,13 +281,9 @@ for _reduction in ("sum_over_batch_size", "mean_with_sample_weight"):
             "weighted_metrics": ["accuracy"],
         },
         class_weight=CLASS_WEIGHT,
-        **of_reduction(_reduction, equal=_reduction == "sum_over_batch_size"),
+        **of_reduction(_reduction, weighted=True),
+        **_fields,
     )
-change(
-    "class_weight_mean_with_sample_weight",
-    devices=("jax", "torch"),
-    core=("microbatch_size",),
-)
 add(
     "class_weight_one_hot",
     classifier,

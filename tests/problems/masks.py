@@ -21,10 +21,11 @@ from .data import (
     weighted,
     weighted_rows,
 )
-from .losses import logits, slow
+from .losses import logits
 from .models import conv_to_image, dense_steps, mlp, of_tokens, pooled, seeded
 from .optimizers import of_class
-from .problem import MICROBATCH, add, change, of_reduction, sgd
+from .problem import MICROBATCH, add
+from .reductions import of_reduction
 
 
 def ignoring(reduction="sum_over_batch_size"):
@@ -54,16 +55,19 @@ def ignored_tokens():
     return each_size(make)
 
 
-for _reduction in ("sum", "sum_over_batch_size", "mean_with_sample_weight"):
+for _reduction, _fields in (
+    ("sum", {}),
+    ("sum_over_batch_size", {}),
+    ("mean_with_sample_weight", {"core": ("accum_steps",)}),
+):
     add(
         f"ignore_class_{_reduction}",
         mlp(),
         ignored_labels,
         arguments=ignoring(_reduction),
-        optimizer=slow if _reduction == "sum" else sgd,
-        **of_reduction(_reduction, equal=False),
+        **of_reduction(_reduction, masked=True),
+        **_fields,
     )
-change("ignore_class_mean_with_sample_weight", core=("accum_steps",))
 add(
     "ignore_class_weighted",
     mlp(),
@@ -78,15 +82,18 @@ add(
     arguments=ignoring(),
     optimizer_reduction=None,
 )
-for _reduction in ("sum_over_batch_size", "mean_with_sample_weight"):
+for _reduction, _fields in (
+    ("sum_over_batch_size", {}),
+    ("mean_with_sample_weight", {"core": ("microbatch_size",)}),
+):
     add(
         f"ignore_class_and_mask_zero_{_reduction}",
         of_tokens(dense_steps(CLASSES)),
         lambda: weighted_rows(ignored_tokens()),
         arguments=ignoring(_reduction),
-        **of_reduction(_reduction, equal=False),
+        **of_reduction(_reduction, masked=True),
+        **_fields,
     )
-change("ignore_class_and_mask_zero_mean_with_sample_weight", core=("microbatch_size",))
 add(
     "ignore_class_of_images",
     conv_to_image(CLASSES),

@@ -16,7 +16,7 @@ from .data import (
     weighted,
 )
 from .models import seeded
-from .problem import add, change, sgd
+from .problem import add, sgd
 
 
 @seeded
@@ -60,9 +60,9 @@ add(
     arguments=two_losses(loss_weights=[0.3, 2.5]),
     **_masked,
 )
-for _first, _second in (
-    ("sum", "mean_with_sample_weight"),
-    ("mean_with_sample_weight", "sum_over_batch_size"),
+for _first, _second, _fields in (
+    ("sum", "mean_with_sample_weight", {"devices": ("jax", "torch")}),
+    ("mean_with_sample_weight", "sum_over_batch_size", {}),
 ):
     add(
         f"outputs_{_first}_and_{_second}",
@@ -72,9 +72,8 @@ for _first, _second in (
         ),
         arguments=two_losses(_first, _second, loss_weights=[0.2, 1.0]),
         optimizer=lambda **overrides: sgd(**{"learning_rate": 0.15, **overrides}),
-        **_masked | {"keras2": None},
+        **_masked | {"keras2": None} | _fields,
     )
-change("outputs_sum_and_mean_with_sample_weight", devices=("jax", "torch"))
 add(
     "outputs_metrics_of_each",
     tagger_and_classifier,

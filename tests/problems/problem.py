@@ -9,7 +9,8 @@ from versions import Since, is_before
 
 BACKENDS = ("tensorflow", "jax", "torch")
 # How micro-batches are trained: by `accumulate`, or by the optimizer's wrapper.
-WAYS = ("microbatch_size", "accum_steps", "optimizer")
+WAYS_OF_FIT = ("microbatch_size", "accum_steps")
+WAYS = (*WAYS_OF_FIT, "optimizer")
 MICROBATCH = 5  # examples of a micro-batch
 
 
@@ -33,6 +34,7 @@ class Problem:
         stages: What is done to the model before each `fit`, one entry a `fit`.
         epochs: Epochs of each `fit`.
         backends: Those that the problem exists on. `because` says why not on all.
+        needs: A class of `keras.optimizers` that the oldest versions do not have.
         floatx: Keras's `floatx`.
         build_optimizer: Whether the optimizer is built before `fit`.
 
@@ -57,6 +59,9 @@ class Problem:
         plain_replicas: Whether plain Keras can train it on replicas of TensorFlow.
         thirds: Whether a third of a batch is as exact as a half of it.
         per_process: Whether it depends on the number of examples that a process sees.
+        agc: Whether it is also trained with adaptive gradient clipping.
+        scaler_around: Whether its `LossScaleOptimizer` is also tried around
+            `GradientAccumulateOptimizer`.
     """
 
     name: str
@@ -70,6 +75,7 @@ class Problem:
     epochs: int = 2
     backends: tuple[str, ...] = BACKENDS
     because: str = ""
+    needs: str | None = None
     floatx: str = "float32"
     build_optimizer: bool = False
     core: tuple[str, ...] = ()
@@ -84,6 +90,8 @@ class Problem:
     plain_replicas: bool = True
     thirds: bool = True
     per_process: bool = False
+    agc: bool = False
+    scaler_around: bool = False
 
     def __str__(self):
         return self.name
@@ -97,6 +105,16 @@ class Problem:
     def cut(self, batch):
         """The micro-batches of one batch, as `accum_steps` gets them."""
         return self.microbatches(batch) if self.microbatches else cut(batch)
+
+    def is_here(self):
+        """Whether the active backend, and the Keras in use, can have it."""
+        if keras.backend.backend() not in self.backends:
+            return False
+        if self.needs is not None and not hasattr(keras.optimizers, self.needs):
+            return False
+        if KERAS_2:
+            return self.keras2 is not None and not is_before(self.keras2)
+        return True
 
     @property
     def accum_steps(self):
@@ -121,39 +139,10 @@ PROBLEMS: list[Problem] = []
 ALIKE = {"alike": ("fit", "optimizer")}
 
 
-def of_reduction(reduction, equal=True):
-    """Settings of a loss with this reduction.
-
-    Args:
-        reduction: The loss's.
-        equal: Whether it divides by one number in all micro-batches of one size.
-    """
-    adds_up = reduction in ("sum", "none")
-    return {
-        "keras2": None if reduction in ("mean", "mean_with_sample_weight") else "2.12",
-        "optimizer_reduction": "SUM" if adds_up else "MEAN" if equal else None,
-    }
-
-
 def add(name, build, batches, **settings):
     PROBLEMS.append(Problem(name, build, batches, **settings))
 
 
-def change(name, **settings):
-    """Other settings of one problem of those that a loop has added."""
-    (index,) = (i for i, problem in enumerate(PROBLEMS) if problem.name == name)
-    PROBLEMS[index] = dataclasses.replace(PROBLEMS[index], **settings)
-
-
 def here():
     """The problems that the active backend, and the Keras in use, can have."""
-    return [
-        p
-        for p in PROBLEMS
-        if keras.backend.backend() in p.backends and (not KERAS_2 or _in_keras_2(p))
-    ]
-
-
-def _in_keras_2(problem):
-    """Whether plain Keras 2 can train it."""
-    return problem.keras2 is not None and not is_before(problem.keras2)
+    return [problem for problem in PROBLEMS if problem.is_here()]

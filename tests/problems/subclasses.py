@@ -19,7 +19,8 @@ from .data import (
 )
 from .models import Written, classifier, dense_steps, mlp, of_tokens, seeded, written
 from .optimizers import OPTIMIZERS
-from .problem import add, of_reduction
+from .problem import add
+from .reductions import of_reduction
 
 
 class OwnComputeLoss(Written):
@@ -170,7 +171,7 @@ add(
         "metrics": ["mae"],
         "weighted_metrics": ["mae"],
     },
-    **of_reduction("mean_with_sample_weight", equal=False),
+    **of_reduction("mean_with_sample_weight", weighted=True),
 )
 
 

@@ -16,10 +16,11 @@ from .data import (
     vectors,
     weighted,
 )
-from .losses import logits, squared
+from .losses import logits
 from .models import Written, dense_steps, mlp, of_tokens, seeded, written
-from .optimizers import FEATURES_OF_OPTIMIZERS, OPTIMIZERS, loss_scaled, of_class
-from .problem import MICROBATCH, add, change, sgd
+from .optimizers import OPTIMIZERS, SETTINGS, loss_scaled, of_class
+from .problem import MICROBATCH, add, sgd
+from .reductions import squared
 
 
 def frozen(name):
@@ -78,7 +79,12 @@ add(
 flat_tokens = of_tokens(
     lambda: layers.GlobalAveragePooling1D(), dense_steps(CLASSES), mask_zero=False
 )
-for _name in ("sgd_momentum", "adam", "adagrad", "rmsprop"):
+for _name, _fields in {
+    "sgd_momentum": {"core": ("optimizer",), "agc": True},
+    "adam": {"core": ("microbatch_size",)},
+    "adagrad": {},
+    "rmsprop": {},
+}.items():
     add(
         f"embedding_{_name}",
         flat_tokens,
@@ -86,21 +92,22 @@ for _name in ("sgd_momentum", "adam", "adagrad", "rmsprop"):
         arguments=logits(),
         optimizer=OPTIMIZERS[_name],
         repeated_rows=True,
+        **_fields,
     )
-for _name in ("clipnorm", "global_clipnorm", "clipvalue"):
+for _name, _fields in {
+    "clipnorm": {},
+    "global_clipnorm": {"core": ("accum_steps",)},
+    "clipvalue": {},
+}.items():
     add(
         f"embedding_{_name}",
         flat_tokens,
         classified_tokens,
         arguments=logits(),
-        optimizer=lambda _name=_name, **overrides: sgd(
-            **FEATURES_OF_OPTIMIZERS[_name], **overrides
-        ),
+        optimizer=lambda _name=_name, **overrides: sgd(**SETTINGS[_name], **overrides),
         repeated_rows=True,
+        **_fields,
     )
-change("embedding_adam", core=("microbatch_size",))
-change("embedding_global_clipnorm", core=("accum_steps",))
-change("embedding_sgd_momentum", core=("optimizer",))
 
 
 class TiedEmbedding(keras.Model):
@@ -313,24 +320,32 @@ def small_integers():
     return each_size(make, sizes=(16, 8))
 
 
-POLICIES = {
-    "bfloat16": of_class("SGD", learning_rate=0.5),
-    "mixed_bfloat16": of_class("SGD", learning_rate=0.5),
-    "mixed_float16": loss_scaled(initial_scale=4.0),
-}
-for _policy, _optimizer in POLICIES.items():
+def add_policy(policy, optimizer, **fields):
     add(
-        f"policy_{_policy}",
-        of_policy(_policy),
+        f"policy_{policy}",
+        of_policy(policy),
         small_integers,
         arguments=lambda: {"loss": Product()},
-        optimizer=_optimizer,
+        optimizer=optimizer,
         rounds_loss=True,
-        thirds=_policy == "bfloat16",
+        **fields,
     )
-change("policy_mixed_float16", core=("microbatch_size", "optimizer"))
-change("policy_bfloat16", core=("accum_steps",))
-change("policy_mixed_bfloat16", devices=("jax", "torch"))
+
+
+add_policy("bfloat16", of_class("SGD", learning_rate=0.5), core=("accum_steps",))
+add_policy(
+    "mixed_bfloat16",
+    of_class("SGD", learning_rate=0.5),
+    devices=("jax", "torch"),
+    thirds=False,
+)
+add_policy(
+    "mixed_float16",
+    loss_scaled(initial_scale=4.0),
+    core=("microbatch_size", "optimizer"),
+    scaler_around=True,
+    thirds=False,
+)
 add(
     "float64",
     mlp(),
