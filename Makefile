@@ -49,7 +49,7 @@ help:
 	@echo "make test-oldest     the tests with Keras $(OLDEST_KERAS)"
 	@echo "make test-keras2     the tests on Keras 2: TensorFlow 2.15, and tf_keras"
 	@echo "make test-keras2-oldest  the same on TensorFlow 2.12"
-	@echo "make lint types      ruff, import-linter and mypy;  make format  rewrites the files"
+	@echo "make lint types      ruff, import-linter, sizes and words, mypy;  make format  rewrites"
 	@echo "make benchmark       the tables of benchmarks/results"
 	@echo "make benchmark-keras2    against gradient-accumulator 0.5.2"
 	@echo "make clean           removes .venv and what tools leave behind"
@@ -110,6 +110,7 @@ lint: $(TEST_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tests/measures.py
 
 format: $(TEST_READY)
 	$(BIN)/ruff check --fix .

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -14,12 +13,16 @@ import numpy as np
 
 from gradient_accumulator import devices, engine
 from gradient_accumulator.compat import internals
-from gradient_accumulator.compat.api import keras, ops
-from gradient_accumulator.received import check_of_backend, described
-from gradient_accumulator.settings import check_float_dtype
+from gradient_accumulator.compat.api import ops
+from gradient_accumulator.optimizer_checks import (
+    check_gradients,
+    check_variables,
+    check_weight,
+    names_of,
+)
+from gradient_accumulator.received import check_of_backend
 from gradient_accumulator.statistics import in_reach, taken_back
 
-REDUCTIONS = ("MEAN", "SUM")
 # Advice for arguments and attributes of version 0.5, and of other optimizers.
 ELSEWHERE = {
     name: "give it to the optimizer that is wrapped, as in "
@@ -196,7 +199,7 @@ class Accumulator:
         grads = list(grads)
         if not grads:
             return
-        _check_weight(weight)
+        check_weight(weight)
         if trainable_variables is None:
             if not self._is_built():
                 raise ValueError(
@@ -209,10 +212,10 @@ class Accumulator:
         check_variables("trainable_variables", variables)
         check_of_backend("grads", grads)
         if not self._is_built():
-            _check_gradients(grads, variables)
+            check_gradients(grads, variables)
             (self._scaler() or self).build(variables)
         self._check_variables(variables)
-        _check_gradients(grads, variables)
+        check_gradients(grads, variables)
         if self.accum_steps == 1:
             self._finish(self._weighted(grads, weight), variables)
             return
@@ -409,7 +412,7 @@ class Accumulator:
             raise ValueError(
                 "The optimizer can only be called for the variables that it was built "
                 "with. Make one optimizer for each set of variables. Received: "
-                f"unknown variables {_names(unknown)}"
+                f"unknown variables {names_of(unknown)}"
             )
         if not self._accumulators:
             return
@@ -421,7 +424,7 @@ class Accumulator:
                 "The variables changed while micro-batches wait for their update. Call "
                 "`flush()` or `reset()` before, and make one optimizer for each "
                 "set of variables that is trained in turns. Received: "
-                f"{_names(variables)} after {_names(before)}"
+                f"{names_of(variables)} after {names_of(before)}"
             )
         self._calls.given = given
 
@@ -446,82 +449,6 @@ def check_not_accumulating(optimizer: Any, problem: str) -> None:
             raise ValueError(
                 f"{problem} Use the optimizer that it wraps. Received: {each}"
             )
-
-
-def check_variables(name: str, variables: list) -> None:
-    """Raise unless all are variables that Keras's optimizers can update.
-
-    Args:
-        name: Name of the argument.
-        variables: The argument's entries.
-    """
-    check_of_backend(name, variables)
-    if keras.backend.backend() == "tensorflow":  # Keras takes its `tf.Variable`s too
-        return
-    others = [v for v in variables if not isinstance(v, keras.Variable)]
-    if others:
-        raise TypeError(
-            f"Argument `{name}` must hold Keras's variables, such as "
-            "`model.trainable_variables`, because Keras's optimizers update no others. "
-            "With optimizers of PyTorch or optax, take the gradients from "
-            f"`accumulated_value_and_grad`. Received: {name}={described(others)}"
-        )
-
-
-def _check_weight(weight):
-    if isinstance(weight, (bool, str)):
-        raise TypeError(
-            "Argument `weight` must be a number or a scalar tensor. "
-            f"Received: weight={described(weight)} (of type {type(weight).__name__})"
-        )
-    if isinstance(weight, (int, float)) and not (0 <= weight < math.inf):
-        raise ValueError(
-            "Argument `weight` must be finite and not negative. "
-            f"Received: weight={weight}"
-        )
-    if tuple(getattr(weight, "shape", ())) != ():
-        raise ValueError(
-            "Argument `weight` must be a number or a scalar tensor. "
-            f"Received: weight of shape {tuple(weight.shape)}"
-        )
-
-
-def _check_gradients(grads, variables):
-    if len(grads) != len(variables):
-        raise ValueError(
-            "There must be one gradient for each variable. Received: "
-            f"{len(grads)} gradients for {len(variables)} variables"
-        )
-    for gradient, variable in zip(grads, variables):
-        # TensorFlow may not know a shape; sparse gradients are not checked.
-        if (
-            gradient is None
-            or hasattr(gradient, "dense_shape")
-            or getattr(gradient.shape, "rank", 0) is None
-        ):
-            continue
-        shape, wanted = tuple(gradient.shape), tuple(variable.shape)
-        if len(shape) != len(wanted) or any(
-            a != b and a is not None for a, b in zip(shape, wanted)
-        ):
-            raise ValueError(
-                "A gradient needs its variable's shape. Received: a gradient of shape "
-                f"{shape} for {_names([variable])} of shape {wanted}"
-            )
-
-
-def _names(variables) -> list[str]:
-    return [getattr(v, "path", None) or v.name for v in variables]
-
-
-def check_settings(reduction: Any, accum_dtype: Any) -> None:
-    """Raise if `GradientAccumulateOptimizer` cannot take these arguments."""
-    check_float_dtype(accum_dtype)
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        raise ValueError(
-            "Argument `reduction` must be 'MEAN' or 'SUM'. "
-            f"Received: reduction={described(reduction)}"
-        )
 
 
 def accumulating(optimizer: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, overload
 from gradient_accumulator import engine
 from gradient_accumulator.arguments import names_arguments
 from gradient_accumulator.compat.api import keras, ops
-from gradient_accumulator.engine.base import Carry, Sums
+from gradient_accumulator.engine.engine_base import Carry, Sums
 from gradient_accumulator.received import described
 from gradient_accumulator.settings import check_float_dtype, positive_int
 
@@ -309,8 +309,8 @@ def accumulated_value_and_grad(
             PyTorch it is called as `loss_fn(microbatch, *args, **kwargs)`; on JAX,
             whose functions are pure, as `loss_fn(variables, microbatch, *args,
             **kwargs)`. It returns the mean over the micro-batch's examples, or, where
-            micro-batches are worth more than their number of examples says (tokens
-            under a mask), a tuple of a numerator and its denominator, both scalars. No
+            examples do not all weigh the same (tokens under a mask), a tuple of a
+            numerator and its denominator, both scalars. No
             gradient is taken of the denominator. Only this pair is right where a
             micro-batch may have nothing to take a mean of, such as ignored labels only:
             that mean is not a number, and so would the update be. It warns of it, but

@@ -64,7 +64,7 @@ def synchronizes(model: keras.Model) -> bool:
 
 
 @contextmanager
-def apart(model: keras.Model) -> Iterator[None]:
+def unsynchronized(model: keras.Model) -> Iterator[None]:
     """A context in which batch normalization does not wait for other replicas."""
     with ExitStack() as stack:
         for layer in normalizations(model):
@@ -74,7 +74,7 @@ def apart(model: keras.Model) -> Iterator[None]:
 
 
 @contextmanager
-def together(model: keras.Model) -> Iterator[None]:
+def over_devices(model: keras.Model) -> Iterator[None]:
     """A context in which devices normalize by the examples of all devices."""
     with ExitStack() as stack:
         for layer in normalizations(model):
@@ -131,7 +131,7 @@ class Statistics:
         """Move the statistics after the optimizer's step, unless it was skipped.
 
         Args:
-            position: The optimizer's `internals.mark` before its step, or None.
+            position: The optimizer's `OptimizerStep.position` before its step, or None.
             kept: The values of `variables` before the first micro-batch, where the
                 optimizer may skip its step.
         """
@@ -161,13 +161,13 @@ def taken_back(optimizer: Any, variables: list) -> Iterator[None]:
         variables: The variables that it updates, by which their layers are found.
     """
     layers = in_reach(variables)
-    mark = OptimizerStep(optimizer).position() if layers else None
+    position = OptimizerStep(optimizer).position() if layers else None
     try:
         yield
     except BaseException:
         for layer in layers:
             layer.take_back(True)
         raise
-    if mark is not None:
+    if position is not None:
         for layer in layers:
-            layer.take_back(OptimizerStep(optimizer).skipped_since(mark))
+            layer.take_back(OptimizerStep(optimizer).skipped_since(position))

@@ -15,7 +15,7 @@ from typing import Any
 from gradient_accumulator import losses
 from gradient_accumulator.compat import CompiledModel, OptimizerStep, internals
 from gradient_accumulator.compat.api import keras, ops
-from gradient_accumulator.engine.base import Carry, Engine, Steps, Sums
+from gradient_accumulator.engine.engine_base import Carry, Engine, Steps, Sums
 from gradient_accumulator.microbatches import first_input
 from gradient_accumulator.settings import Accumulation
 from gradient_accumulator.statistics import Statistics

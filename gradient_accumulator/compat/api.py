@@ -1,6 +1,6 @@
 """The Keras in use, by Keras 3's names: `keras` and `ops`.
 
-Keras 2 if TensorFlow is told to use it (`TF_USE_LEGACY_KERAS`), or if the installed
+Keras 2 if TensorFlow uses it (by `TF_USE_LEGACY_KERAS`), or if the installed
 package `keras` is Keras 2, as beside TensorFlow up to 2.15; Keras 3 otherwise. It is
 what `tf.keras` is, in one process for all.
 """

@@ -16,7 +16,6 @@ from gradient_accumulator.accumulator import (
     ELSEWHERE,
     Accumulator,
     check_not_accumulating,
-    check_settings,
     check_variables,
 )
 from gradient_accumulator.agc import AdaptiveClipping
@@ -24,6 +23,7 @@ from gradient_accumulator.arguments import names_arguments
 from gradient_accumulator.compat import keras2_internals as internals
 from gradient_accumulator.compat.keras2_names import keras
 from gradient_accumulator.compat.keras2_step import OptimizerStep
+from gradient_accumulator.optimizer_checks import check_settings
 from gradient_accumulator.received import described
 from gradient_accumulator.settings import positive_int
 

@@ -14,11 +14,11 @@ from gradient_accumulator.accumulator import (
     ELSEWHERE,
     Accumulator,
     check_not_accumulating,
-    check_settings,
     check_variables,
 )
 from gradient_accumulator.agc import AdaptiveClipping
 from gradient_accumulator.arguments import names_arguments
+from gradient_accumulator.optimizer_checks import check_settings
 from gradient_accumulator.received import check_of_backend, described
 from gradient_accumulator.settings import positive_int
 

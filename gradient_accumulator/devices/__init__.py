@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from gradient_accumulator.compat.api import keras
 
 if TYPE_CHECKING:
-    from gradient_accumulator.devices.base import Devices
+    from gradient_accumulator.devices.devices_base import Devices
 
 __all__ = ["active", "backend"]
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gradient_accumulator.devices.base import NOT_APPLIED, Devices, lost
+from gradient_accumulator.devices.devices_base import NOT_APPLIED, Devices, lost
 from gradient_accumulator.microbatches import leaves
 
 # The mesh axis of the devices that run the traced function, each on its part.

@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from gradient_accumulator.devices.base import Devices, lost
+from gradient_accumulator.devices.devices_base import Devices, lost
 
 
 def mean(strategy: tf.distribute.Strategy, logs: Any) -> Any:
@@ -45,8 +45,8 @@ def ready(tensors: list) -> AbstractContextManager:
     return tf.control_dependencies([everyone])
 
 
-def finite_together(optimizer: Any, gradients: list) -> list:
-    """Gradients that no replica finds finite if one does not.
+def finite_everywhere(optimizer: Any, gradients: list) -> list:
+    """Gradients that no replica finds finite, if one does not.
 
     A `LossScaleOptimizer` takes one replica's word, and each worker its own.
     """
@@ -58,9 +58,9 @@ def finite_together(optimizer: Any, gradients: list) -> list:
     # In a gradient that is not sparse: those slices may be none.
     present = [i for i, gradient in enumerate(gradients) if gradient is not None]
     i = min(present, key=lambda i: isinstance(gradients[i], tf.IndexedSlices))
-    told = tf.convert_to_tensor(gradients[i])
-    told = tf.where(bad > 0, tf.constant(float("nan"), told.dtype), told)
-    return [*gradients[:i], told, *gradients[i + 1 :]]
+    spoiled = tf.convert_to_tensor(gradients[i])
+    spoiled = tf.where(bad > 0, tf.constant(float("nan"), spoiled.dtype), spoiled)
+    return [*gradients[:i], spoiled, *gradients[i + 1 :]]
 
 
 def check_in_step(
@@ -95,7 +95,7 @@ def check_in_step(
 
 @contextmanager
 def answering() -> Iterator[None]:
-    """Around what workers do together: says what it means if one does not."""
+    """A context of an exchange between workers: explains the error if one is gone."""
     try:
         yield
     except tf.errors.OpError as error:

@@ -11,10 +11,10 @@ import keras
 import torch
 import torch.distributed as dist
 
-from gradient_accumulator.devices.base import NOT_APPLIED, Devices, lost
+from gradient_accumulator.devices.devices_base import NOT_APPLIED, Devices, lost
 
 # Whether processes can wait for each other at this place in an update.
-_together: ContextVar[bool | None] = ContextVar("together", default=None)
+_in_step: ContextVar[bool | None] = ContextVar("in_step", default=None)
 
 
 def count(group: Any = None) -> int:
@@ -45,17 +45,17 @@ def reduce(tensors: Iterable[torch.Tensor], largest: bool = False) -> None:
     kinds: dict[tuple, list[torch.Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    for together in kinds.values():
+    for alike in kinds.values():
         # One tensor alone needs no copy.
         flat = (
-            torch.cat([tensor.reshape(-1) for tensor in together])
-            if len(together) > 1
-            else together[0].contiguous()
+            torch.cat([tensor.reshape(-1) for tensor in alike])
+            if len(alike) > 1
+            else alike[0].contiguous()
         )
         with _exchange():
             dist.all_reduce(flat, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
-        parts = flat.split([tensor.numel() for tensor in together])
-        for tensor, part in zip(together, parts if len(together) > 1 else [flat]):
+        parts = flat.split([tensor.numel() for tensor in alike])
+        for tensor, part in zip(alike, parts if len(alike) > 1 else [flat]):
             tensor.copy_(part.view(tensor.shape))
 
 
@@ -72,18 +72,18 @@ def broadcast(variables: Iterable[keras.Variable]) -> None:
 
 
 @contextmanager
-def together(yes: bool = True) -> Iterator[None]:
+def in_step(yes: bool = True) -> Iterator[None]:
     """A context that says whether all processes run its code equally often."""
-    token = _together.set(yes)
+    token = _in_step.set(yes)
     try:
         yield
     finally:
-        _together.reset(token)
+        _in_step.reset(token)
 
 
-def are_together() -> bool | None:
+def are_in_step() -> bool | None:
     """Whether all processes run this code equally often; None outside of updates."""
-    return _together.get()
+    return _in_step.get()
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from gradient_accumulator.devices import backend
 
 if TYPE_CHECKING:
-    from gradient_accumulator.engine.accumulators import Accumulators
-    from gradient_accumulator.engine.base import Engine
+    from gradient_accumulator.engine.engine_base import Engine
+    from gradient_accumulator.engine.optimizer_base import Accumulators
 
 __all__ = ["new_accumulators", "new_engine"]
 

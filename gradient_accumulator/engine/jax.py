@@ -25,12 +25,13 @@ from gradient_accumulator.devices.jax_devices import (
     waited_for,
 )
 from gradient_accumulator.engine import jax_sharded
-from gradient_accumulator.engine.base import Carry, Steps
+from gradient_accumulator.engine.engine_base import Carry, Steps
 from gradient_accumulator.engine.jax_fit import JaxFit, State
 from gradient_accumulator.engine.jax_functional import value_and_grad
 from gradient_accumulator.functional import LossFunction
 from gradient_accumulator.statistics import normalizations
 from gradient_accumulator.update import Update
+from gradient_accumulator.weights import HostWeights
 
 
 class JaxEngine(JaxFit):
@@ -45,7 +46,7 @@ class JaxEngine(JaxFit):
         self._compiles = model.jit_compile and not model.run_eagerly
         self._replicas: Replicas | None = None
         self._reduce: Callable = _unreduced
-        self.weights: losses.HostWeights | None = None
+        self.weights: HostWeights | None = None
 
     def weigh(self, update, microbatches):
         if self.weights is None:
@@ -61,7 +62,7 @@ class JaxEngine(JaxFit):
                 )
             if self._compiles:
                 measure = jax.jit(measure)
-            self.weights = losses.HostWeights(
+            self.weights = HostWeights(
                 update.model,
                 partial(_measured, measure),
                 partial(_scope, update.model),
@@ -80,7 +81,7 @@ class JaxEngine(JaxFit):
         return 1 if self._replicas is None else self._replicas.count
 
     def steps(self, update):
-        model, statistics = update.model, update.statistics
+        model = update.model
         zeros: Callable = update.zeros
         add: Callable = partial(_add, update)
         finish: Callable = partial(_finish, update)
@@ -90,7 +91,7 @@ class JaxEngine(JaxFit):
             add = partial(jax_sharded.add, model, add, self._replicas)
             reduce = partial(jax_sharded.reduce, model)
         if self._compiles:
-            of_sums, of_micro_batch, of_reduced, of_update = _out_shardings(
+            of_sums, of_microbatch, of_reduced, of_update = _out_shardings(
                 self._shardings, self._replicas
             )
             zeros = jax.jit(zeros, out_shardings=of_sums)
@@ -98,58 +99,56 @@ class JaxEngine(JaxFit):
                 add,
                 static_argnames="kinds",
                 donate_argnames="carry",
-                out_shardings=of_micro_batch,
+                out_shardings=of_microbatch,
             )
             if self._replicas is not None:
                 reduce = jax.jit(reduce, donate_argnums=0, out_shardings=of_reduced)
             finish = jax.jit(
                 finish,
                 static_argnames="divided_last",
-                donate_argnames=("trainable", "optimizer"),
+                donate_argnames="donated",
                 out_shardings=of_update,
             )
         self._reduce = reduce if jax.process_count() == 1 else waited_for(reduce)
-        places = [self._places[id(v)] for v in statistics.variables]
+        places = [self._places[id(v)] for v in update.statistics.variables]
+        return Steps(
+            zeros,
+            partial(self._add_to_state, add),
+            update.apply,
+            partial(self._finish_state, finish, places),
+        )
 
-        def host_add(carry, kinds, data, share, factors):
-            state = self.state
-            carry, moved, metrics = add(
-                carry=carry._replace(logs={}),
-                trainable=state.trainable,
-                non_trainable=state.non_trainable,
-                metrics=state.metrics,
-                optimizer=state.optimizer if self._scales_loss else None,
-                kinds=kinds,
-                data=data,
-                share=share,
-                factors=factors,
-            )
-            self.state = state._replace(
-                non_trainable=_replaced(state.non_trainable, moved),
-                metrics=state.metrics if metrics is None else metrics,
-            )
-            return carry
+    def _add_to_state(self, add, carry, kinds, data, share, factors):
+        state = self.state
+        optimizer = state.optimizer if self._scales_loss else None
+        carry, moved, metrics = add(
+            carry=carry._replace(logs={}),
+            state=state._replace(optimizer=optimizer),
+            kinds=kinds,
+            data=data,
+            share=share,
+            factors=factors,
+        )
+        self.state = state._replace(
+            non_trainable=_replaced(state.non_trainable, moved),
+            metrics=state.metrics if metrics is None else metrics,
+        )
+        return carry
 
-        def host_finish(divided_last, carry, scale, examples, kept):
-            trainable, non_trainable, optimizer, metrics = self.state
-            logs, trainable, optimizer, metrics, moved = finish(
-                divided_last=divided_last,
-                carry=carry,
-                scale=scale,
-                examples=examples,
-                kept=kept,
-                trainable=trainable,
-                optimizer=optimizer,
-                metrics=metrics,
-                statistics=[non_trainable[i] for i in places],
-            )
-            non_trainable = list(non_trainable)
-            for i, value in zip(places, moved):
-                non_trainable[i] = value
-            self.state = State(trainable, non_trainable, optimizer, metrics)
-            return logs
-
-        return Steps(zeros, host_add, update.apply, host_finish)
+    def _finish_state(self, finish, places, divided_last, carry, *numbers_and_kept):
+        trainable, non_trainable, optimizer, metrics = self.state
+        logs, (trainable, optimizer), (metrics, moved) = finish(
+            divided_last=divided_last,
+            carry=carry,
+            numbers_and_kept=numbers_and_kept,
+            donated=(trainable, optimizer),
+            others=(metrics, [non_trainable[i] for i in places]),
+        )
+        non_trainable = list(non_trainable)
+        for i, value in zip(places, moved):
+            non_trainable[i] = value
+        self.state = State(trainable, non_trainable, optimizer, metrics)
+        return logs
 
     def fold(self, step, carry, weighed):
         for microbatch, share, kinds, factors in weighed:
@@ -310,7 +309,7 @@ def _out_shardings(state, replicas):
         sums,
         (sums, non_trainable, metrics),
         reduced,
-        (None, trainable, optimizer, state[3], None),
+        (None, (trainable, optimizer), (state[3], None)),
     )
 
 
@@ -330,25 +329,13 @@ def _measure(update, trainable, non_trainable, data):
 
 
 def _measured(measure, state, microbatch, losses):
-    """The denominators and the next state, for `losses.HostWeights`."""
+    """The denominators and the next state, for `HostWeights`."""
     trainable, non_trainable = state
     denominators, moved = measure(trainable, non_trainable, microbatch)
     return denominators, (trainable, _replaced(non_trainable, moved))
 
 
-def _add(
-    update,
-    *,
-    carry,
-    trainable,
-    non_trainable,
-    metrics,
-    optimizer,
-    kinds,
-    data,
-    share,
-    factors,
-):
+def _add(update, *, carry, state, kinds, data, share, factors):
     """`Update.add`, of values.
 
     For non-trainable variables that the micro-batch did not move, None is returned: a
@@ -356,7 +343,7 @@ def _add(
     """
     model = update.model
     with (
-        _scope(model, trainable, non_trainable, metrics, optimizer) as scope,
+        _scope(model, *state) as scope,
         jax.named_scope("accumulate_gradients"),
     ):
         carry = update.add(carry, kinds, data, share, factors)
@@ -364,52 +351,46 @@ def _add(
         [scope.get_current_value(v) for v in variables]
         for variables in (model.non_trainable_variables, model.metrics_variables)
     )
-    return carry, _moved(non_trainable, after), metrics
+    return carry, _moved(state.non_trainable, after), metrics
 
 
-def _finish(
-    update,
-    *,
-    divided_last,
-    carry,
-    scale,
-    examples,
-    kept,
-    trainable,
-    optimizer,
-    metrics,
-    statistics,
-):
+def _finish(update, *, divided_last, carry, numbers_and_kept, donated, others):
     """`Update.finish`, of values.
 
-    Returns the logs, and the new values of trainable variables, optimizer, metrics and
-    statistics.
+    Args:
+        update: The update.
+        divided_last, carry, numbers_and_kept: The arguments of `Update.finish`.
+        donated: The values of trainable variables, and of the optimizer's.
+        others: The values of metrics, and of statistics.
+
+    Returns:
+        The logs, and the new values of the variables.
     """
-    model = update.model
-    pooled = list(zip(update.statistics.variables, statistics))
-    with _scope(model, trainable, (), metrics, optimizer, pooled) as scope:
-        logs = update.finish(divided_last, carry, scale, examples, kept)
-    after = (
+    model, statistics = update.model, update.statistics.variables
+    trainable, optimizer = donated
+    metrics, pooled = others
+    with _scope(model, trainable, (), optimizer, metrics) as scope:
+        for pair in zip(statistics, pooled):
+            scope.add_update(pair)
+        logs = update.finish(divided_last, carry, *numbers_and_kept)
+    trainable, optimizer, metrics, pooled = (
         [scope.get_current_value(v) for v in variables]
         for variables in (
             model.trainable_variables,
             model.optimizer.variables,
             model.metrics_variables,
-            update.statistics.variables,
+            statistics,
         )
     )
-    return logs, *after
+    return logs, (trainable, optimizer), (metrics, pooled)
 
 
-def _scope(
-    model, trainable, non_trainable, metrics=(), optimizer=None, others=(), **settings
-):
+def _scope(model, trainable, non_trainable, optimizer=None, metrics=(), **settings):
     """A scope in which the model's variables have these values."""
     mapping = [
         *zip(model.trainable_variables, trainable),
         *zip(model.non_trainable_variables, non_trainable),
         *zip(model.metrics_variables, metrics),
-        *others,
     ]
     if optimizer is not None:
         mapping += zip(model.optimizer.variables, optimizer)

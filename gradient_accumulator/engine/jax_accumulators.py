@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from gradient_accumulator.engine.accumulators import Accumulators
+from gradient_accumulator.engine.optimizer_base import Accumulators
 
 
 class JaxAccumulators(Accumulators):

@@ -15,7 +15,7 @@ from keras.src.backend.jax.trainer import JAXEpochIterator
 
 from gradient_accumulator.compat import internals
 from gradient_accumulator.devices.jax_devices import active_replicas, check_in_step
-from gradient_accumulator.engine.base import Engine
+from gradient_accumulator.engine.engine_base import Engine
 from gradient_accumulator.microbatches import (
     Epoch,
     Microbatches,
@@ -32,7 +32,7 @@ class State(NamedTuple):
 
     trainable: list
     non_trainable: list
-    optimizer: list
+    optimizer: list | None
     metrics: list
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, ValuesView
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
 
-from gradient_accumulator.engine.base import Engine, Sums
+from gradient_accumulator.engine.engine_base import Engine, Sums
 from gradient_accumulator.functional import (
     Accumulation,
     LossFunction,
@@ -28,31 +29,8 @@ TRACED = (jax.Array, np.ndarray, np.inexact, float, complex)
 def value_and_grad(engine: Engine, loss: LossFunction) -> Callable:
     """The function that `accumulated_value_and_grad` returns."""
     watch = _Watch()
-    has_means = False  # whether some loss was a mean, known once it was traced
-
-    def add(carry, variables, microbatch, size, arrays, others):
-        nonlocal has_means
-        args, kwargs = _joined_arguments(arrays, others)
-        values, structure = jax.tree.flatten(variables)
-
-        def one(values):
-            variables = jax.tree.unflatten(structure, values)
-            return loss(variables, microbatch, *args, **kwargs)
-
-        accumulation = new_accumulation(values, size)
-        count = example_count(jax.tree.leaves(microbatch))
-        with jax.named_scope("accumulate_gradients"):
-            carry, aux = accumulation.add(carry, one, values, count)
-        has_means |= accumulation.has_means
-        return carry, aux
-
-    def new_accumulation(values, size):
-        dtypes = [loss.accumulator_dtype(v.dtype) for v in values]
-        sums = Sums(values, dtypes)
-        sums.connected.update(range(len(values)))  # JAX gives zeros where there is none
-        return Accumulation(sums, engine.value_and_grad, size)
-
-    compiled = jax.jit(add, static_argnames="others", donate_argnames="carry")
+    add = _Add(engine, loss)
+    compiled = jax.jit(add.__call__, static_argnames="others", donate_argnames="carry")
 
     def function(variables, batch, *args, **kwargs):
         variables = jax.tree.map(jnp.asarray, _arrays(variables))
@@ -61,7 +39,7 @@ def value_and_grad(engine: Engine, loss: LossFunction) -> Callable:
         length = min(loss.microbatch_size, size)
         arrays, others = _split_arguments(args, kwargs)
         values, structure = jax.tree.flatten(variables)
-        accumulation = new_accumulation(values, float(size))
+        accumulation = add.accumulation(values, float(size))
         carry = accumulation.zeros()
         traced = any(
             isinstance(leaf, jax.core.Tracer)
@@ -75,7 +53,7 @@ def value_and_grad(engine: Engine, loss: LossFunction) -> Callable:
                 variables=variables,
                 microbatch=_take(batch, start, length),
                 size=float(size),
-                arrays=arrays,
+                inputs=arrays,
                 others=others,
             )
 
@@ -94,13 +72,47 @@ def value_and_grad(engine: Engine, loss: LossFunction) -> Callable:
             auxes.append(jax.tree.map(lambda leaf: leaf[None], aux))
         value, gradients = accumulation.finish(carry)
         gradients = jax.tree.unflatten(structure, gradients)
-        if not traced and has_means:
+        if not traced and add.has_means:
             warn_of_nan(watch.is_nan(value))
         if loss.has_aux:
             return (value, jax.tree.map(_joined, *auxes)), gradients
         return value, gradients
 
     return function
+
+
+class _Add:
+    """Adds a micro-batch, and returns the new carry and what `loss_fn` returns besides.
+
+    Args:
+        engine: The function's engine.
+        loss: The loss function.
+    """
+
+    def __init__(self, engine: Engine, loss: LossFunction):
+        self.engine = engine
+        self.loss = loss
+        self.has_means = False  # whether some loss was a mean, known once it is traced
+
+    def accumulation(self, values: list, size: Any) -> Accumulation:
+        sums = Sums(values, [self.loss.accumulator_dtype(v.dtype) for v in values])
+        sums.connected.update(range(len(values)))  # JAX gives zeros where there is none
+        return Accumulation(sums, self.engine.value_and_grad, size)
+
+    def __call__(self, *, carry, variables, microbatch, size, inputs, others):
+        args, kwargs = _joined_arguments(inputs, others)
+        values, structure = jax.tree.flatten(variables)
+
+        def one(values):
+            variables = jax.tree.unflatten(structure, values)
+            return self.loss(variables, microbatch, *args, **kwargs)
+
+        accumulation = self.accumulation(values, size)
+        count = example_count(jax.tree.leaves(microbatch))
+        with jax.named_scope("accumulate_gradients"):
+            carry, aux = accumulation.add(carry, one, values, count)
+        self.has_means |= accumulation.has_means
+        return carry, aux
 
 
 def _arrays(variables):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradient_accumulator.compat import internals
-from gradient_accumulator.statistics import together
+from gradient_accumulator.statistics import over_devices
 
 
 def zeros(zeros, model, replicas):
@@ -32,7 +32,7 @@ def measure(model, measure, replicas, trainable, non_trainable, data):
     """
 
     def run(trainable, non_trainable, data):
-        with together(model):
+        with over_devices(model):
             denominators, moved = measure(
                 trainable, _seeded(model, non_trainable, replicas), data
             )
@@ -42,52 +42,36 @@ def measure(model, measure, replicas, trainable, non_trainable, data):
     return on_each(trainable, non_trainable, data)
 
 
-def add(
-    model,
-    add,
-    replicas,
-    *,
-    carry,
-    trainable,
-    non_trainable,
-    metrics,
-    optimizer,
-    kinds,
-    data,
-    share,
-    factors,
-):
+def add(model, add, replicas, *, carry, state, kinds, **microbatch):
     """Add each device's part of a micro-batch to the device's sums.
 
     Args, returns: As on one device; share and factors are those of a device's part, and
     the metrics are not moved.
     """
 
-    def run(carry, trainable, non_trainable, optimizer, data, share, factors):
+    def run(carry, state, data, share, factors):
         carry = jax.tree.map(lambda stack: stack[0], carry)
         sums, own = carry.sums
-        with together(model):
+        with over_devices(model):
             carry, moved, own = add(
                 carry=carry._replace(sums=sums),
-                trainable=trainable,
-                non_trainable=_seeded(model, non_trainable, replicas),
-                metrics=own,
-                optimizer=optimizer,
+                state=state._replace(
+                    non_trainable=_seeded(model, state.non_trainable, replicas),
+                    metrics=own,
+                ),
                 kinds=kinds,
                 data=data,
                 share=share,
                 factors=None if factors is None else factors[0],
             )
         carry = carry._replace(sums=(carry.sums, own))
-        moved = _of_all(model, non_trainable, moved)
+        moved = _of_all(model, state.non_trainable, moved)
         return jax.tree.map(lambda value: value[None], carry), moved
 
-    on_each = replicas.on_each(
-        run, (True, False, False, False, True, False, True), (True, False)
-    )
-    carry, moved = on_each(
-        carry, trainable, non_trainable, optimizer, data, share, factors
-    )
+    on_each = replicas.on_each(run, (True, False, True, False, True), (True, False))
+    names = ("data", "share", "factors")
+    state = state._replace(metrics=())  # a device adds to metrics of its own
+    carry, moved = on_each(carry, state, *(microbatch[name] for name in names))
     return carry, moved, None
 
 

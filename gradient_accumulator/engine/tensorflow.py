@@ -17,8 +17,8 @@ import tensorflow as tf
 from gradient_accumulator import losses
 from gradient_accumulator.compat import CompiledModel, internals
 from gradient_accumulator.compat.api import keras
-from gradient_accumulator.devices.tensorflow_devices import finite_together, ready
-from gradient_accumulator.engine.base import Steps, Sums
+from gradient_accumulator.devices.tensorflow_devices import finite_everywhere, ready
+from gradient_accumulator.engine.engine_base import Steps, Sums
 from gradient_accumulator.engine.tensorflow_accumulators import clip
 from gradient_accumulator.engine.tensorflow_fit import TensorFlowFit, waits
 from gradient_accumulator.engine.tensorflow_functional import value_and_grad
@@ -33,7 +33,7 @@ from gradient_accumulator.engine.tensorflow_slices import (
     with_slices,
 )
 from gradient_accumulator.functional import LossFunction
-from gradient_accumulator.statistics import apart
+from gradient_accumulator.statistics import unsynchronized
 from gradient_accumulator.update import Update
 
 
@@ -126,7 +126,7 @@ class TensorFlowEngine(TensorFlowFit):
         return clip(clipping, optimizer, variables, gradients)
 
     def step(self, optimizer, gradients, variables):
-        gradients = finite_together(optimizer, gradients)
+        gradients = finite_everywhere(optimizer, gradients)
         with ready(gradients):
             super().step(optimizer, gradients, variables)
 
@@ -261,7 +261,10 @@ def _sparse_variables(update, microbatches) -> dict[int, tf.DType]:
         return sparse
 
     def run(data):
-        with internals.StatelessScope(collect_losses=True), apart(update.model):
+        with (
+            internals.StatelessScope(collect_losses=True),
+            unsynchronized(update.model),
+        ):
             gradients, _ = update.gradients(data, tf.constant(1.0))
         for i, gradient in enumerate(gradients):
             if isinstance(gradient, tf.IndexedSlices):
@@ -304,7 +307,7 @@ def _denominators(update, microbatches, count_of_losses):
         mapping = list(zip(carried, values))
         with (
             internals.StatelessScope(state_mapping=mapping) as scope,
-            apart(update.model),
+            unsynchronized(update.model),
         ):
             row = update.denominators(data)
         # Each micro-batch sees the state that it will be trained in, for its masks.

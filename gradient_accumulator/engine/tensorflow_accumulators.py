@@ -12,8 +12,8 @@ import tensorflow as tf
 
 from gradient_accumulator.compat import OptimizerStep, internals
 from gradient_accumulator.compat.api import keras
-from gradient_accumulator.devices.tensorflow_devices import DEVICES, finite_together
-from gradient_accumulator.engine.accumulators import Accumulators
+from gradient_accumulator.devices.tensorflow_devices import DEVICES, finite_everywhere
+from gradient_accumulator.engine.optimizer_base import Accumulators
 
 
 def _of_each_replica(aggregation: tf.VariableAggregation) -> AbstractContextManager:
@@ -128,7 +128,7 @@ class TensorFlowAccumulators(Accumulators):
     def apply(
         self, optimizer: Any, gradients: list, variables: list, trainable: list
     ) -> None:
-        gradients = finite_together(optimizer, gradients)
+        gradients = finite_everywhere(optimizer, gradients)
         OptimizerStep(optimizer).apply(list(zip(gradients, variables)))
 
     def when(

@@ -21,7 +21,7 @@ from gradient_accumulator.devices.tensorflow_devices import (
     in_replica,
     mean,
 )
-from gradient_accumulator.engine.base import Engine
+from gradient_accumulator.engine.engine_base import Engine
 from gradient_accumulator.engine.tensorflow_microbatches import (
     Checks,
     cut,
@@ -34,7 +34,7 @@ from gradient_accumulator.engine.tensorflow_microbatches import (
     trace_microbatch,
     without_optional,
 )
-from gradient_accumulator.losses import Losses, inspect, no_examples
+from gradient_accumulator.losses import Losses, inspect
 from gradient_accumulator.microbatches import (
     Epoch,
     arrays_of,
@@ -46,8 +46,9 @@ from gradient_accumulator.microbatches import (
     shapes_of,
 )
 from gradient_accumulator.settings import Accumulation
-from gradient_accumulator.statistics import apart, synchronizes
+from gradient_accumulator.statistics import synchronizes, unsynchronized
 from gradient_accumulator.update import Update
+from gradient_accumulator.weights import no_examples
 
 
 class TensorFlowFit(Engine):
@@ -320,7 +321,10 @@ class _Updates:
         if structure not in self.inspected:
             # Run eagerly, a model may do things that it is not to do twice.
             training = not self.model.run_eagerly
-            with apart(self.model), notices.watching(self.model, training) as seen:
+            with (
+                unsynchronized(self.model),
+                notices.watching(self.model, training) as seen,
+            ):
                 losses = inspect(self.model, example, trace=trace, training=training)
             self.notices.tell(self.model, losses.denominators, seen)
             self.inspected[structure] = losses

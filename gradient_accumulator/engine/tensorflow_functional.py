@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from gradient_accumulator.compat import internals
 from gradient_accumulator.compat.api import keras
-from gradient_accumulator.engine.base import Engine, Sums
+from gradient_accumulator.engine.engine_base import Engine, Sums
 from gradient_accumulator.functional import (
     Accumulation,
     LossFunction,

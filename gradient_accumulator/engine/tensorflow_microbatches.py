@@ -263,7 +263,7 @@ def without_optional(leaf):
 
 def signature_of(specs):
     """The signature of a graph whose arguments are of these specs, or None."""
-    # A graph has to be told of an argument's None by a spec of its own.
+    # A graph needs a spec of its own for an argument that is None.
     return keras.tree.map_structure(lambda spec: _NONE if spec is None else spec, specs)
 
 

@@ -10,17 +10,17 @@ from typing import Any
 import keras
 import torch
 
-from gradient_accumulator import losses
 from gradient_accumulator.compat import CompiledModel, internals
 from gradient_accumulator.devices import torch_devices as processes
-from gradient_accumulator.engine.base import Steps
+from gradient_accumulator.engine.engine_base import Steps
 from gradient_accumulator.engine.torch_activations import free_activations
 from gradient_accumulator.engine.torch_fit import TorchFit
 from gradient_accumulator.engine.torch_functional import value_and_grad
 from gradient_accumulator.engine.torch_sums import GradSums
 from gradient_accumulator.functional import LossFunction
 from gradient_accumulator.microbatches import map_leaves
-from gradient_accumulator.statistics import apart, synchronizes
+from gradient_accumulator.statistics import synchronizes, unsynchronized
+from gradient_accumulator.weights import HostWeights, symbolic
 
 
 class TorchEngine(TorchFit):
@@ -37,7 +37,7 @@ class TorchEngine(TorchFit):
         # Own metrics compute logs at every micro-batch, and processes may differ in
         # their number of micro-batches.
         self._own_metrics = several and CompiledModel(model).has_own_metrics
-        self.weights = losses.HostWeights(
+        self.weights = HostWeights(
             model,
             partial(_measured, update, self._waits),
             partial(_stateless, model),
@@ -70,11 +70,11 @@ class TorchEngine(TorchFit):
         drawn = list(weighed) if self._own_metrics else weighed
         for k, (microbatch, share, kinds, factors) in enumerate(drawn, start=1):
             last = self._own_metrics and k == len(drawn)
-            with processes.together(last):
+            with processes.in_step(last):
                 carry = step(carry, kinds, microbatch, share, factors)
             free_activations()
         if self._own_metrics and not drawn:
-            with processes.together():  # other processes wait
+            with processes.in_step():  # other processes wait
                 carry = carry._replace(logs=weighed.model.get_metrics_result())
         return carry
 
@@ -107,7 +107,7 @@ class TorchEngine(TorchFit):
 
     @contextmanager
     def finishing(self, weighed, carry) -> Iterator[None]:
-        with processes.together():
+        with processes.in_step():
             yield
 
     def accumulated(self, loss: LossFunction) -> Callable:
@@ -130,7 +130,7 @@ def _measured(update, waits, state, microbatch, losses):
             denominators = update.denominators(microbatch, y_pred)
         else:
             # No compiler drops unused results: this is a whole forward pass.
-            with nullcontext() if waits else apart(model):
+            with nullcontext() if waits else unsynchronized(model):
                 denominators = update.denominators(microbatch)
     free_activations()
     return denominators, ([(v, scope.get_current_value(v)) for v, _ in carried],)
@@ -141,7 +141,7 @@ def _of_shape(model, microbatch):
     x, _, _ = keras.utils.unpack_x_y_sample_weight(microbatch)
     specs = internals.compute_output_spec(
         partial(CompiledModel(model).forward, training=True),
-        map_leaves(losses.symbolic, x),
+        map_leaves(symbolic, x),
     )
     return map_leaves(
         # A broadcast number takes no memory, whatever the shape.

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import torch
 
-from gradient_accumulator.engine.accumulators import Accumulators
+from gradient_accumulator.engine.optimizer_base import Accumulators
 
 
 @torch.no_grad()

@@ -11,8 +11,7 @@ import torch
 
 from gradient_accumulator.compat import CompiledModel, internals
 from gradient_accumulator.devices import torch_devices as processes
-from gradient_accumulator.engine.base import Engine
-from gradient_accumulator.losses import HostWeights, examples
+from gradient_accumulator.engine.engine_base import Engine
 from gradient_accumulator.microbatches import (
     Epoch,
     Microbatches,
@@ -22,6 +21,7 @@ from gradient_accumulator.microbatches import (
 )
 from gradient_accumulator.settings import Accumulation
 from gradient_accumulator.update import Update
+from gradient_accumulator.weights import HostWeights, examples
 
 
 class TorchFit(Engine):
@@ -52,7 +52,7 @@ class TorchFit(Engine):
                 update = new_update()
                 count, alike = processes.count(), False
             variables = model.trainable_variables
-            if not _are_same(variables, update.variables):  # some were frozen since
+            if not _are_equal(variables, update.variables):  # some were frozen since
                 update = new_update()
             if not alike or epoch.updates == 1:
                 processes.broadcast([*model.weights, *model.optimizer.variables])
@@ -70,7 +70,7 @@ class TorchFit(Engine):
                 # The loss may differ from that of the last `fit`.
                 self.weights.inspected.clear()
             try:
-                with self.restored(model), processes.together(False):
+                with self.restored(model), processes.in_step(False):
                     return update(microbatches)
             finally:
                 for variable in variables:
@@ -87,10 +87,10 @@ class TorchFit(Engine):
         # In `fit` the logs are of all processes, in `evaluate` of this process.
         if processes.count() == 1:
             return own()
-        together = processes.are_together()
-        if epoch.evaluating or together is False:
+        in_step = processes.are_in_step()
+        if epoch.evaluating or in_step is False:
             return CompiledModel(model).metrics_result()
-        if together is None:  # at the end of an epoch
+        if in_step is None:  # at the end of an epoch
             processes.check_in_step(epoch.number, epoch.updates, True)
         with processes.summed(model.metrics_variables):
             return CompiledModel(model).metrics_result()
@@ -120,7 +120,7 @@ class TorchFit(Engine):
         return updates, first
 
 
-def _are_same(variables, others):
+def _are_equal(variables, others):
     return len(variables) == len(others) and all(
         variable is other for variable, other in zip(variables, others)
     )

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import torch
 
-from gradient_accumulator.engine.base import Engine
+from gradient_accumulator.engine.engine_base import Engine
 from gradient_accumulator.engine.torch_activations import free_activations
 from gradient_accumulator.engine.torch_modules import reducing
 from gradient_accumulator.engine.torch_sums import GradSums

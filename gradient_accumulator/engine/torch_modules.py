@@ -34,9 +34,9 @@ class Alone:
         """A context of a micro-batch's forward and backward pass."""
         return nullcontext()
 
-    def backward(self, worth: torch.Tensor, parameters: list) -> None:
+    def backward(self, loss: torch.Tensor, parameters: list) -> None:
         # Other parameters that the loss depends on keep their `grad`.
-        worth.backward(inputs=parameters)
+        loss.backward(inputs=parameters)
 
 
 class _Reducing(Alone):
@@ -95,9 +95,9 @@ class Sharded(_Reducing):
         self.module.set_requires_gradient_sync(last)
         return nullcontext()
 
-    def backward(self, worth, parameters):
+    def backward(self, loss, parameters):
         # No `inputs`: the forward pass gathers parameters, which are not these.
-        worth.backward()
+        loss.backward()
 
 
 def reducing(module: Any) -> Alone:

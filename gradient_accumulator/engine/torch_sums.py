@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from gradient_accumulator.devices import torch_devices as processes
-from gradient_accumulator.engine.base import Sums
+from gradient_accumulator.engine.engine_base import Sums
 
 
 class GradSums(Sums):
