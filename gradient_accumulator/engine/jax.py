@@ -97,16 +97,16 @@ class JaxEngine(JaxFit):
             zeros = jax.jit(zeros, out_shardings=of_sums)
             add = jax.jit(
                 add,
-                static_argnames="kinds",
-                donate_argnames="carry",
+                static_argnums=2,  # the kinds of losses
+                donate_argnums=0,  # the carry
                 out_shardings=of_microbatch,
             )
             if self._replicas is not None:
                 reduce = jax.jit(reduce, donate_argnums=0, out_shardings=of_reduced)
             finish = jax.jit(
                 finish,
-                static_argnames="divided_last",
-                donate_argnames="donated",
+                static_argnums=0,  # whether a loss is divided last
+                donate_argnums=3,  # trainable variables and the optimizer's
                 out_shardings=of_update,
             )
         self._reduce = reduce if jax.process_count() == 1 else waited_for(reduce)
@@ -119,30 +119,32 @@ class JaxEngine(JaxFit):
         )
 
     def _add_to_state(self, add, carry, kinds, data, share, factors):
-        state = self.state
-        optimizer = state.optimizer if self._scales_loss else None
-        carry, moved, metrics = add(
-            carry=carry._replace(logs={}),
-            state=state._replace(optimizer=optimizer),
-            kinds=kinds,
-            data=data,
-            share=share,
-            factors=factors,
+        trainable, non_trainable, optimizer, metrics = self.state
+        if carry.logs:
+            carry = carry._replace(logs={})
+        used = State(
+            trainable,
+            non_trainable,
+            optimizer if self._scales_loss else None,
+            metrics,
         )
-        self.state = state._replace(
-            non_trainable=_replaced(state.non_trainable, moved),
-            metrics=state.metrics if metrics is None else metrics,
+        carry, moved, new_metrics = add(carry, used, kinds, data, share, factors)
+        self.state = State(
+            trainable,
+            _replaced(non_trainable, moved),
+            optimizer,
+            metrics if new_metrics is None else new_metrics,
         )
         return carry
 
     def _finish_state(self, finish, places, divided_last, carry, *numbers_and_kept):
         trainable, non_trainable, optimizer, metrics = self.state
-        logs, (trainable, optimizer), (metrics, moved) = finish(
-            divided_last=divided_last,
-            carry=carry,
-            numbers_and_kept=numbers_and_kept,
-            donated=(trainable, optimizer),
-            others=(metrics, [non_trainable[i] for i in places]),
+        (trainable, optimizer), (metrics, moved), logs = finish(
+            divided_last,
+            carry,
+            numbers_and_kept,
+            (trainable, optimizer),
+            (metrics, [non_trainable[i] for i in places]),
         )
         non_trainable = list(non_trainable)
         for i, value in zip(places, moved):
@@ -309,7 +311,7 @@ def _out_shardings(state, replicas):
         sums,
         (sums, non_trainable, metrics),
         reduced,
-        (None, (trainable, optimizer), (state[3], None)),
+        ((trainable, optimizer), (state[3], None), None),
     )
 
 
@@ -335,7 +337,7 @@ def _measured(measure, state, microbatch, losses):
     return denominators, (trainable, _replaced(non_trainable, moved))
 
 
-def _add(update, *, carry, state, kinds, data, share, factors):
+def _add(update, carry, state, kinds, data, share, factors):
     """`Update.add`, of values.
 
     For non-trainable variables that the micro-batch did not move, None is returned: a
@@ -354,7 +356,7 @@ def _add(update, *, carry, state, kinds, data, share, factors):
     return carry, _moved(state.non_trainable, after), metrics
 
 
-def _finish(update, *, divided_last, carry, numbers_and_kept, donated, others):
+def _finish(update, divided_last, carry, numbers_and_kept, donated, others):
     """`Update.finish`, of values.
 
     Args:
@@ -364,7 +366,7 @@ def _finish(update, *, divided_last, carry, numbers_and_kept, donated, others):
         others: The values of metrics, and of statistics.
 
     Returns:
-        The logs, and the new values of the variables.
+        The new values of `donated` and of `others`, and the logs.
     """
     model, statistics = update.model, update.statistics.variables
     trainable, optimizer = donated
@@ -382,7 +384,9 @@ def _finish(update, *, divided_last, carry, numbers_and_kept, donated, others):
             statistics,
         )
     )
-    return logs, (trainable, optimizer), (metrics, pooled)
+    # In the order of the arguments, so that each donated buffer gets its own new value:
+    # XLA would copy values of one shape that change places.
+    return (trainable, optimizer), (metrics, pooled), logs
 
 
 def _scope(model, trainable, non_trainable, optimizer=None, metrics=(), **settings):

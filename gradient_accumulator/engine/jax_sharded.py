@@ -42,7 +42,7 @@ def measure(model, measure, replicas, trainable, non_trainable, data):
     return on_each(trainable, non_trainable, data)
 
 
-def add(model, add, replicas, *, carry, state, kinds, **microbatch):
+def add(model, add, replicas, carry, state, kinds, *microbatch):
     """Add each device's part of a micro-batch to the device's sums.
 
     Args, returns: As on one device; share and factors are those of a device's part, and
@@ -54,24 +54,23 @@ def add(model, add, replicas, *, carry, state, kinds, **microbatch):
         sums, own = carry.sums
         with over_devices(model):
             carry, moved, own = add(
-                carry=carry._replace(sums=sums),
-                state=state._replace(
+                carry._replace(sums=sums),
+                state._replace(
                     non_trainable=_seeded(model, state.non_trainable, replicas),
                     metrics=own,
                 ),
-                kinds=kinds,
-                data=data,
-                share=share,
-                factors=None if factors is None else factors[0],
+                kinds,
+                data,
+                share,
+                None if factors is None else factors[0],
             )
         carry = carry._replace(sums=(carry.sums, own))
         moved = _of_all(model, state.non_trainable, moved)
         return jax.tree.map(lambda value: value[None], carry), moved
 
     on_each = replicas.on_each(run, (True, False, True, False, True), (True, False))
-    names = ("data", "share", "factors")
     state = state._replace(metrics=())  # a device adds to metrics of its own
-    carry, moved = on_each(carry, state, *(microbatch[name] for name in names))
+    carry, moved = on_each(carry, state, *microbatch)
     return carry, moved, None
 
 
