@@ -187,7 +187,7 @@ class SparseSums(Sums):
 
     def zeros(self):
         dense = [
-            # The graph would contain a constant, and be as large.
+            # `tf.zeros` would put a constant of this size into the graph.
             tf.zeros_like(internals.native(self.variables[i]), self.dtypes[i])
             for i in self.places
         ]
