@@ -60,7 +60,7 @@ class JaxFit(Engine):
 
         def train_function(state, iterator):
             nonlocal update
-            if len(state[0]) != len(update.variables):  # some were frozen since
+            if len(state[0]) != len(update.variables):  # the user froze some
                 update = new_update()
             logs = None
             for _ in range(steps_per_execution):

@@ -225,7 +225,7 @@ def uneven_normalization():
     try:
         model.fit(X[own], Y[own], batch_size=12, verbose=0)
     except ValueError as error:
-        assert "as many micro-batches" in str(error), error
+        assert "equally many micro-batches" in str(error), error
         return
     raise AssertionError("did not raise")
 
@@ -363,7 +363,7 @@ def sharded_loop():
     try:
         value_and_grad(list(module.parameters()), uneven)
     except ValueError as error:
-        assert "as many micro-batches" in str(error), error
+        assert "equally many micro-batches" in str(error), error
         return
     raise AssertionError("did not raise")
 
