@@ -141,7 +141,7 @@ def test_a_generator_that_is_used_up():
     """It would train nothing, and say nothing."""
     given = (v for v in ())
     with pytest.raises(
-        ValueError, match=r"gives what it has once.*Received: variables"
+        ValueError, match=r"gives its variables only once.*Received: variables"
     ):
         accumulated_value_and_grad(lambda *_: 0.0, microbatch_size=2)(given, examples())
 
