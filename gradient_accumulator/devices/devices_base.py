@@ -43,11 +43,7 @@ class Devices(ABC):
 
     @abstractmethod
     def call_once(self, function: Callable, *data: Any) -> list[np.ndarray]:
-        """Calls a function of the data, without gradients.
-
-        Returns:
-            The function's results, as a list of NumPy arrays.
-        """
+        """Calls a function without gradients; returns its results as NumPy arrays."""
 
 
 def lost(who: str, error: BaseException, update: str) -> RuntimeError:

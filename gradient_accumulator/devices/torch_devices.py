@@ -73,11 +73,7 @@ def broadcast(variables: Iterable[keras.Variable]) -> None:
 
 @contextmanager
 def in_step(yes: bool = True) -> Iterator[None]:
-    """A context whose code all processes run equally often, or not.
-
-    Args:
-        yes: Whether they do.
-    """
+    """A context whose code all processes run equally often, unless `yes` is False."""
     token = _in_step.set(yes)
     try:
         yield

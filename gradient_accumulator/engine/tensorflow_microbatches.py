@@ -233,10 +233,7 @@ def is_even(spec):
 
 
 def trace_microbatch(function, example, microbatches):
-    """The result of a function for any micro-batch, or its spec, without its effects.
-
-    In eager mode this is its result for the first micro-batch.
-    """
+    """The result (or its spec) of a function for any micro-batch, without effects."""
     if tf.executing_eagerly():
         with internals.StatelessScope():
             return function(microbatches.read(0, ()))

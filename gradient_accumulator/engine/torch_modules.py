@@ -28,12 +28,7 @@ class Alone:
         return numbers
 
     def check(self, microbatches: int, parameters: list) -> None:
-        """Raise if the module does not allow the micro-batches or the parameters.
-
-        Args:
-            microbatches: The number of micro-batches in this process.
-            parameters: The parameters to differentiate by.
-        """
+        """Raise if the module cannot use the parameters, or so many micro-batches."""
 
     def microbatch(self, last: bool) -> AbstractContextManager:
         """A context of a micro-batch's forward and backward pass."""
