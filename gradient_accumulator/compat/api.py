@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 def _uses_keras_2() -> bool:
@@ -32,3 +32,9 @@ if TYPE_CHECKING or not KERAS_2:
 else:
     from gradient_accumulator.compat.keras2_names import keras as keras
     from gradient_accumulator.compat.keras2_names import ops as ops
+
+
+def is_keras_own(function: Any) -> bool:
+    """Whether a class or method comes from Keras itself, not from a user's subclass."""
+    module = getattr(function, "__module__", None) or ""
+    return module.split(".")[0] in ("keras", "tf_keras")

@@ -12,6 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from gradient_accumulator.compat import keras2_normalization as normalization
+from gradient_accumulator.compat.api import is_keras_own as is_keras_own
 from gradient_accumulator.compat.keras2_data import BuiltByFit as BuiltByFit
 from gradient_accumulator.compat.keras2_data import FitData as FitData
 from gradient_accumulator.compat.keras2_names import keras
@@ -41,12 +42,6 @@ forget = normalization.forget
 
 def in_stateless_scope() -> bool:
     return False
-
-
-def is_keras_own(function: Callable) -> bool:
-    """Whether a method comes from Keras itself, not from a user's subclass."""
-    module = getattr(function, "__module__", None) or ""
-    return module.split(".")[0] in ("keras", "tf_keras")
 
 
 def rename(layer: Any, name: str) -> None:

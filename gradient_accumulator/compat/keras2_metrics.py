@@ -10,10 +10,9 @@ import numpy as np
 import tensorflow as tf
 
 from gradient_accumulator.compat.keras2_names import keras
+from gradient_accumulator.compat.model_base import numbers_seen
 
 number_weight: ContextVar[Any] = ContextVar("number_weight")
-# The numbers that metrics were updated by; None if nobody asks.
-numbers_seen: ContextVar[list | None] = ContextVar("numbers_seen", default=None)
 Reduce: Any = keras.metrics.Mean.__mro__[1]
 Wrapper: Any = keras.metrics.MeanMetricWrapper
 

@@ -16,13 +16,12 @@ from gradient_accumulator.compat.keras2_internals import (
 )
 from gradient_accumulator.compat.keras2_metrics import (
     Reduce,
-    Wrapper,
     averaging,
     number_weight,
-    numbers_seen,
     weighing_number,
 )
 from gradient_accumulator.compat.keras2_names import keras
+from gradient_accumulator.compat.model_base import CompiledModelBase
 
 
 def _weighing_once(update_state, share, once):
@@ -61,20 +60,8 @@ class _InPlaceOf:
         return self.function(y_true, y_pred, sample_weight)
 
 
-class CompiledModel:
-    """A compiled model, with what its trainer keeps private.
-
-    Args:
-        model: The model.
-    """
-
-    def __init__(self, model: Any):
-        self.model = model
-
-    @property
-    def layers(self) -> list:
-        """Returns the model and all its layers, at any depth."""
-        return list(self.model._flatten_layers())
+class CompiledModel(CompiledModelBase):
+    """A compiled model of Keras 2."""
 
     @property
     def has_static_inputs(self) -> bool:
@@ -197,8 +184,7 @@ class CompiledModel:
             ), sample_weight
         return *self._of_metrics(y, y_pred), sample_weight
 
-    def _means(self) -> list:
-        """Returns the model's metrics that average values, without those of losses."""
+    def means(self) -> list:
         losses_own = (
             self.model.compiled_loss.metrics if self.model.compiled_loss else []
         )
@@ -220,7 +206,7 @@ class CompiledModel:
         token = number_weight.set(weight)
         with ExitStack() as stack:
             stack.callback(number_weight.reset, token)
-            for metric in self._means():
+            for metric in self.means():
                 cls: Any = type(metric)
                 if cls.update_state is not Reduce.update_state:
                     stack.callback(setattr, metric, "__class__", cls)
@@ -230,51 +216,9 @@ class CompiledModel:
                 stack.enter_context(with_attribute(metric, "update_state", update))
             yield
 
-    def may_average_numbers(self, y_pred: Any) -> bool:
-        """Whether a metric may average one number for a whole micro-batch.
-
-        The metrics that Keras has classes for average a value for each example, if
-        predictions have an axis after the first.
-        """
-        flat = any(len(each.shape) < 2 for each in tf.nest.flatten(y_pred))
-        return any(
-            flat
-            or type(metric) is Wrapper
-            or not isinstance(metric, Wrapper)
-            or not is_keras_own(type(metric))
-            for metric in self._means()
-        )
-
-    def averages_numbers(self, microbatch: tuple, additional: list) -> bool:
-        """Whether a metric averages one number for a micro-batch, found out by a call.
-
-        The call must be traced, and never run.
-        """
-        seen: list = []
-        token = numbers_seen.set(seen)
-        try:
-            loss = self.compute_loss(microbatch, additional, 1.0, None)
-            self.update_metrics(microbatch, loss, 1, 1.0)
-        finally:
-            numbers_seen.reset(token)
-        return bool(seen)
-
-    @property
-    def has_own_metrics(self) -> bool:
-        """Whether the model has a `compute_metrics` of its own: it makes the logs."""
-        return not is_keras_own(type(self.model).compute_metrics)
-
     def update_metrics(
         self, microbatch: tuple, loss: Any, examples: Any, share: Any
     ) -> dict:
-        """Add a micro-batch to the metrics.
-
-        The compiled losses have recorded their means before, weighed by examples.
-
-        Returns:
-            The logs, if the model has its own `compute_metrics`; else an empty
-            dictionary.
-        """
         x, y, y_pred, sample_weight = microbatch
         with self.weighing_numbers(share):
             if self.has_own_metrics:
@@ -312,7 +256,6 @@ class CompiledModel:
     def compute_loss(
         self, microbatch: tuple, additional: list, share: Any, weigh: Callable | None
     ) -> Any:
-        """A micro-batch's loss: times `share`, it is a part of the batch's loss."""
         x, y, y_pred, sample_weight = microbatch
         once = self.records_shares(y)
         y, y_pred, sample_weight = self._of_loss(y, y_pred, sample_weight)
@@ -331,7 +274,6 @@ class CompiledModel:
 
     @contextmanager
     def replaced_losses(self, replace: Callable) -> Iterator[None]:
-        """A context in which `replace(loss)` stands in for each compiled loss."""
         compiled = self.model.compiled_loss
         losses = [
             None if loss is None else _InPlaceOf(loss, replace(loss))
@@ -340,37 +282,20 @@ class CompiledModel:
         with with_attribute(compiled, "_losses", losses):
             yield
 
-    def stand_ins(self, stand_in: Callable, microbatch: tuple) -> list:
-        """Compute the loss with stand-ins for the compiled losses, and record nothing.
+    @property
+    def loss_metrics(self):
+        return self.model.compiled_loss.metrics
 
-        Each stand-in gets the outputs, targets and weights of its loss. A model's own
-        `compute_loss` may change them, or call a loss several times.
-
-        Returns:
-            The stand-ins, one for each call of a loss.
-        """
-        made: list = []
-
-        def replace(loss):
-            def call(*args, **kwargs):
-                made.append(stand_in(loss))
-                return made[-1](*args, **kwargs)
-
-            return call
-
+    def call_losses(self, microbatch):
         x, y, y_pred, sample_weight = microbatch
-        with ExitStack() as stack:
-            for metric in self.model.compiled_loss.metrics:
-                stack.enter_context(
-                    with_attribute(metric, "update_state", lambda *_, **__: None)
-                )
-            stack.enter_context(self.replaced_losses(replace))
-            if is_keras_own(self.model.compute_loss) or hugging_face.is_one(self.model):
-                self.model.compiled_loss(*self._of_loss(y, y_pred, sample_weight))
-            else:
-                with self._metrics_kept(), self.weighing_numbers(1.0):
-                    self.model.compute_loss(x, y, y_pred, sample_weight)
-        return made
+        if is_keras_own(self.model.compute_loss) or hugging_face.is_one(self.model):
+            self.model.compiled_loss(*self._of_loss(y, y_pred, sample_weight))
+        else:
+            with self._metrics_kept(), self.weighing_numbers(1.0):
+                self.model.compute_loss(x, y, y_pred, sample_weight)
+
+    def zero_metrics(self):
+        """There is no stateless scope on Keras 2."""
 
     @contextmanager
     def _metrics_kept(self):

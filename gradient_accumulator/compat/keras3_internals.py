@@ -14,6 +14,7 @@ from keras.src.models.functional import Functional as Functional
 from keras.src.utils.io_utils import print_msg
 from keras.src.utils.python_utils import default as default
 
+from gradient_accumulator.compat.api import is_keras_own as is_keras_own
 from gradient_accumulator.compat.keras3_arrays import large_arrays as large_arrays
 from gradient_accumulator.compat.keras3_data import BuiltByFit as BuiltByFit
 from gradient_accumulator.compat.keras3_data import FitData as FitData
@@ -32,12 +33,6 @@ compute_output_spec: Any = backend.compute_output_spec
 get_mask = backend.get_keras_mask
 set_mask = backend.set_keras_mask
 print_message: Callable[[str], None] = print_msg  # prints where Keras shows progress
-
-
-def is_keras_own(function: Callable) -> bool:
-    """Whether a method comes from Keras itself, not from a user's subclass."""
-    module = getattr(function, "__module__", None) or ""
-    return module.split(".")[0] == "keras"
 
 
 def rename(layer: Any, name: str) -> None:

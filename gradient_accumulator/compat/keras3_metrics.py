@@ -12,12 +12,11 @@ import numpy as np
 from gradient_accumulator.compat.keras3_internals import (
     get_mask,
 )
+from gradient_accumulator.compat.model_base import numbers_seen
 
 number_weight: ContextVar[Any] = ContextVar("number_weight")
 # The micro-batch's sample weights that are one number, the weight of each example.
 weights_of_each: ContextVar[list] = ContextVar("weights_of_each")
-# The metrics that were updated by a number; None if nobody asks.
-numbers_seen: ContextVar[list | None] = ContextVar("numbers_seen", default=None)
 
 
 def is_number(tensor: Any) -> bool:

@@ -22,28 +22,16 @@ from gradient_accumulator.compat.keras3_metrics import (
     averaging,
     is_number,
     number_weight,
-    numbers_seen,
     weights_of_each,
 )
+from gradient_accumulator.compat.model_base import CompiledModelBase
 
 # Before Keras 3.14 an activity regularizer's loss is a sum over the examples.
 _SUMS_ACTIVITY_LOSSES = tuple(map(int, keras.__version__.split(".")[:2])) < (3, 14)
 
 
-class CompiledModel:
-    """A compiled model, with what its trainer keeps private.
-
-    Args:
-        model: The model.
-    """
-
-    def __init__(self, model: Any):
-        self.model = model
-
-    @property
-    def layers(self) -> list:
-        """Returns the model and all its layers, at any depth."""
-        return list(self.model._flatten_layers())
+class CompiledModel(CompiledModelBase):
+    """A compiled model of Keras 3."""
 
     @property
     def has_static_inputs(self) -> bool:
@@ -168,8 +156,7 @@ class CompiledModel:
             for each in (metric, *getattr(metric, "metrics", ()))
         }
 
-    def _means(self) -> list:
-        """Returns the model's metrics that average values, without those of losses."""
+    def means(self) -> list:
         compiled = self.model._compile_loss
         losses_own = [self.model._loss_tracker, *(compiled.metrics if compiled else [])]
         found = {
@@ -192,7 +179,7 @@ class CompiledModel:
             sample_weight: Nested sample weights. A number among them weighs each
                 example, because other micro-batches may have more examples.
         """
-        means = self._means()
+        means = self.means()
         classes: list[Any] = [type(metric) for metric in means]
         token = number_weight.set(weight)
         numbers = [
@@ -209,62 +196,9 @@ class CompiledModel:
             weights_of_each.reset(of_each)
             number_weight.reset(token)
 
-    def may_average_numbers(self, y_pred: Any) -> bool:
-        """Whether a metric may average one number for a whole micro-batch.
-
-        The metrics that Keras has classes for average a value for each example, if
-        predictions have an axis after the first.
-        """
-        wrapper = keras.metrics.MeanMetricWrapper
-        flat = any(len(each.shape) < 2 for each in keras.tree.flatten(y_pred))
-        return any(
-            flat
-            or type(metric) is wrapper
-            or not isinstance(metric, wrapper)
-            or not is_keras_own(type(metric))
-            for metric in self._means()
-        )
-
-    def averages_numbers(self, microbatch: tuple, additional: list) -> bool:
-        """Whether a metric averages one number for a micro-batch, found out by a call.
-
-        The call must be in a stateless scope.
-
-        Args:
-            microbatch: Inputs, targets, predictions and sample weights of a
-                micro-batch.
-            additional: As for `compute_loss`.
-        """
-        self.zero_metrics()
-        seen: list = []
-        token = numbers_seen.set(seen)
-        try:
-            loss = self.compute_loss(microbatch, additional, 1.0, None)
-            self.update_metrics(microbatch, loss, 1, 1.0)
-        finally:
-            numbers_seen.reset(token)
-        return bool(seen)
-
-    @property
-    def has_own_metrics(self) -> bool:
-        """Whether the model has a `compute_metrics` of its own: it makes the logs."""
-        return not is_keras_own(type(self.model).compute_metrics)
-
     def update_metrics(
         self, microbatch: tuple, loss: Any, examples: Any, share: Any
     ) -> dict:
-        """Add a micro-batch to the metrics.
-
-        Args:
-            microbatch: The inputs, targets, predictions and sample weights.
-            loss: The micro-batch's loss.
-            examples: The number of its examples.
-            share: Its part of the batch's examples.
-
-        Returns:
-            The logs, if the model has its own `compute_metrics`; else an empty
-            dictionary.
-        """
         x, y, y_pred, sample_weight = microbatch
         with self.weighing_numbers(share, sample_weight):
             if self.has_own_metrics:
@@ -319,16 +253,6 @@ class CompiledModel:
         share: Any,
         weigh: Callable | None,
     ) -> Any:
-        """A micro-batch's loss: times `share`, it is a part of the batch's loss.
-
-        Args:
-            microbatch: The inputs, targets, predictions and sample weights.
-            additional: The additional losses of the micro-batch's forward pass,
-                `model.losses`.
-            share: The micro-batch's part of the batch's examples.
-            weigh: Function of a compiled loss that returns the function to call
-                instead; or None to call the losses themselves.
-        """
         # Keras sums an additional loss with axes: its sums on micro-batches add up. One
         # without axes is taken as a mean over examples.
         x, y, y_pred, sample_weight = microbatch
@@ -372,7 +296,6 @@ class CompiledModel:
 
     @contextmanager
     def replaced_losses(self, replace: Callable) -> Iterator[None]:
-        """A context in which `replace(loss)` stands in for each compiled loss."""
         compiled = self.model._compile_loss
         original = compiled._flat_losses
         compiled._flat_losses = [
@@ -383,48 +306,21 @@ class CompiledModel:
         finally:
             compiled._flat_losses = original
 
-    def stand_ins(self, stand_in: Callable, microbatch: tuple) -> list:
-        """Compute the loss with stand-ins for the compiled losses,.
+    @property
+    def loss_metrics(self):
+        return self.model._compile_loss.metrics
 
-        Each stand-in gets the outputs, targets and weights of its loss. A model's own
-        `compute_loss` may change them, or call a loss several times.
-
-        Args:
-            stand_in: Function of a loss that returns a stand-in, which is called
-                instead.
-            microbatch: Inputs, targets, predictions and sample weights of a
-                micro-batch.
-
-        Returns:
-            The stand-ins, one for each call of a loss.
-        """
-        made: list = []
-
-        def replace(loss):
-            def call(*args, **kwargs):
-                made.append(stand_in(loss))
-                return made[-1](*args, **kwargs)
-
-            return call
-
+    def call_losses(self, microbatch):
         x, y, y_pred, sample_weight = microbatch
-        with ExitStack() as stack:
-            for metric in self.model._compile_loss.metrics:
-                stack.enter_context(
-                    with_attribute(metric, "update_state", lambda *_, **__: None)
-                )
-            stack.enter_context(self.replaced_losses(replace))
-            if is_keras_own(self.model.compute_loss):
-                self.model._compile_loss(y, y_pred, sample_weight)
-            else:
-                self.zero_metrics()
-                self.model._compute_loss(
-                    x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
-                )
-        return made
+        if is_keras_own(self.model.compute_loss):
+            self.model._compile_loss(y, y_pred, sample_weight)
+        else:
+            self.zero_metrics()
+            self.model._compute_loss(
+                x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
+            )
 
     def zero_metrics(self) -> None:
-        """Set metrics to 0. In `fit` on JAX they have no values."""
         scope = get_stateless_scope()
         for variable in self.model.metrics_variables:
             scope.add_update(
