@@ -20,8 +20,8 @@ import coverage
 from each_backend import COVERAGE
 
 POINTS = 5  # the core may run so many fewer branches, in a hundred
-# The files that differ between backends, or through which a backend trains. The tests of
-# all other files are in the core of one backend only.
+# The files that differ between backends, or through which a backend trains. The tests
+# of all other files are in the core of one backend only.
 OF_EACH = (
     "*/compat/*",
     "*/devices/*",

@@ -46,7 +46,7 @@ def tensorflow():
 
 @contextmanager
 def optimized_graphs():
-    """A context in which TensorFlow optimizes graphs, and drops unused parts of them."""
+    """A context in which TensorFlow optimizes graphs, and drops their unused parts."""
     _optimize_graphs(True)
     try:
         yield
