@@ -57,7 +57,7 @@ class Update:
         engine.prepare(self)
 
     def __call__(self, microbatches: Any) -> dict:
-        """Make an update from micro-batches, in the engine's form; returns the logs."""
+        """Make an update from the engine's micro-batches; returns the logs."""
         engine, statistics = self.engine, self.statistics
         weighed = engine.weigh(self, microbatches)
         if not hasattr(self, "steps"):

@@ -363,7 +363,11 @@ class _Updates:
 
 
 def _check_even(counts: set[int]) -> None:
-    """Raise if replicas that wait for each other differ in their micro-batches."""
+    """Raise if waiting replicas have different numbers of micro-batches.
+
+    Args:
+        counts: The different numbers of their micro-batches.
+    """
     if len(counts) > 1:
         raise ValueError(
             "Replicas that normalize by the examples of all replicas need equally many "

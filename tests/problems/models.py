@@ -57,7 +57,7 @@ tagger = of_tokens(lambda: layers.Dense(6, activation="tanh"), dense_steps())
 
 
 class Written(keras.Model):
-    """A subclassed model, whose `__init__` makes the layers. It is built as by users."""
+    """A subclassed model. `__init__` makes the layers, and the first call builds it."""
 
     def __init__(self, outputs=CLASSES, **kwargs):
         super().__init__(**kwargs)

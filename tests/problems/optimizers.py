@@ -172,7 +172,7 @@ add(
 
 
 def one_overflow():
-    """Data whose first batch has a finite loss, but an overflow in the scaled gradient."""
+    """The scaled gradient of the first batch overflows, and its loss is finite."""
     batches = vectors(1)
     batches[0][0][1, 0] = 1e36
     return batches

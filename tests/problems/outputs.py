@@ -21,7 +21,7 @@ from .problem import add, sgd
 
 @seeded
 def tagger_and_classifier():
-    """A model with an output for each step, with a mask, and an output without a mask."""
+    """A model with two outputs: one for each step, with a mask, and one without."""
     x = layers.Input((STEPS,), dtype="int32")
     h = layers.Embedding(TOKENS, 5, mask_zero=True)(x)
     h = layers.Dense(6, activation="tanh")(h)
