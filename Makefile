@@ -2,29 +2,29 @@
 
 # Python 3.10 or newer.
 PYTHON ?= python3
-# What the demo runs on: tensorflow, jax or torch.
+# The backend of the demonstration: tensorflow, jax or torch.
 BACKEND ?= tensorflow
-# Test processes at one time.
+# The number of test processes that run at one time.
 WORKERS ?= 2
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
 BACKENDS := tensorflow jax torch
-# The lower bound in pyproject.toml, and a JAX that it knows.
+# The oldest Keras that pyproject.toml allows, and a JAX that it works with.
 OLDEST_KERAS := 3.8.0
 OLDEST_JAX := 0.4.38
 
-# A Python that TensorFlow 2.12 and 2.15 exist for: 3.10 or 3.11.
+# TensorFlow 2.12 and 2.15 need Python 3.10 or 3.11.
 KERAS2_PYTHON ?= $(or $(shell command -v python3.11 || command -v python3.10),$(PYTHON))
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# The tests on the backends that are named, one after the other.
+# Runs the tests on the backends that follow it, one after another.
 EACH_BACKEND = $(BIN)/python tests/each_backend.py $(if $(COVERAGE),--coverage)
 IN_PROCESSES := -n $(WORKERS) --dist loadgroup
 
-# Files that say what is installed; a second run finds them and installs nothing.
+# These files exist after an installation, so that a second run installs nothing.
 DEMO_READY := $(VENV)/.ready-demo-$(BACKEND)
 TEST_READY := $(VENV)/.ready-test
 OLDEST_READY := $(VENV)/keras-$(OLDEST_KERAS)/.ready
@@ -41,18 +41,18 @@ KERAS2_OLDEST_READY := $(VENV)-keras2-oldest/.ready
 
 help:
 	@echo "make demo            a real brain and sentences: the batch, and micro-batches"
-	@echo "make demo BACKEND=jax    the same on JAX (or torch)"
+	@echo "make demo BACKEND=jax    the demonstration on JAX (or torch)"
 	@echo "make test            the core of the tests on TensorFlow, JAX and PyTorch"
 	@echo "make test-jax        the core on JAX (or -tensorflow, -torch)"
 	@echo "make test-all        all tests that a change must pass; test-all-jax on JAX"
-	@echo "make test-full       the slowest ones too"
+	@echo "make test-full       all tests, and the slowest tests too"
 	@echo "make test-oldest     the tests with Keras $(OLDEST_KERAS)"
 	@echo "make test-keras2     the tests on Keras 2: TensorFlow 2.15, and tf_keras"
-	@echo "make test-keras2-oldest  the same on TensorFlow 2.12"
+	@echo "make test-keras2-oldest  the tests on Keras 2: TensorFlow 2.12"
 	@echo "make lint types      ruff, import-linter, sizes and words, mypy;  make format  rewrites"
 	@echo "make benchmark       the tables of benchmarks/results"
-	@echo "make benchmark-keras2    against gradient-accumulator 0.5.2"
-	@echo "make clean           removes .venv and what tools leave behind"
+	@echo "make benchmark-keras2    compares with gradient-accumulator 0.5.2"
+	@echo "make clean           removes .venv and the files that tools leave"
 
 demo: $(DEMO_READY)
 	$(BIN)/gradient-accumulator demo --backend $(BACKEND) $(DEMO_ARGS)
@@ -80,15 +80,15 @@ test-oldest: $(OLDEST_READY)
 $(BACKENDS:%=test-oldest-%): test-oldest-%: $(OLDEST_READY)
 	PYTHONPATH=$(<D) $(EACH_BACKEND) $* -- $(IN_PROCESSES) $(PYTEST_ARGS)
 
-# After `make test-all COVERAGE=yes`: whether the core runs most of what all tests run.
+# Run it after `make test-all COVERAGE=yes`. It fails if the core runs too few branches.
 compare-core: $(TEST_READY)
 	$(BIN)/python tests/core.py compare
 
-# Which tests would make one; of `python tests/core.py choose --help` the rest.
+# Chooses the tests of a new core. `python tests/core.py choose --help` says more.
 choose-core: $(TEST_READY)
 	$(BIN)/python tests/core.py choose
 
-# Those that are not of Keras 3 only.
+# The tests that run on Keras 2.
 KERAS2_TESTS := tests/keras2 tests/test_fit_exact.py tests/test_optimizer_exact.py
 
 test-keras2: test-keras2-2.15 test-keras2-tf_keras
@@ -164,13 +164,13 @@ $(KERAS2_READY) $(KERAS2_OLDEST_READY): $(VENV)-%/.ready: requirements/%.txt
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
-# Keras 2 beside the newest TensorFlow, without what would install that once more.
+# Keras 2 with the newest TensorFlow, which is installed already: `--no-deps`.
 $(TF_KERAS_READY): $(TEST_READY)
 	version=$$($(BIN)/python -c 'from tensorflow import version; print(version.VERSION)') && \
 	$(PIP) --upgrade --no-deps --target $(@D) "tf_keras~=$$version"
 	@touch $@
 
-# The oldest Keras lies in a folder of its own, over the same backends.
+# The oldest Keras is in its own folder. It uses the installed backends, except for JAX.
 $(OLDEST_READY): $(TEST_READY)
 	$(PIP) --upgrade --no-deps --target $(@D) keras==$(OLDEST_KERAS) \
 	    jax==$(OLDEST_JAX) jaxlib==$(OLDEST_JAX)

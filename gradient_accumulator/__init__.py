@@ -1,7 +1,8 @@
-"""Gradient accumulation for any Keras training, exact to the big batch.
+"""Gradient accumulation for Keras: training in micro-batches, exactly as on the batch.
 
-`accumulate` makes a model that exists train in micro-batches, and
-`GradientAccumulateModel` is a `keras.Model` that does.
+`accumulate` makes an existing model train in micro-batches. `GradientAccumulateModel`
+is a `keras.Model` that trains in micro-batches. For training loops of your own there
+are `accumulated_value_and_grad` and `GradientAccumulateOptimizer`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def __getattr__(name: str) -> object:
 
 
 def _version() -> str:
-    """The version that is installed."""
+    """The installed version."""
     from importlib import metadata
 
     try:

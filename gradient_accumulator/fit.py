@@ -1,4 +1,4 @@
-"""The class that `fit` of a model that accumulates enters by."""
+"""`Accumulating`, the class whose `fit` accumulates, and how a model gets it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from gradient_accumulator.statistics import pooling_layers
 
 Model = TypeVar("Model", bound=keras.Model)
 
-# Where a model keeps its `Training`: past what Keras tracks, and saves.
+# The entry of a model's `__dict__` for its `Training`. Keras does not track or save it.
 _TRAINING = "_gradient_accumulation"
-# Where a class that `_accumulating` made has the model's own.
+# The attribute of a class made by `_accumulating` that holds the model's own class.
 _MADE_OF = "_gradient_accumulation_of"
 
 
 class Training:
-    """What a model that accumulates keeps from one call of `fit` to the next.
+    """The state that a model keeps from one call of `fit` to the next.
 
     Args:
-        accumulation: How it accumulates.
+        accumulation: How the model accumulates.
     """
 
     def __init__(self, accumulation: Accumulation):
@@ -37,15 +37,15 @@ class Training:
         self.engine = engine.new_engine()
         self.epoch = Epoch()
         self.notices = Notices(accumulation)
-        # Called where Keras has set up the data of `fit`.
+        # A function that is called when Keras has set up the data of `fit`.
         self.data_is_ready: Callable[[], None] = lambda: None
 
 
 class Accumulating(internals.BuiltByFit):
-    """Lies between a model's own class and `keras.Model`.
+    """A class between a model's own class and `keras.Model`.
 
-    There `fit` has the data that Keras would get, after what the model's own `fit` did
-    with it, and everything else that a class overrides is still above.
+    A model's own `fit` runs first and may change the data. So this `fit` gets the data
+    that Keras would get. All other methods of the model's own class also come first.
     """
 
     def fit(self, *args, **kwargs):
@@ -63,7 +63,7 @@ class Accumulating(internals.BuiltByFit):
         call = epoch.of_call(
             data.steps_per_epoch,
             fitting=True,
-            # Alone, a process could not take fewer micro-batches than the others.
+            # One of several processes cannot take fewer micro-batches than the others.
             sized=data.length is not None
             and not devices.active().several_processes(self),
         )
@@ -125,7 +125,7 @@ class Accumulating(internals.BuiltByFit):
     def __reduce__(self):
         reduced = super().__reduce__()
         cls: Any = type(self)
-        if _MADE_OF not in vars(cls):  # accumulates wherever it is loaded
+        if _MADE_OF not in vars(cls):  # this class accumulates without `accumulate`
             return reduced
         return _unpickled, (_of_class(vars(cls)[_MADE_OF], reduced), _config_of(self))
 
@@ -134,46 +134,46 @@ class Accumulating(internals.BuiltByFit):
 
 
 def training_of(model: keras.Model) -> Training | None:
-    """What a model that accumulates keeps, None if it trains as Keras's do."""
+    """The model's `Training`; None if it does not accumulate."""
     return model.__dict__.get(_TRAINING)
 
 
 def accumulation_of(model: keras.Model) -> Accumulation | None:
-    """How a model accumulates, None if it trains as Keras's do."""
+    """How a model accumulates; None if it does not."""
     training = training_of(model)
     return None if training is None else training.accumulation
 
 
 def _fitting(model: keras.Model) -> Training | None:
-    """The same during `fit`."""
+    """The model's `Training` during `fit`, else None."""
     training = training_of(model)
     return training if training is not None and training.epoch.fitting else None
 
 
 def accumulate_as(model: Model, accumulation: Accumulation) -> Model:
-    """What `accumulate` does, with arguments that are checked."""
+    """`accumulate`, with arguments that have been checked."""
     check_backend()
     if isinstance(model.__dict__.get("accumulation"), Accumulation):
         del model.__dict__["accumulation"]
     model.__dict__.pop(_TRAINING, None)
-    # The function that was made for another way of training is of no use.
+    # The model may have a train function for another way of training.
     model.train_function = None
     if accumulation.is_plain:
         model.__class__ = own_class(model)
         return model
     model.__class__ = _accumulating(type(model))
     model.__dict__[_TRAINING] = Training(accumulation)
-    # A user's own attribute of that name, or a layer, stays what it is.
+    # A user's own attribute, or layer, of that name stays.
     if getattr(model, "accumulation", None) is None:
         model.__dict__["accumulation"] = accumulation
     return model
 
 
 def _accumulating(cls: Any) -> Any:
-    """The class that a model of a class accumulates by.
+    """The class of an accumulating model, made of the model's own class.
 
-    It goes by the name of the model's own, and what is saved, loaded or cloned of the
-    model is of that.
+    It has the name of the model's own class. A saved, loaded or cloned model is of the
+    model's own class.
     """
     if issubclass(cls, Accumulating):
         return cls
@@ -200,12 +200,12 @@ def _accumulating(cls: Any) -> Any:
     if found:
         register = keras.saving.register_keras_serializable(package, name)
         register(made)
-        register(cls)  # the last one registered is the one that loads
+        register(cls)  # Keras loads the class that was registered last
     return made
 
 
 def own_class(model: Any) -> type:
-    """The class that a model is of, but for how it trains."""
+    """A model's own class, without `Accumulating`."""
     return vars(type(model)).get(_MADE_OF, type(model))
 
 
@@ -215,7 +215,7 @@ def _config_of(model: keras.Model) -> dict | None:
 
 
 def _of_class(cls: Any, reduced: tuple) -> tuple:
-    """What `__reduce__` returned for a model, as for one of the class it is made of."""
+    """The result of `__reduce__` for a model, changed to make one of its own class."""
     function, arguments, *state = reduced
     if isinstance(getattr(function, "__self__", None), type):  # a method of the class
         function = getattr(cls, function.__name__)
@@ -228,7 +228,7 @@ def _of_class(cls: Any, reduced: tuple) -> tuple:
 
 def _rebuilt(function: Callable, arguments: tuple, state: Any = None) -> keras.Model:
     model = function(*arguments)
-    if state is not None:  # Keras 2 hands it on of a model that is not built
+    if state is not None:  # Keras 2 gives it for a model that is not built
         vars(model).update(state)
     return model
 
@@ -241,10 +241,10 @@ def _unpickled(reduced: tuple, config: dict | None) -> keras.Model:
 
 
 class _EpochCallback(keras.callbacks.Callback):
-    """Tells where an epoch begins, and checks what it was given.
+    """Says when an epoch begins, and checks at its end the data that it got.
 
-    The first of the callbacks, so that others do not see the end of an epoch that
-    failed.
+    It is the first of the callbacks, so that the others do not see the end of an epoch
+    that failed.
     """
 
     def __init__(self, training: Training, data: Any):
@@ -256,7 +256,7 @@ class _EpochCallback(keras.callbacks.Callback):
         self.data.begin(self.params or {})
 
     def on_epoch_begin(self, epoch, logs=None):
-        # Not all data ends with the epoch: several workers read ahead.
+        # The length is needed, because several workers read ahead of the epoch's end.
         length = self.data.epoch_length(self.params or {})
         self.training.epoch.begin(length, epoch + 1)
 
@@ -267,7 +267,7 @@ class _EpochCallback(keras.callbacks.Callback):
         epoch = self.training.epoch
         self.training.engine.epoch_ended(epoch)
         epoch.check_not_empty()
-        # Of other data Keras knows the length, and warns.
+        # If the length is known, Keras warns.
         if self.data.endless and not epoch.sized and not self.model.stop_training:
             epoch.check_complete()
         self.training.notices.after_epoch(self.model, epoch)
@@ -277,7 +277,7 @@ def _arguments_of_fit(model, args, kwargs) -> dict:
     """All arguments of a call of Keras's `fit`, by name."""
     try:
         bound = _FIT.bind(model, *args, **kwargs)
-    except TypeError as error:  # as calling it would
+    except TypeError as error:  # a call of `fit` would raise this
         raise TypeError(f"{keras.Model.fit.__qualname__}() {error}") from None
     bound.apply_defaults()
     _, *names = bound.arguments
@@ -289,7 +289,7 @@ _FIT = inspect.signature(keras.Model.fit)
 
 @contextlib.contextmanager
 def _not_empty(epoch: Epoch) -> Iterator[None]:
-    """Says so where Keras finds nothing to build the model from."""
+    """A context that raises the right error if the data of `fit` has no batch."""
     try:
         yield
     except StopIteration:
@@ -298,7 +298,7 @@ def _not_empty(epoch: Epoch) -> Iterator[None]:
 
 
 def _reset_statistics(model: keras.Model) -> None:
-    """Forget what calls in training outside of an update have pooled."""
+    """Forget the statistics that calls in training outside of an update have pooled."""
     for layer in pooling_layers(model):
-        if layer.pending:  # to look costs less than to assign
+        if layer.pending:  # reading costs less than assigning
             layer.reset()

@@ -22,7 +22,7 @@ class ValueAndGrad(Protocol):
     def __call__(
         self, variables: Any, batch: Any, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        """The loss, and gradients nested as `variables`."""
+        """Returns the loss, and gradients nested as `variables`."""
 
 
 class ValueAuxAndGrad(Protocol):
@@ -31,20 +31,19 @@ class ValueAuxAndGrad(Protocol):
     def __call__(
         self, variables: Any, batch: Any, *args: Any, **kwargs: Any
     ) -> tuple[tuple[Any, Any], Any]:
-        """The loss with what `loss_fn` returns besides, and the gradients."""
+        """Returns the pair of loss and `aux`, and gradients nested as `variables`."""
 
 
 @dataclass(frozen=True)
 class LossFunction:
-    """A user's function that computes a micro-batch's loss, and how its micro-batches
-    join.
+    """A user's function that computes the loss of a micro-batch, and its settings.
 
     Args:
-        function: What the user gave.
+        function: The user's function.
         microbatch_size: Number of examples in a micro-batch.
         has_aux: Whether the function returns more than the loss.
         accum_dtype: Dtype in which gradients are summed.
-        module: What reduces the gradients over processes, or None.
+        module: The module that reduces the gradients over processes, or None.
     """
 
     function: Callable
@@ -54,14 +53,14 @@ class LossFunction:
     module: Any = None
 
     def __call__(self, *args, **kwargs) -> tuple[Any, Any, Any]:
-        """The numerator, its denominator or None if it is a mean, and what is more."""
+        """Returns the numerator, the denominator (None for a mean), and `aux`."""
         result = self.function(*args, **kwargs)
         aux = None
         if self.has_aux:
             if not isinstance(result, tuple) or len(result) != 2:
                 raise ValueError(
                     "With `has_aux=True`, `loss_fn` must return a pair of the loss "
-                    "and what is to be returned besides. "
+                    "and the other results. "
                     f"Received: {described(result)}"
                 )
             result, aux = result
@@ -112,13 +111,13 @@ class Accumulation:
     def add(
         self, carry: Carry, loss: Callable[[Any], tuple], variables: list, examples: Any
     ) -> tuple[Carry, Any]:
-        """Add a micro-batch; returns the new carry, and what `loss_fn` returns besides.
+        """Add a micro-batch; returns the new carry, and the `aux` of `loss_fn`.
 
         Args:
-            carry: What the micro-batch before returned.
+            carry: The carry that the previous micro-batch returned.
             loss: A function of the variables that returns the micro-batch's numerator,
-                its denominator or None, and what is returned besides.
-            variables: The variables, or what `value_and_grad` takes for them.
+                its denominator or None, and `aux`.
+            variables: The variables, or the values that `value_and_grad` takes instead.
             examples: The micro-batch's number of examples.
         """
 
@@ -162,17 +161,17 @@ def _is_scalar(part: Any) -> bool:
 
 
 def _has_more(result: Any) -> bool:
-    """Whether a loss and something besides was returned."""
+    """Whether a function returned a loss and other results."""
     if isinstance(result, Mapping):
         return True
     return isinstance(result, (tuple, list)) and bool(result) and _is_scalar(result[0])
 
 
 def listed(variables: Any) -> list:
-    """The list of variables, of whatever they come in.
+    """The list of the variables in an iterable.
 
     Raises:
-        TypeError: If they are nested, or one.
+        TypeError: If they are nested, or if it is a single variable.
         ValueError: If there are none.
     """
     if (
@@ -182,14 +181,14 @@ def listed(variables: Any) -> list:
     ):
         raise TypeError(
             "Argument `variables` must be a list of variables, such as "
-            "`model.trainable_variables`, or `module.parameters()` of PyTorch's. "
+            "`model.trainable_variables`, or `module.parameters()` of PyTorch. "
             f"Received: variables={described(variables)}"
         )
     made = list(variables)
     if not made:
         used_up = (
-            ": a generator, such as `module.parameters()`, gives what it has once, so "
-            "ask for a new one for each update, or make a list of it"
+            ": a generator, such as `module.parameters()`, gives its variables only "
+            "once, so make a new one for each update, or make a list of it"
             if isinstance(variables, Iterator)
             else ""
         )
@@ -201,11 +200,11 @@ def listed(variables: Any) -> list:
 
 
 def check_leaves(batch: Any, leaves: list) -> None:
-    """Raise, and say where, unless a batch consists of arrays of examples.
+    """Raise, and name the entry, unless a batch consists of arrays of examples.
 
     Args:
         batch: Nested arrays.
-        leaves: What the backend's framework sees in it.
+        leaves: The leaves that the backend's framework finds in the batch.
     """
     if all(tuple(getattr(leaf, "shape", ())) for leaf in leaves):
         return
@@ -215,8 +214,9 @@ def check_leaves(batch: Any, leaves: list) -> None:
         error = ValueError if hasattr(leaf, "shape") else TypeError
         raise error(
             f"`{place}` must be an array, with the same number of examples in its "
-            "first axis as every array of the batch. What all examples share goes to "
-            "`loss_fn` as a further argument: `value_and_grad(variables, batch, more)`."
+            "first axis as every array of the batch. Give data that all examples share "
+            "as a further argument of `loss_fn`: `value_and_grad(variables, batch, "
+            "more)`."
             f" Received: {place}={described(leaf)} (of type {type(leaf).__name__})"
         )
 
@@ -236,13 +236,13 @@ def _places(data: Any, place: str) -> Iterator[tuple[str, Any]]:
 
 
 def warn_of_nan(is_nan: bool) -> None:
-    """Where the mean of an update's losses is known: whether it is a number."""
+    """Warn if the mean loss of an update is not a number."""
     if is_nan:
         warnings.warn(
             "The mean loss of a micro-batch is not a number. If it is a mean over "
-            "nothing, as of a micro-batch whose targets are all ignored or masked, let "
-            "`loss_fn` return a pair instead, the sum and the number that it would be "
-            "divided by: a micro-batch without any then adds nothing.",
+            "nothing, because all targets of the micro-batch are ignored or masked, "
+            "let `loss_fn` return a pair instead: the sum, and the number of values "
+            "in it. Such a micro-batch then adds nothing.",
             stacklevel=3,
         )
 
@@ -289,11 +289,11 @@ def accumulated_value_and_grad(
     accum_dtype: str = "float32",
     module: Any = None,
 ) -> ValueAndGrad | ValueAuxAndGrad:
-    """A function that computes a batch's loss and gradients micro-batch by micro-batch.
+    """Returns a function that computes the loss and the gradients of a batch.
 
-    Only one micro-batch's activations are in memory at a time. It is the loop for
-    training steps of your own, where one call is one update: no counter, nothing left
-    over.
+    The function computes them micro-batch by micro-batch, so that only one
+    micro-batch's activations are in memory at a time. It is for training steps of your
+    own: one call is one update. There is no counter, and no micro-batch is left over.
 
     ```
     for each micro-batch k:  numerator_k, denominator_k = loss_fn(micro-batch k)
@@ -301,55 +301,62 @@ def accumulated_value_and_grad(
     gradient = sum_k d numerator_k / sum_k denominator_k
     ```
 
-    On JAX a random key among `args` is the same for every micro-batch, and so would be
-    the dropout masks drawn from it: put keys into `batch`, one for each example.
+    If all micro-batches used one random key from `args` on JAX, they would draw equal
+    dropout masks. Put keys into `batch` instead, one for each example.
 
     Args:
         loss_fn: A function that computes a micro-batch's loss. On TensorFlow and
-            PyTorch it is called as `loss_fn(microbatch, *args, **kwargs)`; on JAX,
-            whose functions are pure, as `loss_fn(variables, microbatch, *args,
-            **kwargs)`. It returns the mean over the micro-batch's examples, or, where
-            examples do not all weigh the same (tokens under a mask), a tuple of a
-            numerator and its denominator, both scalars. No
-            gradient is taken of the denominator. Only this pair is right where a
-            micro-batch may have nothing to take a mean of, such as ignored labels only:
-            that mean is not a number, and so would the update be. It warns of it, but
-            not in `jax.jit` or a `tf.function`, which do not know values yet.
+            PyTorch the call is `loss_fn(microbatch, *args, **kwargs)`. On JAX, whose
+            functions are pure, it is `loss_fn(variables, microbatch, *args, **kwargs)`.
+            It returns the mean over the micro-batch's examples. If examples have
+            different weights (tokens under a mask), it returns a tuple of a numerator
+            and its denominator instead, both scalars. The denominator has no gradient.
+            Return this tuple too if the labels of a micro-batch may all be ignored: a
+            mean over nothing is NaN, and would make the whole update NaN. There is a
+            warning about such a mean, but not in `jax.jit` or a `tf.function`, which do
+            not know values while they trace.
         microbatch_size: Positive int, the number of examples in a micro-batch. The last
             micro-batch may be smaller.
-        has_aux: Whether `loss_fn` returns a tuple of the loss and something more, a
-            nested structure of tensors.
-        accum_dtype: Name of the float dtype that gradients are summed in (float64
-            variables always sum in float64).
-        module: On PyTorch, the `DistributedDataParallel` or the FSDP2 module (what
-            `fully_shard` returns) that `loss_fn` calls. Its processes reduce their
-            gradients once, with the last micro-batch's, and each gets the loss and the
-            gradients of all their examples: each is given its share of the batch,
-            of any number of micro-batches. It does the summing, in its own dtype.
+        has_aux: Whether `loss_fn` returns a tuple `(loss, aux)`. `aux` is a nested
+            structure of tensors.
+        accum_dtype: Name of the float dtype in which gradients are summed. float64
+            variables always sum in float64.
+        module: On PyTorch, the module that `loss_fn` calls, if it is a
+            `DistributedDataParallel` or an FSDP2 module (the result of `fully_shard`).
+            Give each process its share of the batch, in any number of micro-batches
+            (equally many for FSDP2). The processes reduce their gradients once, with
+            the last micro-batch, and all get the loss and the gradients of the whole
+            batch. The module sums gradients in its own dtype.
 
     Returns:
-        A function `(variables, batch, *args, **kwargs)`. `variables` are those to
-        differentiate by: a list of variables or parameters on TensorFlow and PyTorch,
-        also a generator of them, and any nested arrays on JAX. `batch` is nested
-        tensors that agree in their first axis; `args` and `kwargs` go to `loss_fn` with
-        every micro-batch. As that of `jax.value_and_grad`, it returns `(loss,
-        gradients)`, or `((loss, aux), gradients)`: gradients are nested as `variables`,
-        in their dtypes, and None where there is none (zeros on JAX). Of `aux`, tensors
-        are joined along their first axis, and scalars become vectors with an entry for
-        each micro-batch. Where all denominators are 0, loss and gradients are.
+        A function `(variables, batch, *args, **kwargs)`, which returns `(loss,
+        gradients)`, or `((loss, aux), gradients)` with `has_aux`, as that of
+        `jax.value_and_grad` does.
 
-        On JAX it is pure and can be jitted; there the loop is a `jax.lax.scan`, in
-        which XLA runs convolutions slowly on CPUs. Called outside of `jax.jit` it
-        compiles the work on one micro-batch itself, and loops on the host: there arrays
-        and floats among `args` and `kwargs` are traced, as `jax.jit` does, and for each
-        other int, bool, string or function it compiles anew. On TensorFlow it works
-        inside and outside of `tf.function`. On PyTorch it calls `backward`, and leaves
-        the parameters' `grad` as it was.
+        - `variables` are the variables to differentiate by. On TensorFlow and PyTorch
+          they are a list, or a generator, of variables or parameters. On JAX they are
+          any nested arrays.
+        - `batch` is nested tensors with equal first axes. `args` and `kwargs` go to
+          `loss_fn` with every micro-batch.
+        - The gradients are nested as `variables`, in their dtypes, and None for a
+          variable without a gradient (zeros on JAX). If all denominators are 0, the
+          loss and the gradients are 0.
+        - The tensors of `aux` are joined along their first axis. Its scalars become
+          vectors with an entry for each micro-batch.
+
+        On JAX the function is pure and can be jitted. The loop is then a
+        `jax.lax.scan`, in which XLA runs convolutions slowly on CPUs. Outside of
+        `jax.jit` the function compiles the work on one micro-batch, and loops on the
+        host. Arrays and floats among `args` and `kwargs` are then traced, and the work
+        is compiled again for each new int, bool, string or function. On TensorFlow the
+        function works inside and outside of `tf.function`. On PyTorch it calls
+        `backward`, and leaves the parameters' `grad` as it was.
 
     Raises:
-        TypeError, ValueError: If an argument is unfit; when called, if variables are
-            of another framework than Keras runs on, the batch's tensors have different
-            numbers of examples, or `loss_fn` returns no scalar.
+        TypeError, ValueError: If an argument is wrong. The function raises them if
+            variables are of another framework than Keras's backend, if the batch's
+            tensors have different numbers of examples, or if `loss_fn` returns no
+            scalar.
 
     Example:
 
@@ -365,12 +372,12 @@ def accumulated_value_and_grad(
     loss, gradients = value_and_grad(params, batch)
     ```
 
-    With dropout on JAX, whatever the size of the micro-batches:
+    With dropout on JAX, for micro-batches of any size:
 
     ```python
     def loss_fn(params, microbatch):
         x, y, keys = microbatch
-        predictions = jax.vmap(apply, (None, 0, 0))(params, x, keys)  # each its key
+        predictions = jax.vmap(apply, (None, 0, 0))(params, x, keys)  # a key for each
         return ((predictions - y) ** 2).mean()
 
     keys = jax.random.split(key, len(x))

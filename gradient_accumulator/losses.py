@@ -1,12 +1,12 @@
-"""The denominator of each compiled loss, by which micro-batches add up exactly.
+"""The denominator of each compiled loss, with which micro-batches add up exactly.
 
-A compiled loss on micro-batch k is a numerator over a denominator. The batch's is
+A compiled loss on micro-batch k is a numerator over a denominator. On the batch it is
 
     sum_k num_k / sum_k den_k  =  sum_k (den_k / sum_i den_i) * (num_k / den_k)
 
-so that the numerators of all micro-batches are divided by one number, the batch's
-denominator, and a micro-batch with denominator 0 adds nothing. An update multiplies a
-micro-batch's whole loss by its share of the examples, `share_k`; the *factors* here
+So the numerators of all micro-batches are divided by one number, the batch's
+denominator, and a micro-batch with denominator 0 adds nothing. An update multiplies the
+whole loss of a micro-batch by its share of the examples, `share_k`. The *factors* here
 undo that for the compiled losses:
 
     total = sum_k share_k * (sum_j factor_jk * num_jk + additional losses)
@@ -18,9 +18,9 @@ micro-batch replaces the numerator, and the factor is 1.
 Additional losses (regularizers, `add_loss`) have no factor: they count once an update,
 as means over examples do.
 
-If a model has one compiled loss and no other, its denominator need not be known before:
-the pass that computes a micro-batch's numerator computes its denominator too, and the
-sums are divided in the end.
+If a model has one compiled loss and no other, the update need not know its denominator
+first: the pass that computes a micro-batch's numerator computes its denominator too,
+and the sums are divided in the end.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from gradient_accumulator.microbatches import (
     is_number,
 )
 
-# The kinds of losses, by what their micro-batches are divided by.
-ADDITIVE = "additive"  # nothing: micro-batches add up
-BY_EXAMPLES = "by_examples"  # the number of examples, as the loss itself is a mean
-NORMALIZED = "normalized"  # a denominator of the micro-batch's own
-DIVIDED_LAST = "divided_last"  # that too, after the last micro-batch
+# The kinds of losses differ in the denominator.
+ADDITIVE = "additive"  # there is none: micro-batches add up
+BY_EXAMPLES = "by_examples"  # it is the number of examples: the loss is a mean
+NORMALIZED = "normalized"  # it is measured, before the first micro-batch
+DIVIDED_LAST = "divided_last"  # it is measured, and divides after the last micro-batch
 
 
 def kind(loss: keras.losses.Loss) -> str:
-    """How the value of `loss` on a batch comes from its values on micro-batches.
+    """The kind of a loss: how its values on micro-batches add up to that on the batch.
 
-    A loss whose class overrides `__call__` has a reduction that is not known: its
-    micro-batches weigh by their examples. So do those of a loss without reduction,
-    whose values the optimizer sums.
+    If the class of a loss overrides `__call__`, its reduction is not known, and the
+    loss of a micro-batch is weighted by its examples. This also holds for a loss
+    without reduction, whose values the optimizer sums.
     """
     if type(loss).__call__ is not keras.losses.Loss.__call__:
         return BY_EXAMPLES
@@ -70,9 +70,9 @@ class Denominator:
         value: The denominator of a `NORMALIZED` loss, a scalar tensor or a number.
         rank: The number of axes of the loss's values before they are reduced.
         varies: Whether micro-batches of one shape can have different denominators.
-        by_predictions: Whether they can because of the predictions' values or mask.
-        by_one_weight: Whether plain Keras would divide by one number, which is the
-            weight of every example.
+        by_predictions: Whether these depend on the values or the mask of predictions.
+        by_one_weight: Whether plain Keras would divide by a sample weight that is one
+            number, the weight of every example.
     """
 
     def __init__(self, loss: keras.losses.Loss):
@@ -95,7 +95,7 @@ class Denominator:
         if self.rank == 1 and not _is_of_each(values, y_pred):
             self.rank = 2  # a value for each time step, for example
         if self.rank == 0:
-            # One value for the micro-batch couples its examples.
+            # The loss has one value for all examples, which has no denominator.
             self.kind = BY_EXAMPLES
             return
         masked = internals.get_mask(y_pred) is not None
@@ -105,7 +105,7 @@ class Denominator:
         )
         by_mask = masked or internals.get_mask(values) is not None
         self.varies = by_mask or by_weights
-        # With a mask there is a weight for each value.
+        # A mask gives each value its own weight.
         self.by_one_weight = by_weights and not by_mask and is_number(sample_weight)
         # A user's own loss may take its mask from anywhere.
         self.by_predictions = masked or not CompiledLoss(self.loss).is_keras_own
@@ -146,15 +146,15 @@ class _Inspected(Denominator):
 
 
 def _is_of_each(values, y_pred):
-    """Whether there is one value for each example, as far as shapes tell."""
+    """Whether there may be one value for each example, by the shapes."""
     predictions = keras.tree.flatten(y_pred)[0]
     count = predictions.shape[0] if len(predictions.shape) else None
     return None in (count, values.shape[0]) or count == values.shape[0]
 
 
 def _size(values, y_true):
-    # The shape of the targets is known without a forward pass, that of the values may
-    # not be. An axis of one length in all micro-batches changes no factor.
+    # The shape of the values may need a forward pass, that of the targets does not. The
+    # targets may have more axes of fixed length, which change no factor.
     shape = tuple(getattr(y_true, "shape", ()))
     rank = len(values.shape)
     if shape[:rank] == tuple(values.shape) and None not in shape[rank:]:
@@ -166,12 +166,12 @@ def _size(values, y_true):
 
 
 def dtype() -> str:
-    """The dtype of shares, denominators and factors, at least that of the losses."""
+    """The dtype of shares, denominators and factors."""
     return "float64" if keras.config.floatx() == "float64" else "float32"
 
 
 def factors(denominators, shares, kinds: Sequence[str], totals=None):
-    """The factor of each loss in each micro-batch: see the formula above.
+    """The factor of each loss in each micro-batch, by the formula above.
 
     Args:
         denominators: Float tensor of shape `(microbatches, losses)`, of which only the
@@ -198,10 +198,10 @@ def factors(denominators, shares, kinds: Sequence[str], totals=None):
 
 
 class Weighing:
-    """Replaces the compiled losses of a micro-batch by their weighed numerators.
+    """Replaces the compiled losses of a micro-batch by their weighted numerators.
 
-    Calling it with a loss returns the function that is called instead. Afterwards
-    `denominator` is the denominator of a `DIVIDED_LAST` loss, or 0.
+    Calling it with a loss returns a function that replaces the loss. After the
+    micro-batch, `denominator` is the denominator of a `DIVIDED_LAST` loss, or 0.
 
     Args:
         kinds: The `kind` of each call of a loss. A model's own `compute_loss` may call
@@ -235,8 +235,8 @@ class Weighing:
             return next(self._waiting)
         except StopIteration:
             raise ValueError(
-                "A model's own `compute_loss` must call its compiled losses as often "
-                "in every micro-batch, with or without values. Received: one call more"
+                "A model's own `compute_loss` must call its compiled losses equally "
+                "often in every micro-batch. Received: one call more"
             ) from None
 
 
@@ -262,9 +262,9 @@ class Losses:
 
     Args:
         denominators: The denominators of the compiled losses.
-        need_shares: Whether the share of a micro-batch must be known in its own pass,
-            because no correction at the end would give the batch's values.
-        alone: Whether one compiled loss is all that the model's loss consists of.
+        need_shares: Whether a micro-batch's own pass must know its share, because no
+            correction at the end would give the batch's values.
+        alone: Whether the model's loss consists of compiled losses only.
     """
 
     denominators: list[Denominator]
@@ -275,11 +275,11 @@ class Losses:
         """The compiled losses' kinds in an update.
 
         Args:
-            even: Whether all micro-batches have one shape, but for the number of
+            even: Whether all micro-batches have one shape, except for the number of
                 examples.
         """
         kinds = tuple(
-            # One value for each example: as many as the micro-batch's share says.
+            # The number of values is proportional to the number of examples.
             BY_EXAMPLES
             if d.kind == NORMALIZED and not d.varies and (even or d.rank == 1)
             else d.kind
@@ -301,9 +301,9 @@ class Losses:
         if any(d.by_one_weight for d in self.denominators):
             raise ValueError(
                 "A loss with `reduction='mean_with_sample_weight'` divides by the "
-                "weight of a batch, and is no mean where that is one number. Give a "
-                "weight for each example, or the micro-batches themselves "
-                "(`accum_steps`), each with its number. "
+                "weight of a batch, and is no mean if this weight is one number. Give "
+                "a weight for each example, or give the micro-batches themselves "
+                "(`accum_steps`), each with one number. "
                 "Received: a sample weight of shape ()"
             )
 
@@ -320,7 +320,7 @@ def inspect(
     trace: Callable = internals.compute_output_spec,
     training: bool = True,
 ) -> Losses:
-    """The facts about a model's losses, found by a call with symbolic tensors.
+    """Finds the facts about a model's losses by a call with symbolic tensors.
 
     Args:
         model: A compiled and built model.
@@ -328,7 +328,7 @@ def inspect(
         scope: Function that returns a stateless scope in which the model's variables
             have values.
         trace: Function that calls a function with the data, without any effect.
-        training: Whether to call the model in training, where it may add losses.
+        training: Whether to call the model in training, in which it may add losses.
     """
     found = Losses([], need_shares=CompiledModel(model).rounds_or_overwrites)
 
@@ -360,7 +360,7 @@ def inspect(
 
 
 def values(denominators: list[Denominator]):
-    """Tensor of shape `(losses,)`; 1 where a loss has no denominator."""
+    """The denominators as a tensor of shape `(losses,)`; 1 for a loss without one."""
     return ops.stack(
         [ops.cast(1 if d.value is None else d.value, dtype()) for d in denominators]
     )

@@ -1,4 +1,4 @@
-"""`GradientAccumulateOptimizer`: accumulation in training loops of one's own."""
+"""`GradientAccumulateOptimizer`: accumulation in training loops of your own."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Layer state that moves once an update, such as moving statistics.
+"""State of layers that moves once an update, such as moving statistics.
 
-A layer declares such state by its attributes, which docs/layers.md describes to users:
+A layer declares such state by these attributes, which docs/layers.md explains:
 
 - `update_variables` lists variables that the layer moves in training, whatever the data
-  is. Every micro-batch begins with their values from before the update, and the values
+  is. Every micro-batch begins with their values from before the update. Their values
   after the last micro-batch stay.
-- `within_update` is a context manager for the forward passes of an update, in which the
-  layer pools its data. `finish_update` moves the layer's state by the pooled data.
+- `within_update` is a context manager for the forward passes of an update. In it the
+  layer pools its data. `finish_update` then moves the layer's state by the pooled data.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def update_layers(model: keras.Model) -> list:
 
 
 def rewound(model: keras.Model) -> list:
-    """The variables with the same values at the start of an update's micro-batches."""
+    """The variables whose values every micro-batch of an update begins with."""
     layers = CompiledModel(model).layers
     return list(
         {id(v): v for x in layers for v in internals.update_variables(x)}.values()
@@ -88,7 +88,7 @@ def over_devices(model: keras.Model) -> Iterator[None]:
 
 
 class Statistics:
-    """The state of a model's layers, as an update moves and restores it.
+    """The state of a model's layers that an update moves or restores.
 
     Args:
         model: A compiled and built model.
@@ -104,15 +104,15 @@ class Statistics:
             if layer not in self.pools
             for variable in (layer.moving_mean, layer.moving_variance)
         ]
-        # A skipped update must not move these layers. Only a loss scale skips updates.
+        # If a loss scale skips the update, the state of these layers is restored.
         left = list(self.pools)
         self.may_skip = OptimizerStep(model.optimizer).may_skip
         if self.may_skip:
             left += [x for x in normalizations(model) if x not in left]
         self.variables = [v for x in left for v in x.variables if not v.trainable]
         self.rewound = rewound(model)
-        # State that one micro-batch moves and the next reads: seeds, and the state of
-        # users' layers. No normalization in training reads what a micro-batch moves.
+        # State that one micro-batch moves and the next one reads: seeds, and the state
+        # of users' layers. In training no normalization reads its moving statistics.
         pooled = [v for layer in self.pools for v in layer.variables]
         known = {id(v) for v in (*self.moving, *self.rewound, *pooled)}
         self.carried = [
@@ -147,18 +147,18 @@ class Statistics:
 def in_reach(variables: list) -> list[AccumBatchNormalization]:
     """The layers that own some of the variables.
 
-    A stateless call gets an empty list: it cannot reach the layers' other variables.
+    The list is empty in a stateless call, which cannot change the layers' variables.
     """
     return [] if internals.in_stateless_scope() else owners(variables)
 
 
 @contextmanager
 def taken_back(optimizer: Any, variables: list) -> Iterator[None]:
-    """A context of an optimizer's step: statistics are restored if none is made.
+    """A context of an optimizer's step. It restores statistics if no step is made.
 
     Args:
         optimizer: The optimizer.
-        variables: The variables that it updates, by which their layers are found.
+        variables: The variables that it updates, whose layers have the statistics.
     """
     layers = in_reach(variables)
     position = OptimizerStep(optimizer).position() if layers else None

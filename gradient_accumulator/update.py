@@ -3,7 +3,8 @@
     weigh the micro-batches -> add each one's gradient -> correct -> sum over devices
     -> clip -> the optimizer, once -> statistics of layers -> logs
 
-It is the same on every backend. What a backend does its own way is in its engine.
+All backends share this code. The operations that a backend does in its own way are
+methods of its engine.
 """
 
 from __future__ import annotations
@@ -56,14 +57,14 @@ class Update:
         engine.prepare(self)
 
     def __call__(self, microbatches: Any) -> dict:
-        """Make an update of micro-batches that the engine drew; returns the logs."""
+        """Make an update from the engine's micro-batches; returns the logs."""
         engine, statistics = self.engine, self.statistics
         weighed = engine.weigh(self, microbatches)
         if not hasattr(self, "steps"):
             self.sums = engine.sums(self, weighed)
             self.steps = engine.steps(self)
         steps = self.steps
-        # Updates that the optimizer skips must not move these.
+        # If the optimizer skips the update, these are restored.
         kept = engine.values(statistics.variables) if statistics.may_skip else []
         rewound = engine.values(statistics.rewound)
 
@@ -92,11 +93,11 @@ class Update:
         """Add a micro-batch's part of the batch's gradient, its loss and its metrics.
 
         Args:
-            carry: What the micro-batch before returned.
+            carry: The carry that the previous micro-batch returned.
             kinds: The kinds of the compiled losses.
-            data: The micro-batch, nested arrays.
-            share: The micro-batch's part of the batch's examples.
-            factors: The factors of the compiled losses, None where all are 1.
+            data: The micro-batch, as nested arrays.
+            share: The micro-batch's number of examples over the batch's.
+            factors: The factors of the compiled losses; None if all are 1.
         """
         x, y, sample_weight = CompiledModel(self.model).unpack(data)
         gradients, (loss, denominator, y_pred) = self.gradients(
@@ -119,13 +120,11 @@ class Update:
     def gradients(
         self, data: Any, share: Any, kinds: Sequence[str] = (), factors: Any = None
     ) -> tuple:
-        """A micro-batch's part of the batch's gradients.
-
-        Args: As for `add`.
+        """A micro-batch's part of the batch's gradients, for the arguments of `add`.
 
         Returns:
-            The gradients, and the micro-batch's loss, what that is divided by last, and
-            the predictions.
+            The gradients, and a tuple: the micro-batch's loss, the denominator of a
+            `DIVIDED_LAST` loss (else 0), and the predictions.
         """
         model, engine = self.model, self.engine
         x, y, sample_weight = CompiledModel(model).unpack(data)
@@ -139,8 +138,8 @@ class Update:
             loss = CompiledModel(model).compute_loss(
                 microbatch, additional, share, weighing
             )
-            # Of a loss without reduction the optimizer sees the sum of its values, so
-            # that micro-batches add up.
+            # A loss without reduction needs no share: the optimizer gets the sum of its
+            # values, and sums of micro-batches add up.
             part = loss if len(loss.shape) else loss * ops.cast(share, loss.dtype)
             denominator = 0.0 if weighing is None else weighing.denominator
             scaled = OptimizerStep(model.optimizer).scaled(part)
@@ -150,13 +149,13 @@ class Update:
             return engine.value_and_grad(scaled_loss, self.variables)
 
     def denominators(self, data: Any, y_pred: Any = None) -> Any:
-        """What the compiled losses of a micro-batch are divided by: shape `(losses,)`.
+        """The denominators of a micro-batch's compiled losses, of shape `(losses,)`.
 
-        Of the forward pass, a compiler keeps only what masks need.
+        A compiler keeps only the part of the forward pass that masks need.
 
         Args:
-            data: The micro-batch, nested arrays.
-            y_pred: Predictions, if their values do not matter.
+            data: The micro-batch, as nested arrays.
+            y_pred: Predictions, to be given if only their shapes matter.
         """
         x, _, _ = CompiledModel(self.model).unpack(data)
         if y_pred is None:
@@ -169,14 +168,15 @@ class Update:
     def finish(
         self, divided_last: bool, carry: Carry, scale: Any, examples: Any, kept: Any
     ) -> dict:
-        """Hand the finished gradient to the optimizer; returns the logs.
+        """Give the finished gradient to the optimizer; returns the logs.
 
         Args:
-            divided_last: Whether `scale` has yet to be divided by the denominator.
-            carry: What the last micro-batch returned.
-            scale: The number that the sums are multiplied by, None for 1.
+            divided_last: Whether `scale` must still be divided by the denominator.
+            carry: The carry that the last micro-batch returned.
+            scale: The factor for the sums; None for 1.
             examples: The batch's number of examples.
-            kept: Values of statistics for an update that the optimizer skips.
+            kept: The values of the statistics before the update, which are restored if
+                the optimizer skips it.
         """
         if divided_last:
             scale = losses.correction(scale, carry.denominator)
@@ -188,7 +188,7 @@ class Update:
         return CompiledModel(self.model).logs(carry.logs, loss, examples)
 
     def apply(self, gradients: list) -> None:
-        """Clip the finished gradients, and hand them to the optimizer, once."""
+        """Clip the finished gradients, and give them to the optimizer."""
         if not self.variables:
             warnings.warn(
                 "The model does not have any trainable weights.", stacklevel=2

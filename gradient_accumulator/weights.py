@@ -1,4 +1,4 @@
-"""The weights of an update's micro-batches, for a loop on the host."""
+"""The weights of an update's micro-batches (shares and factors), for a host loop."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ from gradient_accumulator.microbatches import Microbatches, first_input, map_lea
 
 
 def no_examples() -> ValueError:
+    """The error for an update without examples."""
     return ValueError(
-        "An update needs at least one example. Leave micro-batches without any out of "
-        "the data. Received: an update of such micro-batches only"
+        "An update needs at least one example. Remove micro-batches without examples "
+        "from the data. Received: an update of such micro-batches only"
     )
 
 
 class Weighed:
     """The micro-batches of one update with their weights, for a loop on the host.
 
-    Iterating gives `(microbatch, share, kinds, factors)`, with None for factors that
-    are all 1. The sum of the shares is `examples / expected`.
+    Iteration gives `(microbatch, share, kinds, factors)`; the factors are None if all
+    are 1. The sum of the shares is `examples / expected`.
 
     Args:
         microbatches: Iterable of nested arrays.
@@ -55,7 +56,7 @@ class Weighed:
         self.microbatches = microbatches
         self.expected = expected
         self.divided_last = DIVIDED_LAST in kinds
-        # All are 1 where all losses weigh by examples.
+        # No kinds, if all factors are 1.
         self.kinds = () if set(kinds) <= {BY_EXAMPLES} else kinds
         self.factors = factors
         self.totals = totals
@@ -66,7 +67,7 @@ class Weighed:
     def __iter__(self):
         for k, microbatch in enumerate(self.microbatches):
             size = examples(microbatch)
-            if size == 0:  # other processes have all examples
+            if size == 0:  # other processes have examples of this update
                 continue
             self.count += 1
             self.examples += size
@@ -74,7 +75,7 @@ class Weighed:
 
     def _row(self, k, size):
         if self.divided_last:
-            # Times its share, a numerator is then divided by `expected`.
+            # Times the share, this divides the numerator by `expected`.
             shape = (1,) if self.devices == 1 else (self.devices, 1)
             return np.full(shape, self.devices / size, dtype())
         return None if self.factors is None else self.factors[k]
@@ -83,8 +84,8 @@ class Weighed:
         """The factor for the sums over all micro-batches.
 
         Args:
-            denominator: The sum of the denominators of a `DIVIDED_LAST` loss. Without
-                it the caller has to divide by that sum.
+            denominator: The sum of the denominators of a `DIVIDED_LAST` loss. If it is
+                None, the caller has to divide by this sum.
         """
         numbers = [self.examples, 0.0 if denominator is None else float(denominator)]
         if self.totals is not None:
@@ -110,11 +111,11 @@ class HostWeights:
         notices: The model's `Notices`.
         totals: Function that sums a list of numbers over all processes, which have
             different micro-batches. None if there is one process.
-        devices: The number of devices that each have an equal part of every
+        devices: The number of devices, which each have an equal part of every
             micro-batch. For several devices, denominators and factors have a row for
-            each.
-        check: Function of the number of micro-batches, called where it must be equal
-            in all processes.
+            each device.
+        check: Function of the number of micro-batches, which is called if all
+            processes must have equally many.
     """
 
     def __init__(
@@ -138,7 +139,9 @@ class HostWeights:
         self.inspected: dict[str, Losses] = {}
 
     def __call__(self, microbatches: Microbatches, *state) -> Weighed:
-        """The micro-batches of one update, drawn one by one if their weights allow it.
+        """The micro-batches of one update with their weights.
+
+        They are drawn one by one if no weight depends on later micro-batches.
 
         Args:
             microbatches: The micro-batches.
@@ -169,7 +172,7 @@ class HostWeights:
         shapes = {
             str(map_leaves(_inner_shape, microbatch)) for microbatch in microbatches
         }
-        # Another process's micro-batches may have another shape.
+        # The micro-batches of other processes may have other shapes.
         even = self.even if self.totals else len(shapes) == 1
         kinds = losses.kinds(even)
         denominators, totals = None, None
@@ -185,7 +188,7 @@ class HostWeights:
         )
         if set(kinds) <= {BY_EXAMPLES}:
             return weighed()
-        # The factors of an empty micro-batch are not used.
+        # An empty micro-batch gets a share too, but its factors are not used.
         shares = ops.convert_to_tensor([max(s, 1) for s in sizes], dtype()) / expected
         if self.devices == 1:
             return weighed(kinds, list(factors(denominators, shares, kinds, totals)))
@@ -200,14 +203,14 @@ class HostWeights:
         for microbatch, size in zip(microbatches, sizes):
             row = ops.zeros(len(kinds))
             if size:
-                # Masks may be drawn from seeds: each micro-batch sees the state that it
-                # will be trained in.
+                # Masks may depend on seeds, so that each micro-batch must have the
+                # state in which it will be trained.
                 row, state = self.measure(state, microbatch, losses)
             rows.append(row)
         return ops.stack(rows)
 
     def _inspect(self, microbatch, state):
-        # A denominator's kind depends on which arrays there are, not on their sizes.
+        # The kinds depend on the arrays' ranks and dtypes, and not on their sizes.
         structure = str(map_leaves(_kind_of_array, microbatch))
         if structure not in self.inspected:
             scope = partial(self.scope, *state)

@@ -14,29 +14,29 @@ import hypothesis
 import pytest
 from api import KERAS_2, keras
 
-# Warnings are errors. What is let through comes from third parties, or is what plain
-# Keras says about the same model and data too.
+# Warnings are errors. The exceptions come from third parties, or plain Keras gives them
+# for the same model and data too.
 LET_THROUGH = (
     # TensorFlow's tensors do not know the keyword of NumPy 2.
     "__array__ implementation doesn't accept a copy keyword",
-    # Plain Keras says so of variables without a gradient, which some problems have.
+    # Plain Keras warns about variables without a gradient, which some problems have.
     "Gradients do not exist for variables",
-    # JAX says so of weights in float64, in plain Keras too.
+    # JAX warns about weights in float64, in plain Keras too.
     "Explicitly requested dtype float64 requested in ShapeDtypeStruct",
-    # PyTorch's compiler calls what PyTorch deprecated.
+    # PyTorch's compiler calls functions that PyTorch has deprecated.
     "`torch.jit.script_method` is deprecated",
-    # It also looks at the gradients of all tensors that it meets in a layer.
+    # PyTorch's compiler also reads the gradients of all tensors in a layer.
     "The .grad attribute of a Tensor that is not a leaf",
 )
 
-# How many examples Hypothesis draws: in the core, in all, and for a person who looks
-# for more, and for the smallest, which nobody else waits for.
+# The number of examples that Hypothesis draws: in the core, in all tests, and for a
+# person who looks for failures. Only that person waits for the smallest example.
 SLOW = {hypothesis.Phase.shrink, hypothesis.Phase.explain}
 for profile, examples in (("core", 2), ("all", 6), ("many", 150)):
     hypothesis.settings.register_profile(
         profile,
         max_examples=examples,
-        deadline=None,  # compiling takes what it takes
+        deadline=None,  # compilation may take long
         derandomize=profile != "many",
         phases=[p for p in hypothesis.Phase if p not in SLOW or profile == "many"],
         suppress_health_check=[
@@ -50,9 +50,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "all"))
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
-    if KERAS_2:  # was written for older versions of Python and NumPy
+    if KERAS_2:  # it was written for older versions of Python and NumPy
         config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning")
-        # It takes a sigmoid for a softmax.
+        # Keras 2 mistakes a sigmoid for a softmax.
         config.addinivalue_line(
             "filterwarnings", "ignore:.*received `from_logits=True`"
         )
@@ -65,7 +65,7 @@ def pytest_sessionstart(session):
         _make_two_devices()
     if keras.backend.backend() == "tensorflow":
         quickly.tensorflow()
-    # Clearing a session collects garbage: not among what importing has made.
+    # To clear a session collects garbage. This excludes the objects of the imports.
     gc.collect()
     gc.freeze()
 
@@ -82,7 +82,7 @@ def pytest_runtest_protocol(item):
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_call(item):
-    """Notes the processors' time beside the clock's, with that of ended processes."""
+    """Records the processors' time too, with that of processes that have ended."""
     before = os.times()
     try:
         return (yield)
@@ -92,7 +92,7 @@ def pytest_runtest_call(item):
 
 
 def _make_two_devices():
-    """For replicas, before TensorFlow begins."""
+    """Makes two devices for replicas, which TensorFlow allows only when it begins."""
     import tensorflow as tf
 
     (processor,) = tf.config.list_physical_devices("CPU")
@@ -106,7 +106,7 @@ def pytest_report_header():
 
 @pytest.fixture(autouse=True)
 def drawn_in_microbatches(request, monkeypatch):
-    """Small arrays too, but in tests that are about those."""
+    """Draws small arrays in micro-batches too, except in tests of small arrays."""
     if not KERAS_2 and "small_arrays" not in request.keywords:
         from gradient_accumulator.compat import keras3_arrays as arrays
 
@@ -118,5 +118,5 @@ def same_seeds():
     keras.utils.set_random_seed(0)
     yield
     keras.backend.clear_session()
-    # TensorFlow keeps what it has traced, and every collection would look through it.
+    # TensorFlow keeps its traces. Without this, every collection would go through them.
     gc.freeze()

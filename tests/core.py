@@ -1,8 +1,8 @@
-"""What the core of the tests covers, from what `make test-all COVERAGE=yes` noted.
+"""Which branches the core of the tests runs, after `make test-all COVERAGE=yes`.
 
-`compare` says how many of the package's branches all tests run, and the core alone, and
-ends with 1 where the core runs many fewer. `choose` lists tests by how much each runs
-that those before it do not, for its time: what to mark as the core.
+`compare` prints how many of the package's branches all tests run, and how many the core
+runs. It ends with 1 if the core runs many fewer. `choose` lists tests for a new core:
+each next test adds the most branches for its time.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from xml.etree import ElementTree
 import coverage
 from each_backend import COVERAGE
 
-POINTS = 5  # of a hundred, that the core may run fewer
-# What differs from backend to backend, or what a backend is trained by. The rest is the
-# same on all of them, and its tests are in the core on one.
+POINTS = 5  # the core may run so many fewer branches, in a hundred
+# The files that differ between backends, or through which a backend trains. The tests
+# of all other files are in the core of one backend only.
 OF_EACH = (
     "*/compat/*",
     "*/devices/*",
@@ -32,11 +32,11 @@ OF_EACH = (
     "*/losses.py",
     "*/microbatches.py",
 )
-OF_THE_CORE = (r"(^|\|)core [^|]*$", "^$")  # contexts; importing has none
+OF_THE_CORE = (r"(^|\|)core [^|]*$", "^$")  # contexts; that of imports is empty
 
 
 def noted(*backends):
-    """The file of what all processes on these backends ran."""
+    """The file of the lines that all processes on these backends ran."""
     if len(backends) == 1:
         file = COVERAGE / backends[0] / "together"
         parts = (COVERAGE / backends[0]).glob("of.*")
@@ -52,7 +52,7 @@ def noted(*backends):
 
 
 def branches(file, include=None, contexts=None):
-    """By module: how many branches there are, and how many ran."""
+    """For each module: the number of its branches, and of those that ran."""
     read = coverage.Coverage(data_file=file, include=include)
     read.load()
     with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +77,7 @@ def compare(backends):
         file, include = noted(*here), OF_EACH if len(here) == 1 else None
         everything = branches(file, include)
         by_core = branches(file, include, OF_THE_CORE)
-        # Those of other backends have nothing that ran.
+        # In the modules of other backends nothing ran.
         modules = [name for name, (_, ran) in everything.items() if ran]
         count = sum(everything[name][0] for name in modules)
         all_of, core_of = (
@@ -98,7 +98,7 @@ def compare(backends):
 
 
 def ran(backend):
-    """The steps between lines that ran, by test, and which tests are in the core."""
+    """The steps between lines that each test ran, and the tests of the core."""
     rows = sqlite3.connect(noted(backend)).execute(
         "select context, path, fromno, tono from arc"
         " join context on context.id = context_id join file on file.id = file_id"
@@ -126,12 +126,12 @@ def seconds(backend):
 
 
 def _unit(test):
-    """What is chosen together: checks that one launch runs."""
+    """The unit that is chosen: one test, or all checks that one launch runs."""
     return test.partition("[")[0] if "test_devices" in test else test
 
 
 def choose(backends, budget, beside_core):
-    """Prints tests greedily, until they would take `budget` seconds of a processor."""
+    """Chooses tests greedily, until they take `budget` seconds, and prints them."""
     found, took, core = defaultdict(set), defaultdict(float), set()
     for backend in backends:
         steps, of_core = ran(backend)
@@ -146,7 +146,7 @@ def choose(backends, budget, beside_core):
         have = set().union(*(found.pop(test) for test in core))
         spent = sum(took[test] for test in core)
     print(f"{spent:7.1f} s  {100 * len(have) / len(everything):5.1f} %")
-    # By gain for time, the largest first; a gain only shrinks as others are chosen.
+    # The largest gain for its time is first. Each chosen test only shrinks the gains.
     queue = [(-float("inf"), test) for test in sorted(found)]
     while queue:
         _, test = heapq.heappop(queue)

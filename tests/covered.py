@@ -1,6 +1,6 @@
-"""Notes which test covered what, where coverage.py measures (`COVERAGE=yes`).
+"""Records which test ran which line, if coverage.py measures (`COVERAGE=yes`).
 
-A context is "core" or "all", for whether the test is in the core, and its id.
+A context is the word "core" or "all" (whether the test is in the core), and its id.
 """
 
 import contextlib
@@ -9,20 +9,21 @@ import os
 import re
 import sys
 
-# Of the test that a process was started by, and of those that it runs itself.
+# Environment variables: the context of the test that started a process, and those of
+# the tests that the process runs itself.
 OF_THE_PROCESS, OF_CHECKS = "TEST_CONTEXT", "TEST_CONTEXTS"
 
 
 def context_of(item):
     is_core = item.get_closest_marker("core") and not item.get_closest_marker("slow")
     kind = "core" if is_core else "all"
-    # Without what pytest-xdist appends: the group.
+    # pytest-xdist appends the group, which is removed here.
     return f"{kind} {re.sub('@[^]]*$', '', item.nodeid)}"
 
 
 @contextlib.contextmanager
 def by(context):
-    """Notes what runs meanwhile, in processes that are started too, under `context`."""
+    """Records what runs meanwhile, in this process and its children, in `context`."""
     measured = _measured()
     if measured is None:
         yield
@@ -37,18 +38,18 @@ def by(context):
 
 
 def by_check(name):
-    """The same in a process of several tests."""
+    """As `by`, for one test in a process that runs several."""
     contexts = json.loads(os.environ.get(OF_CHECKS, "{}"))
     return by(contexts[name]) if name in contexts else contextlib.nullcontext()
 
 
 def for_checks(items):
-    """What the environment of such a process says: the tests by their names."""
+    """The environment of a process that runs several tests: their contexts by name."""
     return {OF_CHECKS: json.dumps({name: context_of(i) for name, i in items.items()})}
 
 
 def save():
-    """What this process noted: those of pytest-xdist do not end as others do."""
+    """Saves the records of this process. Processes of pytest-xdist do not do so."""
     measured = _measured()
     if measured is not None:
         measured.save()

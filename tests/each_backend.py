@@ -1,8 +1,8 @@
-"""Runs pytest on one backend after the other, and says in the end how each went.
+"""Runs pytest on one backend after another, and prints a line for each in the end.
 
-`python tests/each_backend.py tensorflow jax torch -- -m core`: what follows `--` is
-pytest's. Ends with 1 where a backend failed, when all have run. `--coverage` before the
-`--` leaves in `.coverage/` what each test covered.
+`python tests/each_backend.py tensorflow jax torch -- -m core`: the arguments after `--`
+go to pytest. All backends run, and the command ends with 1 if one of them failed.
+`--coverage` before the `--` records in `.coverage/` which lines each test ran.
 """
 
 import os
@@ -18,7 +18,7 @@ COVERAGE = Path(".coverage")
 
 
 def run(backend, arguments, measure):
-    """Whether it passed, and a line that says so."""
+    """Runs pytest on a backend; returns whether it passed, and a line about it."""
     environment = {**os.environ, "KERAS_BACKEND": backend}
     if measure:
         environment.update(_measured(COVERAGE / backend))
@@ -38,7 +38,7 @@ def run(backend, arguments, measure):
 
 
 def _measured(folder):
-    """What has coverage.py measure a process and all that it starts, into `folder`."""
+    """The environment in which coverage.py measures a process and its children."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return {
@@ -72,7 +72,7 @@ def main(arguments):
             ok, line = run(backend, pytest, measure)
             passed.append(ok)
             lines.append(line)
-    finally:  # also where a person ends it
+    finally:  # also if a person ends it
         print("", *lines, sep="\n", flush=True)
     return 0 if all(passed) else 1
 

@@ -11,7 +11,7 @@ import gradient_accumulator
 
 PACKAGE = Path(gradient_accumulator.__file__).parent
 PRIVATE = re.compile(r"_[a-z][a-z0-9_]*")
-# Of named tuples, and what the package itself keeps in namespaces and files.
+# Names of named tuples, and names that the package itself puts in namespaces and files.
 NOT_THEIRS = {
     "_gradient_accumulation",
     "_gradient_accumulation_of",
@@ -25,10 +25,10 @@ NOT_THEIRS = {
 
 
 def attributes(*, keras_2):
-    """The private attributes of others' objects, of the files that a Keras needs.
+    """The private attributes of others' objects that some files use.
 
     Args:
-        keras_2: Whether of Keras 2's files, or of all others.
+        keras_2: Whether to look in the files for Keras 2, or in all other files.
     """
     trees = _trees()
     own = {name for tree in trees.values() for name in _own(tree)}
@@ -42,7 +42,7 @@ def attributes(*, keras_2):
 
 
 def imports():
-    """What is imported from `keras.src`, with what is taken of its modules."""
+    """The names imported from `keras.src`, and the names used of its modules."""
     found = set()
     for tree in _trees().values():
         modules = {}
@@ -64,7 +64,7 @@ def imports():
 
 
 def overridden(*classes):
-    """The private names that the package's classes have from Keras, and define anew."""
+    """The private names of Keras's classes that the package's subclasses define."""
     return {
         name
         for cls in classes
@@ -96,7 +96,7 @@ def _is_keras(cls):
 
 
 def _own(tree):
-    """The attributes that classes of the package have by themselves."""
+    """The attributes that the classes of the package define."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
             for each in node.body:
@@ -105,7 +105,7 @@ def _own(tree):
                 elif isinstance(each, ast.Assign):
                     yield from (t.id for t in each.targets if isinstance(t, ast.Name))
                 elif isinstance(each, ast.AnnAssign) and each.value is not None:
-                    yield each.target.id  # without a value it is another class's
+                    yield each.target.id  # without a value another class defines it
         elif (
             isinstance(node, ast.Attribute)
             and isinstance(node.ctx, ast.Store)
@@ -128,7 +128,7 @@ def _used(tree, own):
         ):
             yield node.value
         elif (
-            isinstance(node, ast.AnnAssign)  # declared, for a base class to have it
+            isinstance(node, ast.AnnAssign)  # a declaration: the base class defines it
             and node.value is None
             and isinstance(node.target, ast.Name)
             and PRIVATE.fullmatch(node.target.id)

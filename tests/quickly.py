@@ -1,5 +1,6 @@
-"""Compiles less well, and sooner: most of the tests' time would go to programs that run
-a few times. `OPTIMIZED=1` (`make test-full`) has them compiled as users' programs are.
+"""Compiles programs faster, without optimizations, because each runs only a few times.
+
+With `OPTIMIZED=1` (`make test-full`) programs are compiled as for users.
 """
 
 import os
@@ -7,7 +8,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
-# Of XLA on processors: what it spends most of its time on.
+# The parts of XLA on processors that take most of its time.
 FLAGS = (
     "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=1",
@@ -16,7 +17,7 @@ WANTED = not os.environ.get("OPTIMIZED")
 
 
 def jax():
-    """Before JAX starts; the processes that this one starts do it too."""
+    """Sets flags before JAX starts, also for the processes that this one starts."""
     if not WANTED or "PYTEST_XDIST_WORKER" in os.environ:
         return
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
@@ -25,7 +26,7 @@ def jax():
 
 
 def _are_known(*flags):
-    """A process with a flag that XLA does not know ends where it starts."""
+    """Whether XLA knows these flags: otherwise a process ends when it starts."""
     tried = subprocess.run(
         [sys.executable, "-c", "import jax; jax.devices()"],
         env={**os.environ, "XLA_FLAGS": " ".join(flags)},
@@ -35,7 +36,7 @@ def _are_known(*flags):
 
 
 def add_flags(*flags):
-    """Flags of XLA's besides those that are set."""
+    """Adds flags of XLA to those that are set."""
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 
 
@@ -45,7 +46,7 @@ def tensorflow():
 
 @contextmanager
 def optimized_graphs():
-    """TensorFlow as users have it, which drops what nothing needs."""
+    """A context in which TensorFlow optimizes graphs, and drops their unused parts."""
     _optimize_graphs(True)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Adaptive gradient clipping: what optax clips to, and once an update."""
+"""Adaptive gradient clipping: results equal optax's, and it clips once an update."""
 
 import dataclasses
 
@@ -67,7 +67,7 @@ def test_as_optax(kind):
     weights = LAYERS[kind]()
     r = np.random.default_rng(0)
     for size in (0.0, 1e-5, 1e-2, 1.0, 1e3):
-        # Some units' gradients are small and stay, in the same weight.
+        # The weight also has units whose gradients are small and stay.
         gradients = [
             np.array(
                 r.normal(size=w.shape) * size * r.choice([1e-3, 1], w.shape[-1:]),
@@ -121,12 +121,12 @@ def test_a_norm_does_not_overflow(dtype):
 
 
 class Clipped(keras.optimizers.SGD):
-    """Plain Keras with clipping where it has the gradient unscaled: in the update."""
+    """Plain Keras that clips the unscaled gradient, which it has in the update."""
 
     excluded = ()
 
     def update_step(self, gradient, variable, learning_rate):
-        # On TensorFlow an update is given variables of TensorFlow's.
+        # On TensorFlow an update gets TensorFlow's own variables.
         path = getattr(variable, "path", variable.name)
         if not any(name in path for name in self.excluded):
             if BACKEND == "tensorflow":
@@ -181,7 +181,7 @@ def test_an_update_is_clipped_once(name, way):
     problem = named(name)
     reference = train(with_optimizer(problem, clipped), problem.batches())
     assert_same(agc(with_optimizer(problem, plain_sgd), way), reference)
-    # Else nothing would have been shown.
+    # Clipping must have changed the update.
     unclipped = train(with_optimizer(problem, plain_sgd), problem.batches())
     assert moved(reference) < 0.9 * moved(unclipped)
 
@@ -201,7 +201,7 @@ def agc(problem, way):
 def test_clipped_microbatches_add_up_to_something_else():
     problem = with_optimizer(named("weights_int"), clipped)
     whole = train(problem, problem.batches())
-    # What an optimizer that clips every micro-batch does, as the re-created system did.
+    # An optimizer that clips every micro-batch, as version 0.5.2 did.
     with pytest.raises(AssertionError):
         assert_same(train(problem, microbatches(problem)), whole)
 
@@ -352,7 +352,7 @@ def test_the_optimizer_wrapper_is_made_again():
 
 
 def test_in_a_loop_of_ones_own():
-    """A gradient transformation, between the function and the optimizer."""
+    """Clipping transforms the gradients between the function and the optimizer."""
     model = functional()
     x, y = (ops.convert_to_tensor(a) for a in DATA)
     variables = model.trainable_variables

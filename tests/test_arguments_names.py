@@ -1,4 +1,4 @@
-"""Arguments that are none: errors name those that are meant."""
+"""Arguments that do not exist: errors name the right ones."""
 
 import inspect
 
@@ -84,7 +84,7 @@ def test_sizes_by_position():
 
 
 def test_an_argument_that_is_given_twice():
-    """As by who takes the model's class for a wrapper of a model."""
+    """A user may give a model to the model's class, as if the class wrapped it."""
     message = r"takes `accum_steps` \(.* by position or by name\. Received: <Func"
     with pytest.raises(TypeError, match=message):
         GradientAccumulateModel(model(), accum_steps=4)
@@ -99,12 +99,12 @@ def test_names_that_are_alike_or_not():
         GradientAccumulateOptimizer("sgd", 2, zzz=1)
     with pytest.raises(TypeError, match="no argument `dtype`: use `accum_dtype`"):
         accumulate(model(), accum_steps=2, dtype="float64")
-    # Of Keras's own arguments Keras decides.
+    # Keras itself checks its own arguments.
     assert GradientAccumulateModel(accum_steps=2, dtype="float64").dtype == "float64"
 
 
 def test_arguments_that_fit_does_not_have():
-    """As Keras says it."""
+    """The error is Keras's own."""
     made = accumulate(model(), microbatch_size=2)
     with pytest.raises(TypeError, match=r"fit\(\) got an unexpected .*'batchsize'"):
         made.fit(examples(), batchsize=2)
@@ -136,7 +136,7 @@ def test_signatures_are_as_they_are_written():
     ],
 )
 def test_what_version_0_5_took(name, advice):
-    """As docs/migration.md promises."""
+    """The errors name the new arguments, as docs/migration.md promises."""
     with pytest.raises(TypeError, match=f"`{name}`: .*{advice}.*Received: {name}=0.5$"):
         GradientAccumulateOptimizer("sgd", 2, **{name: 0.5})
     if name in ("step", "gradients"):

@@ -1,4 +1,4 @@
-"""A size is whatever Python takes for an integer, and is kept as a plain int."""
+"""A size may be anything that Python takes for an integer, and is kept as an int."""
 
 import json
 
@@ -21,7 +21,7 @@ from gradient_accumulator.fit import accumulation_of
 
 
 class Size:
-    """Of a configuration: not an int, and used as one."""
+    """A number from a configuration, which is no int, but can be used as one."""
 
     def __index__(self):
         return 4

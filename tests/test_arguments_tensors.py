@@ -87,7 +87,7 @@ def test_gradients_of_another_framework():
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="whose variables Keras takes")
 @pytest.mark.parametrize("call", ["apply", "build"])
 def test_an_optimizer_of_kerass_updates_its_variables_only(call):
-    """Plain Keras fails then with "no attribute 'value'", and only in an update."""
+    """Plain Keras fails only in an update, with "no attribute 'value'"."""
     with pytest.raises(TypeError, match=r"accumulated_value_and_grad.*Received: ") as e:
         CALLS[call](OTHERS[BACKEND][0])
     assert "0.12" not in str(e.value)
@@ -138,10 +138,10 @@ def test_the_function_takes_a_generator():
 
 
 def test_a_generator_that_is_used_up():
-    """It would train nothing, and say nothing."""
+    """Without an error it would silently train nothing."""
     given = (v for v in ())
     with pytest.raises(
-        ValueError, match=r"gives what it has once.*Received: variables"
+        ValueError, match=r"gives its variables only once.*Received: variables"
     ):
         accumulated_value_and_grad(lambda *_: 0.0, microbatch_size=2)(given, examples())
 

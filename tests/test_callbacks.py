@@ -1,4 +1,4 @@
-"""`FlushGradients`: the GAN of the examples, and what it takes."""
+"""`FlushGradients`: the GAN of the examples, and its arguments."""
 
 import importlib.util
 from pathlib import Path
@@ -48,7 +48,7 @@ def trained_gan(wrap, size, flush=lambda *optimizers: []):
 
 
 def test_the_gan_of_the_examples():
-    """Batches of 8, 8 and 4; two optimizers that the model holds."""
+    """The batches have 8, 8 and 4 examples, and the model holds two optimizers."""
     before, reference, plain = trained_gan(lambda optimizer: optimizer, 8)
     _, ours, optimizers = trained_gan(
         lambda optimizer: GradientAccumulateOptimizer(optimizer, 4),
@@ -91,7 +91,7 @@ def test_flush_gradients_takes_one_around():
     flush = FlushGradients(outer)
     made.fit(x, x[:, :3], batch_size=2, verbose=0, callbacks=[flush])
     assert inner.pending == 0 and int(array(inner.iterations)) == 1
-    # As with none, of the one that it is compiled with.
+    # Without arguments it flushes the optimizer of `compile`.
     made.fit(x, x[:, :3], batch_size=2, verbose=0, callbacks=[FlushGradients()])
     assert inner.pending == 0 and int(array(inner.iterations)) == 2
 

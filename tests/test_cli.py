@@ -1,6 +1,6 @@
-"""The command line: what it refuses, what it advises, and how Ctrl-C ends it.
+"""The command line: its errors, its advice, and how Ctrl-C ends it.
 
-Each test starts the command in a process of its own, so one backend is enough.
+Each test starts the command in a new process, so that one backend is enough.
 """
 
 import os
@@ -22,13 +22,13 @@ pytestmark = [
         keras.backend.backend() != "tensorflow", reason="the same on every backend"
     ),
 ]
-SECONDS = 120  # that a process may take
+SECONDS = 120  # the longest time of a process
 FIRST_LINE = (
     "A 3D U-Net learns the tissues of a brain, and a transformer learns sentences, on "
     "{} (small size). "
 )
-# As the installed script does it. Packages that are there, and that are not, are
-# pretended.
+# Runs the command as the installed script does, and pretends that some packages are
+# installed and others are not.
 COMMAND = """
 import signal, sys, types
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
@@ -57,7 +57,7 @@ def start(arguments, folder, present=(), absent=(), **environment):
 
 
 def run(arguments, folder, **settings):
-    """The exit status, and what went to stdout and to stderr."""
+    """Runs the command; returns its exit status, stdout and stderr."""
     with start(arguments, folder, **settings) as process:
         try:
             out, err = process.communicate(timeout=SECONDS)
@@ -113,7 +113,7 @@ def test_bad_arguments(arguments, message, tmp_path):
     [("jax",), ("nilearn", "matplotlib", "rich"), ("rich",), ("matplotlib", "jax")],
 )
 def test_what_is_not_installed_is_advised(absent, tmp_path):
-    """By the packages' own names: under ours, PyPI has another project's."""
+    """The advice has the packages' own names: PyPI has another project of our name."""
     present = {*command.DEMO_PACKAGES, "jax"} - {*absent}
     code, out, err = run(
         ["demo", "--backend", "jax"], tmp_path, present=(*present,), absent=absent
@@ -137,7 +137,7 @@ def test_a_wrong_option_shows_the_usage_of_its_command(arguments, tmp_path):
 
 
 def test_the_first_line_comes_before_what_takes_long(tmp_path):
-    """Packages that are there, and fail when they are imported."""
+    """The packages are found, and fail when they are imported."""
     code, out, err = run(
         ["demo", "--size", "small", "--backend", "jax"],
         tmp_path,
@@ -152,7 +152,7 @@ def test_the_first_line_comes_before_what_takes_long(tmp_path):
 )
 @pytest.mark.parametrize("option", ["-m {}", "-m{}", "-W error -m {}"])
 def test_as_a_module(option, module, tmp_path):
-    """It imports no Keras, as the command does not: the backend is not chosen yet."""
+    """It must not import Keras, because the command chooses the backend first."""
     (tmp_path / "keras.py").write_text("raise ImportError('Keras is imported')")
     done = subprocess.run(
         [sys.executable, *option.format(module).split(), "demo", "--help"],
@@ -177,7 +177,7 @@ def test_the_version(tmp_path):
 
 @pytest.mark.parametrize("colour", [True, False])
 def test_no_color_leaves_no_escape_codes(colour, monkeypatch, capsys):
-    """In a terminal; `NO_COLOR=` is none (no-color.org)."""
+    """The output is a terminal. An empty `NO_COLOR=` has no effect (no-color.org)."""
     pytest.importorskip("rich")
     from gradient_accumulator_cli.demo.run import console
 
@@ -213,7 +213,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path):
 
 
 def wait_for_child(process):
-    """The process that trains, once it has come as far as to import Keras."""
+    """Waits until the training process imports Keras; returns this process."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     end = time.monotonic() + SECONDS
     while time.monotonic() < end and process.poll() is None:

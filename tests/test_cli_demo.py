@@ -1,4 +1,4 @@
-"""The demonstration: what it writes down of a training, and how it shows that."""
+"""The demonstration: what it records of a training, and how it shows that."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_weights_are_written_down_once_an_update(run, results):
 
 
 def test_distances(results, report):
-    """After each update: rounding between micro-batches and batch, and no more."""
+    """After each update, micro-batches and batch differ only by rounding."""
     assert report.distance(results, "microbatches").shape == (UPDATES,)
     assert report.distance(results, "microbatches").max() < 0.1
     assert report.distance(results, "reordered").max() < 0.1
@@ -56,7 +56,7 @@ def test_distances(results, report):
     [(4.96e-7, "0.000050"), (3.9e-7, "0.000039"), (0.0723, "7.2"), (2.143, "210")],
 )
 def test_distances_are_shown_in_two_digits(apart, shown, report):
-    """So that numbers beside each other are as long as they are large."""
+    """Then a longer number in a column is a larger one."""
     batch = {"weights": np.array([[0.0], [1.0]])}
     other = {"weights": batch["weights"] * (1 + apart)}
     assert report.at_the_end({"batch": batch, "keras": other}, "keras") == f"{shown} %"
@@ -81,7 +81,7 @@ def test_reordered_batches_have_the_same_examples():
 def test_layers_outputs_are_counted():
     model = train.MODELS["brain"](None, 1)
     assert train.bytes_of(train.outputs(model, (2, 8, 8, 8, 1))) == 2 * (
-        # Of convolutions, pooling or growing, and joining, at each level.
+        # The layers of each level: convolutions, pooling or growing, and joining.
         4 * 8**3 * (4 * 8 + 3 + 16 + 24)
         + 4 * 4**3 * (4 * 16 + 8 + 32 + 48)
         + 4 * 2**3 * (2 * 32 + 16)
@@ -115,7 +115,7 @@ def test_the_picture(backend, results, report, tmp_path):
 
 
 def with_outputs(results):
-    """As those of the brain, with a peak of 50 MB."""
+    """Results like those of the brain, with a peak memory of 50 MB."""
     slab = np.zeros([part.stop - part.start for part in SLAB], "int32")
     return {
         run: {

@@ -1,5 +1,5 @@
-"""Every private name of others that the package uses is known, is in docs/design.md,
-and is one of the installed version.
+"""Every private name that the package uses is in the list and in docs/design.md, and
+the installed version has it.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ def scaler():
 
 
 def trainer():
-    """The class that `fit` is of, on this backend."""
+    """The module with the class that has `fit`, on this backend."""
     return importlib.import_module(f"keras.src.backend.{BACKEND}.trainer")
 
 
@@ -73,14 +73,13 @@ def built_with_averages():
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """Where a name is found.
+    """Where a private name is found.
 
     Args:
-        owner: Makes what has it.
-        read_by: The method that reads it, where no object has it between calls of
-            `fit`.
-        backend: The only one that it is used on, if there is one.
-        since: The first version of Keras that has it: it is asked for.
+        owner: A function that makes the object that has the name.
+        read_by: The method that reads the name, if objects have it only during `fit`.
+        backend: The only backend on which it is used; None if there are several.
+        since: The first version of Keras that has the name.
     """
 
     owner: Callable
@@ -144,7 +143,7 @@ def test_the_names_are_known():
     )
     used = private_names.attributes(keras_2=False) | ours
     known = {*NAMES}
-    # That one is an attribute of each optimizer, which a class cannot be seen to have.
+    # Each optimizer has that one as an attribute, which its class does not show.
     assert used | {"_model_variables_moving_average"} == known
 
 

@@ -1,4 +1,4 @@
-"""Losses that couple the examples of a batch: who has one is warned once."""
+"""Losses that couple the examples of a batch: there is one warning about each."""
 
 import warnings
 
@@ -23,7 +23,7 @@ IMAGE = (6, 6, 1)
 
 
 def segmentation(loss, **arguments):
-    """Of images: two classes for each pixel."""
+    """A model of images, with two classes for each pixel."""
     keras.utils.set_random_seed(0)
     x = layers.Input(IMAGE)
     h = layers.Conv2D(3, 3, padding="same", activation="tanh")(x)
@@ -41,7 +41,7 @@ def images(count=8):
 
 @pytest.mark.parametrize("loss", ["Dice", "Tversky"])
 def test_a_loss_that_couples_examples_and_what_mends_it(loss):
-    """`axis=` as the warning gives it makes the loss exact."""
+    """The `axis=` in the warning makes the loss exact."""
     make = getattr(keras.losses, loss)
     (message,) = told(
         lambda: fit(segmentation(make(), microbatch_size=2), *images(), batch_size=8)
@@ -78,7 +78,7 @@ def test_a_loss_that_couples_examples_and_what_mends_it(loss):
     ],
 )
 def test_the_axis_that_mends_a_loss_with_another(axis, mending):
-    """However Keras takes it, and training goes on."""
+    """The axis may have any form that Keras accepts, and training continues."""
     model = segmentation(keras.losses.Dice(axis=axis), microbatch_size=2)
     (message,) = told(lambda: fit(model, *images(), batch_size=8))
     assert f"`axis={mending}`" in message
@@ -99,7 +99,7 @@ def masked_mean(y, p):
 
 
 def contrastive(y, p):
-    """A value for each example, which is one of a batch."""
+    """A loss with a value for each example, which depends on the whole batch."""
     similar = ops.matmul(p, ops.transpose(p))
     return keras.losses.sparse_categorical_crossentropy(
         ops.arange(ops.shape(p)[0]), similar, from_logits=True
@@ -133,7 +133,7 @@ def of_eight(y, p):
 
 
 class Opaque(keras.losses.Loss):
-    """Keeps how it is reduced to itself."""
+    """A loss that does not show how it is reduced."""
 
     def __init__(self, function):
         super().__init__()

@@ -1,7 +1,7 @@
-"""Several devices and processes: what one device gives, with one reduction an update.
+"""Several devices and processes give one device's results, and reduce once an update.
 
-The scripts of `distributed/` are processes of their own: a process's devices and
-addresses are settled before its backend begins.
+The scripts of `distributed/` run as new processes, because a process must know its
+devices and addresses before its backend begins.
 """
 
 import json
@@ -31,7 +31,7 @@ on_tensorflow = pytest.mark.skipif(
 
 
 def check_restart(start, script, folder):
-    """One of two processes is killed, the other fails; started again they go on."""
+    """One of two processes is killed, and the other fails; then both start again."""
 
     def run(backups, kill, file):
         return start(script, folder / backups, kill, folder / file)
@@ -53,7 +53,7 @@ def checks(script, **fields):
 
 
 def problems_on(place, left_out=lambda problem, way: False):
-    """All on this backend; `make test-full` has those that are not for its devices."""
+    """All problems of this backend; only `make test-full` runs those for others."""
     return pytest.mark.parametrize(
         ("way", "name"),
         [
@@ -120,7 +120,7 @@ def test_jax_reduces_once_an_update_whatever_the_number_of_microbatches(tmp_path
     for microbatches in (1, 2, 6):
         found = exchanges(tmp_path, "data", microbatches)
         assert found["microbatch"] == []
-        # The gradients, the loss and what it is divided by, metrics' totals and counts.
+        # The gradients, the loss and its denominator, metrics' totals and counts.
         assert found["update"] == [["all-reduce", found["parameters"] + 6]]
 
 
@@ -130,8 +130,8 @@ def test_jax_reduces_once_an_update_where_variables_are_sharded(tmp_path):
     one, three = (exchanges(tmp_path, "model", microbatches) for microbatches in (1, 3))
     assert one["sharding"] == "P(None, 'model')"
     assert one["update"] == three["update"] != []
-    # What a layer's parts exchange in a micro-batch is activations: less in smaller
-    # micro-batches.
+    # In a micro-batch the parts of a layer exchange activations, so that they exchange
+    # less in smaller micro-batches.
     reduced = [
         sum(n for kind, n in f["microbatch"] if kind == "all-reduce")
         for f in (one, three)
@@ -140,7 +140,7 @@ def test_jax_reduces_once_an_update_where_variables_are_sharded(tmp_path):
 
 
 def jax_processes(script, *arguments):
-    """Two of them, with their numbers and their address."""
+    """Starts two processes of JAX, which get their numbers and their address."""
     address = f"127.0.0.1:{launch.free_port()}"
     return [launch.start(script, rank, address, *arguments) for rank in range(2)]
 
@@ -181,7 +181,7 @@ def test_a_process_of_jax_that_is_killed(tmp_path):
     survivor, killed = run("backups", "kill", "killed")
     outputs = launch.wait([survivor, killed])
     assert killed.returncode == 9, outputs[1]
-    # JAX ends a process that has lost another.
+    # JAX ends a process if it loses another one.
     assert survivor.returncode not in (0, None), outputs[0]
     assert "A process of `jax.distributed` did not answer" in outputs[0]
     assert np.load(tmp_path / "killed-0.npz")["updates"] == 2
@@ -219,7 +219,7 @@ def test_replicas_of_tensorflow(request, name):
 @pytest.mark.xdist_group("tensorflow_checks_4")
 @checks("tensorflow_checks.py", four_replicas=True)
 def test_four_replicas_of_tensorflow(request, name):
-    """Of the last batch three have nothing."""
+    """Three of them have no examples of the last batch."""
     launch.one_of(request, partial(launch.processes, "tensorflow_checks.py", 4))
 
 

@@ -1,4 +1,4 @@
-"""Loops of `jax.jit`, against the batch and what optax does."""
+"""Loops with `jax.jit`, compared with the batch and with optax."""
 
 import keras
 import numpy as np
@@ -87,7 +87,7 @@ def test_optax_beside_multi_steps_and_microbatching(weighted):
         jax_loop(adam, microbatched, [batch]),
     )
     for peer in peers:
-        if weighted:  # every micro-batch counts as much as any, whatever its tokens
+        if weighted:  # micro-batches have equal weights, whatever their tokens
             with pytest.raises(AssertionError):
                 assert_equal_weights(peer, reference, before, tolerance=1e-2)
         else:
@@ -133,8 +133,10 @@ def test_a_jitted_loop_with_stateless_apply_and_flush():
 @on_jax
 @pytest.mark.parametrize("around", [False, True])
 def test_the_compiled_program_updates_in_a_branch_only(around):
-    """The optimizer's square roots are in the loop that runs once an update, or never;
-    Keras's own accumulation computes them on every micro-batch."""
+    """The optimizer's square roots are in a loop that runs once an update, or not.
+
+    Keras's own accumulation computes them on every micro-batch.
+    """
     import jax
 
     def entry_and_rest(optimizer):
@@ -146,7 +148,7 @@ def test_the_compiled_program_updates_in_a_branch_only(around):
         lowered = jax.jit(optimizer.stateless_apply).lower(
             [v.value for v in optimizer.variables], values, values
         )
-        text = lowered.as_text()  # before XLA fuses anything
+        text = lowered.as_text()  # before XLA fuses operations
         inside, depth = [], None
         for line in text.splitlines():
             if depth is None and "stablehlo.while" in line:

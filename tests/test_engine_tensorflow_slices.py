@@ -1,4 +1,4 @@
-"""The slices of embeddings' gradients on TensorFlow, and the memory that they take."""
+"""The slices of embeddings' gradients on TensorFlow, and their memory."""
 
 import subprocess
 import sys
@@ -47,7 +47,7 @@ print((peak() - before) / (ROWS * WIDTH * 4 * COUNT))
 
 
 def sizes_of_slices(even):
-    """The most memory that a loop takes, in sizes of all of its slices."""
+    """The peak memory of a loop, as a multiple of the size of all its slices."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURED.replace("{even}", str(even))],
         capture_output=True,
@@ -61,5 +61,5 @@ def sizes_of_slices(even):
 def test_slices_of_a_known_number_are_in_memory_once():
     once = sizes_of_slices(even=True)
     assert once < 1.4
-    # They are twice where their number is not known: the measure sees what it is for.
+    # If their number is not known they take twice the memory: the measure works.
     assert once < 0.8 * sizes_of_slices(even=False)

@@ -1,4 +1,4 @@
-"""A loop of PyTorch's, against the batch and what accelerate does."""
+"""A PyTorch loop, compared with the batch and with accelerate."""
 
 import problems
 import pytest
@@ -85,9 +85,7 @@ def test_torch_beside_accelerate(weighted):
     _, got = trained(ours)
     assert_equal_weights(got, reference, before)
     _, peer = trained(accelerated)
-    if (
-        weighted
-    ):  # every micro-batch counts as much as any, whatever its number of tokens
+    if weighted:  # micro-batches have equal weights, whatever their numbers of tokens
         with pytest.raises(AssertionError):
             assert_equal_weights(peer, reference, before, tolerance=1e-2)
     else:

@@ -1,4 +1,4 @@
-"""`fit` in micro-batches, with all that Keras's takes, and the methods beside it."""
+"""`fit` in micro-batches, with all arguments of Keras's `fit`, and related methods."""
 
 import keras
 import numpy as np
@@ -46,7 +46,7 @@ def test_data_source(source, way):
 
 @ways
 def test_py_dataset_with_workers(way):
-    """Plain Keras loses the order there on JAX, so only the updates are counted."""
+    """On JAX plain Keras loses the order here, so that only updates are counted."""
     model = compiled(way)
     dataset = Batches(problems.cut(data(), size(way)), workers=2)
     history = fit(model, dataset, epochs=2).history
@@ -66,8 +66,8 @@ def test_tf_data_of_unknown_length_and_rank(way):
             lambda: iter(batches), output_signature=(spec, spec)
         )
 
-    # Keras warns that it learnt the length of an epoch by reaching its end. There plain
-    # Keras on TensorFlow counts one update too many, so it gets data of known length.
+    # Keras warns that it learnt the length of an epoch at its end. On TensorFlow plain
+    # Keras then counts one update too many, so that it gets data of known length.
     with pytest.warns(UserWarning, match="ran out of data"):
         model, _ = both(way, source, plain_source=of_py_dataset, epochs=2)
     assert int(model.optimizer.iterations) == 2 * UPDATES
@@ -218,7 +218,7 @@ def test_steps_per_execution(way, steps):
 
 
 def sizes_seen(way, count=10, traced=False, **settings):
-    """The batch sizes that the model is called with while it trains, or is traced."""
+    """The batch sizes of the model's calls while it trains, or is traced."""
     seen = []
 
     class Watch(layers.Layer):
@@ -255,7 +255,7 @@ def test_the_model_never_sees_the_batch():
 @pytest.mark.parametrize("steps", [None, COUNT])
 @pytest.mark.core
 def test_microbatches_are_drawn_when_it_is_their_turn(steps):
-    """Nothing has to know all of this model's micro-batches before the first one."""
+    """This model's loss need not know all micro-batches before the first one."""
     drawn, ahead = [], []
 
     def note():
@@ -315,7 +315,7 @@ def test_a_microbatches_activations_are_gone_before_the_next(way):
 
 @pytest.mark.skipif(BACKEND != "torch", reason="others compile the micro-batch")
 def test_activations_are_gone_of_passes_that_tell_what_microbatches_are_worth():
-    """Nothing else tells where a loss is the user's own, and not all that there is."""
+    """A pass measures the user's loss first, because the model has another loss too."""
     alive = []
 
     class Squares(keras.losses.MeanSquaredError):
@@ -339,7 +339,7 @@ def test_activations_are_gone_of_passes_that_tell_what_microbatches_are_worth():
 
 
 class Held:
-    """Holds arrays, and itself."""
+    """Holds arrays, and a reference to itself, which is a cycle."""
 
     def __init__(self, arrays):
         self.arrays, self.own = arrays, self
@@ -365,7 +365,7 @@ def test_the_users_cycles_are_collected_while_it_trains(way):
             alive.append(Held.alive)
             yield held.arrays
 
-    with collector(older=1):  # sooner than it would: a micro-batch makes few objects
+    with collector(older=1):  # sooner than usual: a micro-batch makes few objects
         fit(compiled(way), batches(), steps_per_epoch=400)
     assert max(alive) < 200
 
@@ -374,7 +374,7 @@ def test_the_users_cycles_are_collected_while_it_trains(way):
 @ways
 @pytest.mark.core
 def test_what_microbatches_are_worth_takes_no_forward_pass(way):
-    """Cross-entropy asserts that the predictions' shape is right, which needs them."""
+    """It takes none even though cross-entropy asserts the shape of the predictions."""
     import tensorflow as tf
 
     passes = []

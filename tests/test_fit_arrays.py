@@ -1,4 +1,4 @@
-"""Arrays in `fit`: of large ones micro-batches are drawn, and batches never are."""
+"""Arrays in `fit`: micro-batches of large arrays are drawn without the batch."""
 
 import gc
 import weakref
@@ -32,7 +32,7 @@ WEIGHTS = np.linspace(0, 1, 21)
 
 
 def trained_on_arrays(way, count, **arguments):
-    """Trains on arrays, which Keras may shuffle by its seed."""
+    """Trains on arrays, which Keras may shuffle with its seed."""
     x, y = data(count)
     loss = keras.losses.MeanSquaredError(arguments.pop("reduction", "mean"))
     eagerly = arguments.pop("run_eagerly", False)
@@ -56,7 +56,7 @@ def trained_on_arrays(way, count, **arguments):
     [
         {},
         {"sample_weight": WEIGHTS},
-        {"steps_per_epoch": 2},  # the next epoch takes what is left
+        {"steps_per_epoch": 2},  # the next epoch takes the remaining batches
         {"validation_split": 0.2},
         {"run_eagerly": True},
         {"reduction": "sum"},
@@ -70,7 +70,7 @@ def trained_on_arrays(way, count, **arguments):
 @pytest.mark.parametrize("shuffle", [False, True, "batch"])
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")  # plain Keras too
 def test_arrays_are_in_the_order_of_plain_training(shuffle, arguments):
-    """Also where micro-batches are drawn from them, and no batch is."""
+    """They are, even if micro-batches are drawn from them without the batch."""
     trained, plain = [
         trained_on_arrays(way, 21, shuffle=shuffle, **arguments)
         for way in ("microbatch_size", None)
@@ -90,7 +90,7 @@ def test_small_arrays_are_in_the_order_of_plain_training(shuffle):
 @pytest.mark.parametrize("shuffle", [True, "batch"])
 @pytest.mark.core
 def test_shuffled_rows_are_those_of_plain_training(shuffle):
-    """Also within a batch, and so is what is drawn afterwards from the same seeds."""
+    """They are within a batch too, and later draws from the seeds are equal as well."""
     results = []
     for way in (None, "microbatch_size"):
         seen = []
@@ -117,7 +117,7 @@ def test_shuffled_rows_are_those_of_plain_training(shuffle):
 
 @pytest.mark.core
 def test_arrays_that_a_callback_changes():
-    """In float64, which is cast: in each epoch on JAX and PyTorch."""
+    """The arrays have float64, which is cast; on JAX and PyTorch in each epoch."""
     results = []
     for way in (None, "microbatch_size"):
         x, y = data(21)
@@ -138,7 +138,7 @@ def test_arrays_are_not_held_after_training():
     for way in (None, "microbatch_size"):
         model = compiled(way)
         x, y = data(21)
-        x = x.view(type("Array", (np.ndarray,), {}))  # which can be referred to weakly
+        x = x.view(type("Array", (np.ndarray,), {}))  # it allows weak references
         gc.collect()
         gc.disable()
         try:
@@ -153,7 +153,7 @@ def test_arrays_are_not_held_after_training():
 
 @pytest.mark.core
 def test_shuffled_arrays_in_microbatches():
-    """The order is that of all examples, however many `fit` gets at a time."""
+    """The order of all examples is independent of the size of the batches."""
     trained, plain = [
         trained_on_arrays(way, COUNT, shuffle=True) for way in ("accum_steps", None)
     ]
@@ -189,7 +189,7 @@ def test_no_batch_is_made_of_arrays(monkeypatch, eagerly):
     taken = []
 
     def note(rows):
-        if rows.ndim > 1:  # of the data, not of the examples' numbers
+        if rows.ndim > 1:  # this is data, and not the numbers of examples
             taken.append(len(rows))
         return rows
 
@@ -214,8 +214,8 @@ def test_no_batch_is_made_of_arrays(monkeypatch, eagerly):
         )
     x, y = data(21)
     fit(compiled("microbatch_size", run_eagerly=eagerly), x, y, batch_size=FULL)
-    # The model may be built from one example, on JAX from a micro-batch, and with older
-    # Keras the next one is drawn then too.
+    # The model may be built from one example, or on JAX from a micro-batch. Older Keras
+    # then draws the next micro-batch too.
     built_from = sum(n for n in taken if n > 1) - 2 * 20
     assert built_from in (
         (2 * MICROBATCH, 4 * MICROBATCH) if BACKEND == "jax" else (0,)
@@ -227,7 +227,7 @@ def test_no_batch_is_made_of_arrays(monkeypatch, eagerly):
 @pytest.mark.parametrize("source", [of_arrays, of_py_dataset, of_data_loader])
 @pytest.mark.core
 def test_no_more_than_a_micro_batch_goes_through_the_model(source):
-    """Nor where Keras runs it to build it, for PyTorch does not tell its shapes."""
+    """This holds even if Keras runs the model to find its shapes, as on PyTorch."""
     sizes = []
 
     class OfValues(layers.Layer):

@@ -79,7 +79,7 @@ def test_model_checkpoint(way, tmp_path):
 
 
 class Interrupt(keras.callbacks.Callback):
-    """Ends the process's training in the middle of the second epoch."""
+    """Interrupts the training in the middle of the second epoch."""
 
     def on_train_batch_end(self, batch, logs=None):
         if self.epoch == 1 and batch >= 1:
@@ -117,7 +117,7 @@ def test_backup_and_restore(way, tmp_path):
 
 @ways
 def test_tensorboard(way, tmp_path):
-    # Keras's callback writes by TensorFlow on every backend.
+    # Keras's callback writes with TensorFlow on every backend.
     callback = keras.callbacks.TensorBoard(tmp_path, update_freq=2, write_graph=False)
     fit(compiled(way), **of_arrays(size(way)), epochs=2, callbacks=[callback])
     (events,) = (tmp_path / "train").iterdir()

@@ -1,4 +1,4 @@
-"""`fit` is entered below a model's own class, and nothing of Keras's is replaced."""
+"""`fit` of this package is below a model's own class, and replaces nothing in Keras."""
 
 import copy
 import pickle
@@ -50,7 +50,7 @@ def functional():
     return GradientAccumulateModel(inputs=x, outputs=y, accum_steps=FULL // MICROBATCH)
 
 
-# How each is made, how it accumulates, and the batches that it is given.
+# For each model: how it is made, and how it accumulates.
 KINDS = {
     "functional": (problems.mlp(), "microbatch_size"),
     "functional_accum_steps": (problems.mlp(), "accum_steps"),
@@ -64,11 +64,11 @@ KINDS = {
 
 
 def test_threads_whose_set_up_overlaps():
-    """Each is as if it had trained alone."""
+    """Each model trains as if no other thread trained."""
     together = threading.Barrier(len(KINDS))
 
     class Waiting(Batches):
-        """Waits, where `fit` asks for its length, for the data of all others."""
+        """Waits for the data of all other threads when `fit` asks for its length."""
 
         waited = False
 
@@ -113,7 +113,7 @@ def test_threads_whose_set_up_overlaps():
 
 
 def of_keras():
-    """All attributes of Keras's modules, and of the classes in them."""
+    """All attributes of Keras's modules, and of their classes."""
     found = {}
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] not in ("keras", "tf_keras") or module is None:
@@ -127,7 +127,7 @@ def of_keras():
 
 
 class Watching(keras.callbacks.Callback):
-    """Notes which attributes of Keras's are others than before `fit`."""
+    """Records which attributes of Keras differ from those before `fit`."""
 
     def __init__(self):
         super().__init__()
@@ -145,7 +145,7 @@ class Watching(keras.callbacks.Callback):
 
 @ways
 def test_nothing_of_keras_is_replaced(way):
-    fit(compiled(None), **of_arrays(FULL))  # what Keras sets the first time
+    fit(compiled(None), **of_arrays(FULL))  # Keras sets some attributes the first time
     seen = []
     for each in None, way:
         watching = Watching()
@@ -165,14 +165,14 @@ def test_nothing_of_keras_is_replaced(way):
 
 
 def test_what_is_left_at_an_epochs_end_is_counted(capsys):
-    """Keras does not know how much there will be, and counts no more than there was."""
+    """Keras does not know the number of batches, and counts those that were there."""
     batches = problems.cut(data(19 * MICROBATCH), MICROBATCH)
     model = accumulate(compiled(), accum_steps=8)
     record = Record()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Your input ran out of data")
         fit(model, (batch for batch in batches), verbose=1, callbacks=[record])
-    assert record.begins[:3] == [0, 8, 16]  # Keras may begin one more
+    assert record.begins[:3] == [0, 8, 16]  # Keras may begin one more call
     assert record.ends == [7, 15, 18]
     assert int(model.optimizer.iterations) == 3
     shown = capsys.readouterr().out

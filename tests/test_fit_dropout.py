@@ -11,7 +11,7 @@ from gradient_accumulator import accumulate
 
 
 class Masks(layers.Layer):
-    """Adds up, for each column, the inputs that dropout let through."""
+    """Adds up, for each column, the inputs that dropout keeps."""
 
     def build(self, shape):
         self.total = self.add_weight(
@@ -42,8 +42,8 @@ def test_microbatches_draw_different_dropout_masks(way):
     else:
         accumulate(model, microbatch_size=1)
         batch_size = microbatches
-    # One example of ones a micro-batch: a column's total counts the micro-batches that
-    # kept it.
+    # Each micro-batch is one example of ones, so that a column's total counts the
+    # micro-batches that kept it.
     fit(
         model,
         np.ones((microbatches, 256)),
@@ -71,7 +71,7 @@ def test_two_runs_from_one_seed_are_equal(way):
 
 @ways
 def test_seeds_go_on_between_updates(way):
-    """Two updates draw different masks too, as those of plain Keras do."""
+    """Two updates also draw different masks, as in plain Keras."""
     model = compiled(way, with_dropout)
     fit(model, np.ones((FULL, 256)), np.ones((FULL, 1)), batch_size=size(way))
     first = ops.convert_to_numpy(model.get_layer("masks").total)

@@ -1,4 +1,4 @@
-"""Micro-batches give what plain Keras gives on the batch, for every problem."""
+"""For every problem, micro-batches give the results of plain Keras on the batch."""
 
 import numpy as np
 import problems
@@ -13,7 +13,7 @@ def cases():
     for number, problem in enumerate(problems.here()):
         for way in problems.WAYS_OF_FIT:
             marks = [
-                # Both ways in one process, which then trains the reference once.
+                # One process tests both ways, so that it trains the reference once.
                 pytest.mark.xdist_group(problem.name),
                 *marks_of(problem, way, problems.WAYS_OF_FIT[number % 2] != way),
             ]
@@ -37,7 +37,7 @@ def test_every_optimizer_is_in_the_list():
         and issubclass(cls, keras.optimizers.Optimizer)
         and cls is not keras.optimizers.Optimizer
     }
-    # By name: PyTorch's Keras has subclasses of its own of the same name.
+    # Compares names, because Keras on PyTorch has subclasses with equal names.
     listed = {type(problem.optimizer()).__name__ for problem in problems.here()}
     assert shipped <= listed
 
@@ -49,7 +49,7 @@ def test_problem_names_are_unique():
 
 
 class Multiplied(keras.losses.Loss):
-    """Its gradient with respect to the prediction is the target."""
+    """A loss whose gradient with respect to the prediction is the target."""
 
     def call(self, y_true, y_pred):
         return ops.sum(y_true * y_pred, axis=-1)
@@ -57,7 +57,7 @@ class Multiplied(keras.losses.Loss):
 
 @pytest.mark.parametrize(
     "accum_dtype, total",
-    # bfloat16 holds 8 binary digits: 256 + 1 is 256 there, and 319 rounds to 320.
+    # bfloat16 has 8 binary digits: 256 + 1 is 256, and 319 rounds to 320.
     [("float32", 320.0), ("bfloat16", 256.0)],
 )
 @pytest.mark.core

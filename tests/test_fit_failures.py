@@ -36,7 +36,7 @@ def test_data_that_fails_in_the_middle_of_an_update(way):
     batches = problems.cut(data(), size)
 
     def generator():
-        # Two updates are whole; of the third one, half of its micro-batches are drawn.
+        # Two updates are complete. The third one has half of its micro-batches.
         yield from batches
         yield from batches[: {"microbatch_size": 0, "accum_steps": 2}[way]]
         raise BadExample
@@ -61,7 +61,7 @@ FAILURES = {
 @pytest.mark.parametrize("bad", [8, 15], ids=["first_microbatch", "last_microbatch"])
 @pytest.mark.core
 def test_an_exception_in_a_microbatch_leaves_the_model_as_it_was(way, run_eagerly, bad):
-    """The first update is whole; the second one has an example that fails."""
+    """The first update is complete, and an example of the second one fails."""
     settings, size = WAYS[way]
     model = accumulate(compiled(failing, run_eagerly=run_eagerly), **settings)
     fit(model, *data(8), batch_size=size)
@@ -75,7 +75,7 @@ def test_an_exception_in_a_microbatch_leaves_the_model_as_it_was(way, run_eagerl
     assert_equal(state(model), before)
     for a, b in zip(model.non_trainable_variables, seeds, strict=True):
         np.testing.assert_array_equal(ops.convert_to_numpy(a), b)
-    # And it trains on.
+    # The model can be trained afterwards.
     fit(model, *data(8), batch_size=size)
     assert int(model.optimizer.iterations) == 2
 
@@ -97,7 +97,7 @@ def test_an_exception_in_train_on_batch_leaves_the_model_as_it_was():
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch changes variables in place")
 @ways
 def test_a_frozen_layer_is_not_copied(way, monkeypatch):
-    """To put back after a failure, there are copies of what micro-batches move."""
+    """An update copies only state that micro-batches move, to restore it."""
     import torch
 
     settings, size = WAYS[way]
@@ -145,7 +145,7 @@ def test_a_layer_that_fails_while_it_is_traced(way):
 
 @ways
 def test_a_model_is_usable_after_an_error(way):
-    """A `fit` that failed leaves nothing behind that the next one would meet."""
+    """A `fit` that failed leaves no state that affects the next one."""
     settings, size = WAYS[way]
     model = accumulate(compiled(), **settings)
     with pytest.raises(ValueError):

@@ -1,4 +1,4 @@
-"""None in data: no weights, or an input that need not be given."""
+"""None in data: no weights, or an optional input."""
 
 import dataclasses
 from collections.abc import Callable
@@ -66,13 +66,13 @@ def of_tf_data(batch, size):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model, a batch, and how plain Keras cannot be given that either.
+    """A model, its data, and the sources of data with which plain Keras fails.
 
     Args:
-        build: Makes the model.
-        batch: What is cut in batches.
-        fails: The sources that it cannot take it from.
-        fails_on_tensorflow: Those that it cannot take it from on TensorFlow alone.
+        build: A function that makes the model.
+        batch: The data, which is cut into batches.
+        fails: The sources with which plain Keras fails on every backend.
+        fails_on_tensorflow: The further sources with which it fails on TensorFlow.
     """
 
     build: Callable
@@ -106,7 +106,7 @@ SOURCES = {
 
 
 def cases():
-    """One of the reductions has TensorFlow hold all micro-batches."""
+    """The cases. With one of the reductions, TensorFlow holds all micro-batches."""
     for name, case in DATA.items():
         weighted = len(case.batch) == 3
         holds = "mean_with_sample_weight" if weighted else "sum_over_batch_size"

@@ -1,4 +1,4 @@
-"""Models with a `fit` of their own, and callbacks that train the same model."""
+"""Models with their own `fit`, and callbacks that train the model itself."""
 
 import types
 
@@ -31,7 +31,7 @@ pytestmark = core_on("torch")
 
 
 def with_fit(fit):
-    """Builds the model with this `fit` in its class."""
+    """Builds a model whose class has this `fit`."""
 
     class Fits(problems.Written):
         pass
@@ -107,7 +107,7 @@ WORDS = ["", "a", "ab", "abc", "ba", "cab", "c", ""] * 3
 
 
 class Reads(problems.Written):
-    """Takes strings, of which its `fit` makes numbers, as KerasHub's tasks do."""
+    """Its `fit` gets strings and makes numbers of them, as KerasHub's tasks do."""
 
     def fit(self, x=None, y=None, **kwargs):
         if isinstance(x, str):
@@ -122,7 +122,7 @@ class Reads(problems.Written):
 
 
 def read(words):
-    if isinstance(words, str):  # the name of a file
+    if isinstance(words, str):  # a file name
         return read(WORDS), data()[1]
     if isinstance(words, dict):
         words = words["words"]
@@ -165,7 +165,7 @@ def test_own_fit_of_strings(way, raw):
 @pytest.mark.parametrize("kind", ["generator", "py_dataset"])
 @ways
 def test_own_fit_of_batches_of_strings(way, kind):
-    """Keras builds a model from what its own `fit` has made of them."""
+    """Keras builds a model from the data that the model's own `fit` makes."""
 
     def source(batch_size):
         y = data()[1]
@@ -181,7 +181,7 @@ def test_own_fit_of_batches_of_strings(way, kind):
 
 
 class TrainsToo(keras.callbacks.Callback):
-    """Trains the model on other data, once, where `fit` calls a method."""
+    """A callback that trains the model on other data, once, in one of its methods."""
 
     def __init__(self, method, train):
         super().__init__()
@@ -212,7 +212,7 @@ def test_a_callback_that_trains_the_same_model(call, method):
 
 @pytest.mark.core
 def test_own_fit_is_given_callbacks_where_it_wants_them():
-    """By their place, as Keras's has it, or by name."""
+    """Callbacks may be given by position, as to Keras's `fit`, or by name."""
     seen = []
     callback = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: seen.append(epoch)
@@ -231,7 +231,7 @@ def test_own_fit_is_given_callbacks_where_it_wants_them():
 
 @pytest.mark.core
 def test_own_fit_that_hands_on_no_callbacks():
-    """An update knows where an epoch ends without those of the model's own `fit`."""
+    """An update knows the end of an epoch without the callbacks of the user."""
 
     def takes_none(self, x, y, batch_size=None):
         return super(problems.Written, self).fit(x, y, batch_size)
@@ -243,6 +243,6 @@ def test_own_fit_that_hands_on_no_callbacks():
     for own in takes_none, drops_them:
         plain, model = compiled(None), compiled("accum_steps", with_fit(own))
         for each, batch_size in (plain, FULL), (model, MICROBATCH):
-            keras.utils.set_random_seed(0)  # of the order
+            keras.utils.set_random_seed(0)  # for the order
             each.fit(x, y, batch_size=batch_size)
         assert_close(arrays(model.weights), arrays(plain.weights))

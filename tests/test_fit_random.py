@@ -1,6 +1,6 @@
 """Hypothesis draws sizes, weights, masks, losses and reductions.
 
-`HYPOTHESIS_PROFILE=many` draws many more than the default does.
+`HYPOTHESIS_PROFILE=many` draws many more examples than the default.
 """
 
 import keras
@@ -28,7 +28,7 @@ weight = st.sampled_from([0.0, 0.0, 0.25, 1.0, 3.5])
 
 
 def sgd(*reductions):
-    """A rate at which no draw diverges: what diverges magnifies any rounding."""
+    """A rate with which no example diverges, because divergence magnifies rounding."""
     summed = any(problems.REDUCTIONS[name].adds_up for name in reductions)
     terms = MOST_EXAMPLES * problems.STEPS if summed else 1
     return keras.optimizers.SGD(0.05 / terms, momentum=0.5)
@@ -36,9 +36,9 @@ def sgd(*reductions):
 
 @st.composite
 def sizes(draw):
-    """Examples of each batch of an epoch, and of a micro-batch.
+    """The numbers of examples of each batch of an epoch, and of a micro-batch.
 
-    For `accum_steps` all batches but the last have the same number of micro-batches.
+    All batches but the last have equally many micro-batches, as `accum_steps` requires.
     """
     microbatch = draw(st.integers(1, 6))
     full = draw(st.integers(1, MOST_EXAMPLES))
@@ -71,10 +71,10 @@ def problem_of(
 
 
 def of_every_step(weights):
-    """A mask of steps wants the weights of examples for every step of theirs.
+    """The weights of examples, for each step, as a mask of steps requires.
 
-    In float64, which Keras copies: weights in float32 are multiplied by the mask in
-    place on PyTorch, in plain Keras too, before the metrics see them.
+    They have float64, which Keras copies. On PyTorch plain Keras too multiplies weights
+    in float32 by the mask in place, before the metrics see them.
     """
     return np.repeat(np.float64(weights)[:, None], problems.STEPS, axis=1)
 
@@ -122,9 +122,9 @@ def test_vectors(way, sizes, reduction, loss, weights):
 )
 @core_on("torch")
 def test_masked_sequences(way, sizes, reduction, loss, lengths, weights, trim):
-    """Rows of any length, also none, and micro-batches cut to their longest row."""
+    """Rows have any length, also 0, and micro-batches are cut to their longest row."""
     counts, microbatch = sizes
-    # Without reduction the log is a mean over the steps that there are, padding too.
+    # Without reduction the log is a mean over all steps, including padding.
     assume(not trim or reduction != "none")
 
     def make(r, n):
@@ -142,7 +142,8 @@ def test_masked_sequences(way, sizes, reduction, loss, lengths, weights, trim):
 
     batches = problems.each_size(make, counts)
     found = [each[0].shape[1] for batch in batches for each in microbatches(batch)]
-    # On TensorFlow, what the first two have in common all of a generator have to.
+    # If the first two micro-batches of a generator have one length, TensorFlow requires
+    # this length of all.
     assume(way != "accum_steps" or len({*found[:2]}) > 1 or len({*found}) == 1)
     problem = problem_of(
         problems.tagger,
@@ -151,7 +152,7 @@ def test_masked_sequences(way, sizes, reduction, loss, lengths, weights, trim):
         reduction,
         loss,
         microbatches=microbatches if way == "accum_steps" else None,
-        # Keras's metrics are means over an example's steps first, padding included.
+        # Keras's metrics first take means over an example's steps, including padding.
         metrics=not trim,
     )
     check(problem, way, microbatch)

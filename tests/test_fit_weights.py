@@ -21,7 +21,7 @@ from keras import layers
 from gradient_accumulator import accumulate
 
 NUMBERS = (0.5, 2.0, 0.0, 1.5)
-SIZES = (5, 3, 4, 4)  # of micro-batches, of which two make an update
+SIZES = (5, 3, 4, 4)  # of micro-batches; two make an update
 STEPS = 3
 
 
@@ -37,7 +37,7 @@ def tf_data(batches):
 
 
 def of_sequences():
-    """Its loss has a value for each step, which weights of examples do not fit."""
+    """A model whose loss has a value for each step, and so needs a weight for each."""
     x = layers.Input((STEPS, problems.FEATURES))
     return keras.Model(x, layers.Dense(problems.CLASSES)(x))
 
@@ -61,7 +61,7 @@ def micro_batches(build):
 
 
 def of_values(y, number):
-    """A weight for each value of a loss."""
+    """Weights with an entry for each value of a loss."""
     return np.full(y.shape[:-1], number, "float32")
 
 
@@ -84,12 +84,12 @@ SOURCES = (
     [tf_data] if BACKEND == "tensorflow" else [iterated, Batches, tf_data, data_loader]
 )
 BUILDS = [BASE, of_sequences]
-if BACKEND != "torch":  # where plain Keras multiplies the number in place
+if BACKEND != "torch":  # there plain Keras multiplies the number in place
     BUILDS.append(of_masked_sequences)
 
 
 def cases():
-    """Keras on TensorFlow wants axes of what is no `tf.data`."""
+    """The cases. On TensorFlow, Keras requires axes of all data but `tf.data`."""
     first, *others = SOURCES
     for build in BUILDS:
         yield first, np.float32, build, False
@@ -142,7 +142,7 @@ def test_a_batch_that_is_cut_has_a_number(build, reduction):
 
 @pytest.mark.core
 def test_a_number_that_is_divided_by_is_not_cut():
-    """Keras sums there, and adds up no weights."""
+    """With this reduction Keras sums the loss, and does not divide by the weights."""
     model = compiled(loss=keras.losses.MeanSquaredError("mean_with_sample_weight"))
     accumulate(model, microbatch_size=2)
     before = arrays(model.weights)
@@ -154,7 +154,7 @@ def test_a_number_that_is_divided_by_is_not_cut():
 
 @pytest.mark.parametrize("way", [{"accum_steps": 2}, {"microbatch_size": 2}])
 def test_a_metric_of_a_batch_weighs_by_examples_and_the_number(way):
-    """Within an update, all of whose examples have one weight here."""
+    """All examples of the update have one weight here."""
     x, y = data(8)
     number = np.float32(0.5)
     cut = [(x[:5], y[:5], number), (x[5:], y[5:], number)]

@@ -1,4 +1,4 @@
-"""`accumulated_value_and_grad` gives the batch's loss and gradients."""
+"""`accumulated_value_and_grad` gives the loss and the gradients of the batch."""
 
 import dataclasses
 
@@ -19,8 +19,10 @@ TOLERANCE = 2e-6
 
 
 def network():
-    """A model, its variables as this backend differentiates by them, and a function of
-    them that predicts."""
+    """The variables of a model, and a function that predicts from them.
+
+    The variables are in the form that the backend differentiates by.
+    """
     model = problems.mlp()()
     variables = model.trainable_variables
     if BACKEND != "jax":
@@ -34,9 +36,7 @@ def network():
 
 
 def of_backend(function):
-    """On JAX `function(variables, microbatch, ...)`, elsewhere `function(microbatch,
-    ...)`.
-    """
+    """The function as this backend calls it: only on JAX with the variables."""
     if BACKEND == "jax":
         return function
     return lambda *args, **kwargs: function(None, *args, **kwargs)
@@ -101,7 +101,7 @@ def assert_same(got, expected):
 
 
 def full_batch(loss, variables, data):
-    """The whole batch as one micro-batch, by the backend alone."""
+    """The loss and the gradients of the whole batch, computed by the backend itself."""
     if BACKEND == "jax":
         import jax
 
@@ -119,7 +119,7 @@ def full_batch(loss, variables, data):
 
 
 def compiled(function):
-    """What a user's compiled training step is."""
+    """The function, compiled as a user's training step is."""
     if BACKEND == "jax":
         import jax
 
@@ -127,7 +127,7 @@ def compiled(function):
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
-        # The variables from outside, as a training step has them.
+        # A training step uses variables from outside.
         return lambda variables, data: tf.function(
             lambda data: function(variables, data)
         )(data)
@@ -152,7 +152,7 @@ def test_microbatches_equal_the_batch(kind, within, count, size, seed):
 
 
 def test_averaging_microbatches_is_wrong_where_they_are_not_worth_the_same():
-    """What a counter around an optimizer does with a token-weighted loss."""
+    """An optimizer wrapper that counts averages micro-batches like this."""
     variables, predict = network()
     data = batch(9)
     full = numbers(*full_batch(whole_weighted(predict), variables, data))[1]
@@ -238,7 +238,7 @@ def test_no_weight_at_all_is_a_gradient_of_zero():
 )
 @pytest.mark.core
 def test_half_precision_sums_in_float32(accum_dtype, total):
-    """256 and 63 ones: 319 rounds to 320 in bfloat16, and 256 + 1 is 256 there."""
+    """The values are 256 and 63 ones. In bfloat16, 319 rounds to 320, 257 to 256."""
     variable = keras.Variable(ops.ones((1,), "bfloat16"), dtype="bfloat16")
     variables = [variable.value] if BACKEND == "jax" else [variable]
 
@@ -306,7 +306,7 @@ def test_grad_of_other_parameters_is_left_alone():
 @pytest.mark.parametrize("dtype, count", [("float16", 4096), ("bfloat16", 1024)])
 @pytest.mark.core
 def test_denominators_in_half_precision(dtype, count):
-    """They add up to more than the dtype holds, or tells apart."""
+    """Their sum is larger than the dtype can hold, or can hold exactly."""
     variable = keras.Variable(np.ones(1, "float32"))
     variables = [variable.value] if BACKEND == "jax" else [variable]
 
@@ -362,7 +362,7 @@ def test_floats_are_traced_and_what_shapes_are_made_of_is_static_on_jax():
             beta = number(0.1 * i)
             value, _ = function(variables, x, beta, 5)
             np.testing.assert_allclose(value, 0.3 * i, rtol=1e-6)
-        assert len(traces) <= 1  # NumPy's and Python's may share one
+        assert len(traces) <= 1  # NumPy's and Python's numbers may share a trace
     assert float(function(variables, x, 1.0, 2, True)[0]) == 9
     assert float(function(variables, x, 1.0, 2, np.True_, unit="two")[0]) == 18
     assert float(function(variables, x, 1.0, np.int64(3))[0]) == 3
@@ -373,7 +373,7 @@ def test_floats_are_traced_and_what_shapes_are_made_of_is_static_on_jax():
 @pytest.mark.parametrize("within", ["eager", "compiled"])
 @pytest.mark.parametrize("kind", ["typed", "raw"])
 def test_a_random_key_for_each_example_on_jax(within, kind):
-    """As the docstring shows: the masks are those of the batch."""
+    """With the code of the docstring, the masks are those of the batch."""
     import jax
 
     new = {"typed": jax.random.key, "raw": jax.random.PRNGKey}[kind]
@@ -399,7 +399,7 @@ def test_a_random_key_for_each_example_on_jax(within, kind):
     np.testing.assert_allclose(value, full, rtol=1e-6)
     np.testing.assert_allclose(gradients["scale"], reference["scale"], rtol=1e-6)
     assert len(np.unique(masked, axis=0)) == 8
-    # What it says of a key that all micro-batches have.
+    # The docstring also describes a key that all micro-batches share.
     (_, masked), _ = function(params, data, new(1))
     assert len(np.unique(masked, axis=0)) == 2
 

@@ -1,4 +1,4 @@
-"""Training loops of one's own on every backend, against the batch."""
+"""Training loops of a user's own on every backend, compared with the batch."""
 
 import keras
 import numpy as np
@@ -14,15 +14,15 @@ from gradient_accumulator import GradientAccumulateOptimizer, accumulated_value_
 
 
 class GAN(keras.Model):
-    """Its `train_step` is its own.
+    """A model with its own `train_step`.
+
+    With the function, the generator is trained on the batch after the discriminator
+    has been updated on it. Optimizers that accumulate update in one call each, so
+    that both gradients come before both updates.
 
     Args:
-        microbatch_size: Number of examples in a micro-batch, to accumulate as a
-            function; None if the optimizers do, or nothing.
-
-    With a function the generator is trained against the discriminator that has just
-    been updated, on the same batch. Optimizers that accumulate update in a call
-    of their own, so that there both gradients come before both updates.
+        microbatch_size: Number of examples in a micro-batch of the function; None if
+            the optimizers accumulate, or nothing does.
     """
 
     def __init__(self, microbatch_size=None):
@@ -65,7 +65,7 @@ class GAN(keras.Model):
         if not self.in_turns:
             self.apply(self.of_discriminator, of_discriminator, self.discriminator)
         self.apply(self.of_generator, of_generator, self.generator)
-        return {"loss": ops.zeros(())}  # Keras on TensorFlow wants something
+        return {"loss": ops.zeros(())}  # Keras on TensorFlow requires a log
 
     def gradients(self, loss, network, batch):
         variables = network.trainable_variables
@@ -94,7 +94,7 @@ class GAN(keras.Model):
 
 
 class JAXGAN(GAN):
-    """On JAX a training step is a function of the state, two networks' here."""
+    """On JAX a training step is a function of the state of two networks."""
 
     def parts(self):
         return (
@@ -186,8 +186,7 @@ def test_a_gan_with_the_function():
     assert_equal_weights(ours, reference, before)
 
 
-# --------------------------------------- on all backends: what a micro-batch is worth,
-# told
+# ------------------------------- on all backends: the user gives a micro-batch's weight
 
 
 def test_weights_of_tokens_make_a_custom_loop_exact():

@@ -1,4 +1,4 @@
-"""`accumulated_value_and_grad`: losses and batches that it cannot take."""
+"""`accumulated_value_and_grad`: losses and batches that raise or warn."""
 
 import inspect
 import re
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.core
 
 
 def ignored_means(weight, microbatch):
-    """A mean over the examples that are not 0."""
+    """The mean over the examples that are not 0."""
     kept = ops.cast(microbatch[:, 0] != 0, "float32")
     return ops.sum(ops.matmul(microbatch, weight)[:, 0] * kept) / ops.sum(kept)
 
@@ -35,11 +35,11 @@ def test_the_mean_over_nothing_warns_and_names_the_pair():
         value, _ = value_and_grad(ignored_means)(batch)
     assert [each.filename for each in caught] == [value_and_grad.__code__.co_filename]
     assert np.isnan(array(value))
-    # Warnings are errors here: a pair says nothing, and is right.
+    # Warnings are errors here. A pair does not warn, and is right.
     value, (gradient,) = value_and_grad(ignored_pairs)(batch)
     np.testing.assert_allclose(array(value), 3 * 0.5 * VALUE, rtol=1e-5)
     assert np.all(np.isfinite(array(gradient)))
-    # Nor does one that is not a number by other causes name what it is already.
+    # A pair that is not a number for another reason does not warn either.
     value, _ = value_and_grad(lambda w, x: (mean(w, x) * np.nan, ops.sum(x)))(batch)
     assert np.isnan(array(value))
 
@@ -51,14 +51,14 @@ def test_the_mean_over_nothing_in_a_later_update_warns():
         function(ops.convert_to_tensor(batch))
     batch[:2] = 0
     with pytest.warns(UserWarning, match="return a pair"):
-        for _ in range(3):  # JAX says it when it knows
+        for _ in range(3):  # on JAX the warning comes when the value is known
             value, _ = function(ops.convert_to_tensor(batch))
             array(value)
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="which compiles nothing here")
 def test_compiled_functions_do_not_look():
-    """As the docstring says: values are not known there."""
+    """While they are traced, values are not known (see the docstring)."""
     batch = ops.zeros((4, 3))
     if BACKEND == "jax":
         import jax

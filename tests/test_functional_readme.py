@@ -1,4 +1,4 @@
-"""The PyTorch loop of README.md trains as the plain one."""
+"""The PyTorch loop of README.md gives the results of the plain loop."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`AccumBatchNormalization`: the batch's moving statistics, also by renormalization."""
+"""`AccumBatchNormalization`: the batch's moving statistics, and renormalization."""
 
 import keras
 import numpy as np
@@ -40,7 +40,7 @@ def test_the_batchs_statistics(kind, way):
     reference = fit(model_of(layers.BatchNormalization(**settings), shape), batches)
     model = model_of(AccumBatchNormalization(**settings), shape)
     assert_same(in_microbatches(model, batches, way), reference)
-    # The mean of the micro-batches' own variances is not it.
+    # The mean of the micro-batches' variances would be another value.
     plain = model_of(layers.BatchNormalization(**settings), shape)
     with pytest.raises(AssertionError):
         assert_same(in_microbatches(plain, batches, way, warn=False), reference, 1e-3)
@@ -75,13 +75,13 @@ def test_half_precision_inputs(policy, spread, way):
 
     reference = trained(layers.BatchNormalization, lambda m: fit(m, batches))
     model = trained(AccumBatchNormalization, lambda m: in_microbatches(m, batches, way))
-    # Statistics that are themselves in half precision are rounded to it.
+    # Statistics in half precision are rounded too.
     assert_same(model, reference, 2e-3 if policy == "float16" else 1e-6)
     assert all(np.isfinite(v).all() for v in statistics(model))
 
 
 def test_pooling_rounds_little():
-    """Of values that are far from zero the variance is small beside their squares."""
+    """The values are far from zero: their variance is small beside their squares."""
     r = np.random.default_rng(0)
     microbatches = r.normal(size=(64, 4, 3)).astype("float32") + 300
     pool = Pool((3,), "float32", counts=False)
@@ -189,8 +189,10 @@ def test_renorm_by_its_formula():
 
 @pytest.mark.full
 def test_renorm_generalizes_as_the_batch():
-    """On digits in micro-batches of 2: 0.8 to 1.2 points less, by the backend, and
-    seeds lie a point apart (`python -m benchmarks digits`)."""
+    """On digits in micro-batches of 2 it is 0.8 to 1.2 points below the batch.
+
+    The backend decides, and seeds differ by a point (`python -m benchmarks digits`).
+    """
     pytest.importorskip("sklearn")
     from benchmarks import digits
 
@@ -233,7 +235,7 @@ def test_it_is_saved_as_itself(tmp_path):
     assert layer.get_config() == model.get_layer("normalization").get_config()
     for a, b in zip(loaded.weights, model.weights, strict=True):
         np.testing.assert_array_equal(array(a), array(b))
-    # Its weights are those of Keras's layer, no more.
+    # It has the weights of Keras's layer, and no others.
     plain = model_of(layers.BatchNormalization(epsilon=0.01), (6,))
     plain.set_weights(loaded.get_weights())
     assert plain.count_params() == model.count_params()

@@ -1,4 +1,4 @@
-"""`AccumBatchNormalization`: where an update ends, and what a failed one leaves."""
+"""`AccumBatchNormalization`: the end of an update, and the state after a failed one."""
 
 import subprocess
 import sys
@@ -58,7 +58,7 @@ def test_a_flush_ends_an_update():
 
 
 def waiting(microbatches):
-    """A model in whose update of 4 micro-batches of 2 examples so many wait."""
+    """A model in the middle of an update: it has summed so many of 4 micro-batches."""
     layer = AccumBatchNormalization(momentum=0.5, accum_steps=4)
     model = model_of(layer, (3,))
     model.compile(GradientAccumulateOptimizer(keras.optimizers.SGD(0.1), 4), "mse")
@@ -96,7 +96,7 @@ def test_loaded_it_ends_its_update_where_the_optimizer_wrapper_does(tmp_path):
     assert (loaded.optimizer.pending, layer.pending) == (2, 2)
     go_on(loaded, 4, 8)
     assert (loaded.optimizer.pending, layer.pending) == (0, 0)
-    (x, _), _ = data((3,))  # of what came after
+    (x, _), _ = data((3,))  # the micro-batches after it was loaded count
     np.testing.assert_allclose(
         statistics(loaded)[0], x[4:8].mean(axis=0) / 2, rtol=1e-5
     )
@@ -107,12 +107,12 @@ def test_in_a_loop_of_ones_own():
     layer = AccumBatchNormalization(accum_steps=4, momentum=0.0)
     for i in range(0, len(x), MICROBATCH):
         layer(x[i : i + MICROBATCH], training=True)
-    assert not array(layer.moving_mean).any()  # three of four
+    assert not array(layer.moving_mean).any()  # after three of four micro-batches
     layer(x[:0], training=False)
     layer.finish_update()
     np.testing.assert_allclose(array(layer.moving_mean), x.mean(0), rtol=1e-6)
     np.testing.assert_allclose(array(layer.moving_variance), x.var(0), rtol=1e-5)
-    layer.finish_update()  # nothing waits
+    layer.finish_update()  # nothing is pooled
     np.testing.assert_allclose(array(layer.moving_mean), x.mean(0), rtol=1e-6)
     layer(x[:5] + 1, training=True)
     layer.reset()
@@ -161,7 +161,7 @@ def test_a_failed_update_leaves_the_statistics():
 @pytest.mark.parametrize("cls", [AccumBatchNormalization, layers.BatchNormalization])
 @pytest.mark.core
 def test_a_skipped_update_leaves_the_statistics(cls, way):
-    """One example's loss is not finite; of the same data, one update is not skipped."""
+    """The loss of one example is not finite. Another update of the data succeeds."""
     model = model_of(cls(), (6,))
     first, second = data((6,))
     second[1][-1] = np.inf
@@ -199,7 +199,7 @@ def statistics_path(model):
 )
 @pytest.mark.slow
 def test_synchronized_over_two_processes(tmp_path):
-    """On TensorFlow, `test_devices.py` has the same for two replicas."""
+    """On TensorFlow, `test_devices.py` tests this for two replicas."""
     script = Path(__file__).parent / "distributed" / "torch_normalization.py"
     ended = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "store")],

@@ -1,4 +1,4 @@
-"""Masks that layers compute, follow, lose and draw, against plain Keras."""
+"""Masks that layers compute, pass on, lose and draw, compared with plain Keras."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ STEPS, TOKENS, WIDTH = problems.STEPS, problems.TOKENS, 3
 
 
 class Masks(layers.Layer):
-    """Begins a mask where its input is not all zeros."""
+    """Masks the steps whose inputs are all zeros."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -32,7 +32,7 @@ class Masks(layers.Layer):
 
 
 class Drawn(layers.Layer):
-    """Draws a mask from a seed of its own, which has nothing to do with its input."""
+    """Draws a mask from its own seed, which does not depend on the input."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -43,13 +43,13 @@ class Drawn(layers.Layer):
         return x * 1.0
 
     def compute_mask(self, x, mask=None):
-        if isinstance(x, keras.KerasTensor):  # whose number of examples is not known
+        if isinstance(x, keras.KerasTensor):  # its number of examples is not known
             return keras.KerasTensor(x.shape[:2], "bool")
         return keras.random.uniform(ops.shape(x)[:2], seed=self.seed) > 0.5
 
 
 def masked_by(*makers, outputs=1, regularizer=None):
-    """A model whose mask is what the layers make of it."""
+    """A model whose mask comes from these layers."""
 
     @problems.seeded
     def build():
@@ -91,7 +91,7 @@ def float_steps(outputs, sizes=problems.data.SIZES):
 @makers
 @ways
 def test_a_micro_batch_of_the_whole_batch_has_its_masks(way, mask, model):
-    """With one micro-batch an update, every layer draws what plain Keras's draws."""
+    """With one micro-batch an update, every layer draws as in plain Keras."""
     settings = MODELS[model]
     batches = float_steps(settings.get("outputs", 1))
     problem = problems.Problem(
@@ -103,7 +103,7 @@ def test_a_micro_batch_of_the_whole_batch_has_its_masks(way, mask, model):
     )
     whole = max(len(x) for x, _ in batches)
     if way == "accum_steps":
-        # Of 2, for 1 is plain training; there is one micro-batch in an epoch.
+        # The one micro-batch of the epoch is an update of 2: `accum_steps=1` is plain.
         problem = dataclasses.replace(problem, batches=lambda: batches[:1])
         trained = train(
             problem,
@@ -119,7 +119,7 @@ def test_a_micro_batch_of_the_whole_batch_has_its_masks(way, mask, model):
 @makers
 @ways
 def test_the_mean_of_equal_values_is_that_value(way, mask, model):
-    """Whatever masks micro-batches draw: what they count is what they divide by."""
+    """With any drawn masks, the denominator is the number of the summed values."""
     settings = MODELS[model]
     outputs = settings.get("outputs", 1)
     built = masked_by(*MAKERS[mask], **settings)()
@@ -142,7 +142,7 @@ def test_the_mean_of_equal_values_is_that_value(way, mask, model):
 @pytest.mark.skipif(BACKEND != "torch", reason="modules of PyTorch's own")
 @ways
 def test_measuring_masks_leaves_what_keras_does_not_know_of(way):
-    """Seeds of PyTorch's own, and what its modules keep, move as often as ever."""
+    """PyTorch's own seeds, and state of its modules, move once for each micro-batch."""
     import torch
 
     class Wrapped(layers.TorchModuleWrapper):
@@ -204,7 +204,7 @@ BINARY = {
 
 @st.composite
 def graphs(draw):
-    """Inputs by name and whether they begin a mask, steps of a graph, its outputs."""
+    """A graph: inputs (a name, and whether it begins a mask), steps and outputs."""
     names = draw(st.permutations("abc"))[: draw(st.integers(1, 3))]
     inputs = [(name, draw(st.booleans())) for name in names]
     steps = draw(
@@ -231,7 +231,7 @@ def build_graph(inputs, steps, outputs):
         tensors.append(UNARY[name]()(a) if name in UNARY else BINARY[name]()(a, b))
     last = tensors[::-1]
     heads = [last[k % len(last)] for k in outputs]
-    # Some end in a layer, and some in what an operation left.
+    # Some outputs are of a layer, and some are of an operation.
     heads = {
         f"head_{k}": layers.Dense(2)(h) if k % 2 else h[..., :2]
         for k, h in enumerate(heads)
@@ -240,7 +240,7 @@ def build_graph(inputs, steps, outputs):
 
 
 def _of_heads(values):
-    """Values by the names of heads; Keras wants one without a name."""
+    """The values by the names of heads. Keras requires that one head has no name."""
     return values if len(values) > 1 else values["head_0"]
 
 

@@ -1,4 +1,4 @@
-"""Which micro-batches make an update, where an epoch ends, and what is counted."""
+"""The micro-batches of an update, the end of an epoch, and the counts."""
 
 import keras
 import numpy as np
@@ -29,7 +29,7 @@ from gradient_accumulator import accumulate
 
 @pytest.mark.core
 def test_an_epochs_last_update_takes_the_microbatches_that_are_left():
-    """Five micro-batches, three an update: the second one of each epoch has two."""
+    """There are five micro-batches, three an update: the second update has two."""
     x, y = data(5 * MICROBATCH)
     reference = compiled()
     fit(reference, x, y, batch_size=3 * MICROBATCH, epochs=2)
@@ -48,7 +48,7 @@ def forever(batches):
         yield from batches
 
 
-EXECUTIONS = [1] if BACKEND == "torch" else [1, 3]  # Keras has no others there
+EXECUTIONS = [1] if BACKEND == "torch" else [1, 3]  # on PyTorch Keras allows only 1
 
 
 @pytest.mark.parametrize("executions", EXECUTIONS)
@@ -112,7 +112,7 @@ def test_batch_callbacks_run_once_an_update(way):
     assert record.begins == [stride * i for i in range(UPDATES)]
     assert record.ends == [stride * i + stride - 1 for i in range(UPDATES)]
     assert record.params["steps"] == stride * UPDATES
-    # JAX has its state in the variables only after the epoch, with plain Keras too.
+    # On JAX variables have their values only after the epoch, in plain Keras too.
     if BACKEND != "jax":
         assert record.iterations == [1, 2, 3]
 

@@ -33,7 +33,7 @@ pytestmark = core_on("torch")
 
 
 def moved(model):
-    """What forward passes move: there are two seeds and two counters."""
+    """The values that forward passes move: two seeds and two counters."""
     return [ops.convert_to_numpy(v) for v in model.non_trainable_variables]
 
 
@@ -42,13 +42,13 @@ def moved(model):
 @pytest.mark.parametrize("steps", [False, True])
 @ways
 def test_leaves_with_different_batch_sizes(way, steps, examples, bad):
-    """A generator yields what Keras does not check."""
+    """Keras does not check the arrays of a generator."""
     settings, size = WAYS[way]
     x, y = data(8)
     model = accumulate(compiled(failing, metrics=["mae"]), **settings)
     fit(model, x, y, batch_size=size)
     before, moved_before = state(model), moved(model)
-    # With `accum_steps` it would be broadcast: of one example, or of its last axis.
+    # With `accum_steps` it could be broadcast, along the examples or the last axis.
     good, misfit = (x, y), (x, y[:examples])
     update = [good] * (settings.get("accum_steps", 1) - 1)
     batches = [misfit, *update] if bad == "first" else [*update, misfit]
@@ -60,7 +60,7 @@ def test_leaves_with_different_batch_sizes(way, steps, examples, bad):
     assert_equal(state(model), before)
     for a, b in zip(moved(model), moved_before, strict=True):
         np.testing.assert_array_equal(a, b)
-    if len(batches) > 1 and bad == "last":  # as they are when an epoch begins
+    if len(batches) > 1 and bad == "last":  # their values at the start of an epoch
         assert not any(ops.any(v != 0) for v in model.metrics_variables)
 
 
@@ -92,14 +92,14 @@ def test_leaves_with_different_batch_sizes_before_anything_is_built(
             fit(model, source([(x, y[:examples])] * 4))
         if build is BASE:
             assert_equal(arrays(model.weights), before)
-    fit(model, source([(x, y)] * 4), steps_per_epoch=4)  # and it trains on
+    fit(model, source([(x, y)] * 4), steps_per_epoch=4)  # it can still be trained
     assert int(model.optimizer.iterations) == 4 // WAYS[way][0].get("accum_steps", 1)
 
 
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("bad", [0, 3])
 def test_leaves_with_different_batch_sizes_in_tf_data(bad, known):
-    """Whether TensorFlow knows the sizes before it runs, or not."""
+    """TensorFlow may know the sizes before the graph runs, or not."""
     tf = pytest.importorskip("tensorflow")
     x, y = data(2)
     model = accumulate(compiled(), accum_steps=4)
@@ -182,7 +182,7 @@ def test_an_update_without_any_example(way, run_eagerly):
 
 @pytest.mark.parametrize("empty", [0, 3])
 def test_a_microbatch_without_any_example(empty):
-    """No graph of TensorFlow draws it; the others go on without."""
+    """A graph of TensorFlow raises when it draws it. Other backends leave it out."""
     microbatches = problems.cut(data(6), 2)
     microbatches.insert(empty, data(0))
     model = accumulate(momentum_model(), accum_steps=4)
@@ -207,7 +207,7 @@ def test_a_generator_that_ends_before_steps_per_epoch(way):
     asked = len(batches) + 3
     with (
         pytest.raises(ValueError, match=f"Received: steps_per_epoch={asked}"),
-        # Keras warns of it, and goes on.
+        # Keras itself warns about it, and continues.
         pytest.warns(UserWarning, match="ran out of data"),
     ):
         fit(model, (batch for batch in batches), steps_per_epoch=asked)
@@ -225,14 +225,14 @@ def test_data_that_ends_in_an_update_of_steps_per_epoch():
     for a, b in zip(moved(model), moved_before, strict=True):
         np.testing.assert_array_equal(a, b)
     assert not any(ops.any(v != 0) for v in model.metrics_variables)
-    # In an epoch without `steps_per_epoch` it takes the micro-batches that are left.
+    # Without `steps_per_epoch` the update takes the remaining micro-batches.
     fit(model, (batch for batch in batches))
     assert int(model.optimizer.iterations) == 2
 
 
 @ways
 def test_arrays_that_end_before_steps_per_epoch(way):
-    """Keras knows their length: it warns, and the update of what is there counts."""
+    """Keras knows their length. It warns, and the last, shorter update counts."""
     settings, size = WAYS[way]
     model = accumulate(compiled(), **settings)
     steps = 16 // size

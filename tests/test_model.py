@@ -1,4 +1,4 @@
-"""What `accumulate` does to a model, and to its files."""
+"""`accumulate`: its effects on a model, and on the model's files."""
 
 import os
 import re
@@ -194,7 +194,7 @@ def test_weights_and_summary_show_no_trace(kind, way):
 def summary(model):
     lines = []
     model.summary(print_fn=lambda line, **_: lines.append(line))
-    # The batch size that a model was built with is shown, and may be unknown.
+    # This shows the batch size that a model was built with, which may be unknown.
     return re.sub(r"\((?:\d+|None), (\d+)\) *", r"(\1) ", "\n".join(lines))
 
 
@@ -293,7 +293,7 @@ def test_a_model_that_accumulates_is_saved_as_a_plain_one(way, tmp_path):
     loaded = keras.saving.load_model(path)
     assert type(loaded) is type(problems.mlp()())
     assert_close(arrays(loaded.weights), arrays(model.weights))
-    fit(loaded, batch_size=4)  # plain: an update for each batch
+    fit(loaded, batch_size=4)  # the model is plain: each batch is an update
     assert int(loaded.optimizer.iterations) == 2 + 4
 
 

@@ -176,15 +176,15 @@ def test_a_subclass_of_gradient_accumulate_model(way):
 
 @keras.saving.register_keras_serializable("tests")
 class Registered(GradientAccumulateModel):
-    """Without a constructor of its own."""
+    """A registered class without its own constructor."""
 
 
 class NotRegistered(GradientAccumulateModel):
-    """Without a constructor of its own."""
+    """A class without its own constructor, which is not registered."""
 
 
 class WithCall(GradientAccumulateModel):
-    """Hands on what it does not know, as Keras recommends."""
+    """Passes on unknown arguments, as Keras recommends."""
 
     def __init__(self, width=3, **kwargs):
         super().__init__(**kwargs)

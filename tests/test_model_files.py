@@ -40,7 +40,7 @@ pytestmark = core_on("torch")
 
 
 def updates(model, way):
-    """How many updates one more epoch has."""
+    """The number of updates in one more epoch."""
     before = int(model.optimizer.iterations)
     fit(model, *data(), batch_size=size(way))
     return int(model.optimizer.iterations) - before
@@ -79,7 +79,7 @@ def clone(model, tmp_path):
 @pytest.mark.parametrize("kind", ["accumulate", "GradientAccumulateModel"])
 @ways
 def test_what_a_copy_of_a_model_does(copy, kind, way, tmp_path):
-    """Of an accumulated model it is plain; a `GradientAccumulateModel` stays one."""
+    """The copy of a `GradientAccumulateModel` accumulates, and any other is plain."""
     model = made(way, kind)
     updates(model, way)
     copied = copy(model, tmp_path)
@@ -139,7 +139,7 @@ np.save(out, model.predict(np.load(x), verbose=0))
 
 @pytest.mark.slow
 def test_checkpoints_of_a_model_with_our_normalization(tmp_path):
-    """They need the package; what README says to do loads in plain Keras."""
+    """They need the package. After the steps in README, plain Keras loads them."""
     model = replace_batchnorm_layers(normalized(layers.BatchNormalization()))
     model.compile("sgd", "mse")
     accumulate(model, microbatch_size=2)
@@ -154,7 +154,7 @@ def test_checkpoints_of_a_model_with_our_normalization(tmp_path):
     fit(model, x, np.zeros((8, 1), "float32"), batch_size=4, callbacks=callbacks)
     loaded = keras.saving.load_model(checkpoint)
     restore_batchnorm_layers(loaded).save(restored)
-    # Weights go to a model with the same layers.
+    # Weights can be loaded into a model with equal layers.
     plain = normalized(layers.BatchNormalization())
     with (
         warnings.catch_warnings(),

@@ -1,4 +1,4 @@
-"""What users read: warnings that come once, and a line at `fit`."""
+"""Warnings that users get once, and the line that `fit` prints."""
 
 import sys
 
@@ -23,7 +23,7 @@ pytestmark = core_on("torch")
 
 
 class Inferring(keras.Model):
-    """Normalizes by moving statistics, as networks do that are fine-tuned."""
+    """A model that normalizes by moving statistics, as in fine-tuning."""
 
     def __init__(self):
         super().__init__()
@@ -94,7 +94,7 @@ def test_one_value_a_channel_is_normalized_to_a_constant(cls, way):
         (lambda: AccumBatchNormalization(renorm=True), (4,), []),
         (lambda: AccumBatchNormalization(), (4, 4, 1), []),
         (lambda: layers.BatchNormalization(), (4, 4, 1), ["by its own statistics"]),
-        # The convolution leaves one pixel.
+        # The output of the convolution is one pixel.
         (lambda: AccumBatchNormalization(), (3, 3, 1), ["returns a constant"]),
         (
             lambda: layers.TimeDistributed(AccumBatchNormalization()),
@@ -146,7 +146,7 @@ def test_more_accum_steps_than_an_epoch_has(source):
 @pytest.mark.parametrize(
     "settings, arguments, expected",
     [
-        # One batch of the epoch is cut, the last one is not.
+        # One batch of the epoch is cut, and the last one is not.
         ({"microbatch_size": 8}, {"batch_size": 16}, 0),
         ({"accum_steps": 6}, {"batch_size": 4}, 0),
         ({"accum_steps": 4}, {"batch_size": 4}, 0),

@@ -1,4 +1,4 @@
-"""`GradientAccumulateOptimizer`: equal micro-batches give what the batch gives."""
+"""`GradientAccumulateOptimizer`: equal micro-batches give the result of the batch."""
 
 import functools
 import warnings
@@ -116,7 +116,7 @@ def test_reset_forgets():
 @pytest.mark.parametrize("scaled", [False, True])
 @core_on("jax", "torch")
 def test_flush_gradients_at_each_epochs_end(validation, scaled):
-    """20 examples: batches of 8, 8 and 4, micro-batches of 2."""
+    """The 20 examples are in batches of 8, 8 and 4, in micro-batches of 2."""
     extra = {"validation_data": data(8)} if validation else {}
     plain = model_of(ADAM())
     expected = fit(plain, 8, count=20, **extra)
@@ -147,14 +147,14 @@ def test_flush_gradients_needs_what_accumulates():
 
 @pytest.mark.skipif(BACKEND == "jax", reason="a function of JAX's has one graph")
 def test_no_gradient_in_a_later_update_is_none():
-    """As in plain Keras, which then leaves the variable and its momentum alone."""
+    """Plain Keras then does not change the variable and its momentum."""
     optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0, 0.9), 2)
     a, b = variables = [keras.Variable(np.ones(2, "float32"), name=n) for n in "ab"]
     optimizer.build(variables)
     one = np.ones(2, "float32")
     for of_b in (None, one, None, None):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Keras says that there is none
+            warnings.simplefilter("ignore")  # Keras warns that there is none
             step(optimizer, [one, of_b], variables)
     assert_close({"b": array(b)}, {"b": np.full(2, 0.5)})
     assert_close({"a": array(a)}, {"a": np.full(2, -1.9)})
@@ -207,7 +207,7 @@ def test_microbatches_without_weight_are_an_update_of_zero():
 @pytest.mark.parametrize("none", [0.0, "tensor"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_mean_over_nothing_counts_for_nothing(reduction, steps, none, dtype):
-    """The gradient of a micro-batch that is all padding is 0 / 0."""
+    """If a micro-batch is all padding, its gradient is 0 / 0."""
     none = ops.zeros(()) if none == "tensor" else none
     weight = keras.Variable(np.ones(4, "float32"), dtype=dtype)
     optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0), steps, reduction)

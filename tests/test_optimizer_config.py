@@ -66,7 +66,7 @@ def test_an_optimizer_by_name_or_config(inner):
 @pytest.mark.core
 def test_saved_in_the_middle_of_an_accumulation(scaled, tmp_path):
     def optimizer():
-        # Without averages: plain Keras cannot call `fit` twice with them on JAX.
+        # It has no averages, with which plain Keras on JAX cannot call `fit` twice.
         inner = keras.optimizers.Adam(0.05, global_clipnorm=0.5)
         if scaled == "inside":
             inner = keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0)

@@ -1,4 +1,4 @@
-"""`GradientAccumulateOptimizer`: what it refuses, and what it is left as then."""
+"""`GradientAccumulateOptimizer`: its errors, and its state after them."""
 
 import keras
 import numpy as np
@@ -133,7 +133,7 @@ def test_variables_that_change_between_compiled_functions():
 
 
 def compiled_calls(optimizer, variables):
-    """Makes compiled functions that `apply` gradients of 1, or flush."""
+    """Returns a function that makes compiled functions: apply ones, or flush."""
 
     def of_tensorflow(pattern):
         import tensorflow as tf
@@ -168,7 +168,7 @@ def compiled_calls(optimizer, variables):
 @pytest.mark.skipif(BACKEND == "torch", reason="runs calls as they are")
 @pytest.mark.parametrize("flushed", [False, True])
 def test_compiled_functions_with_gradients_of_other_variables(flushed):
-    """Two tasks, each of which leaves the other's variable out."""
+    """There are two tasks, and the loss of each does not use the other's variable."""
     inner = keras.optimizers.SGD(1.0, weight_decay=0.5)
     optimizer = GradientAccumulateOptimizer(inner, 4 if flushed else 2)
     a, b = variables = [keras.Variable(np.ones(2, "float32"), name=n) for n in "ab"]
@@ -184,7 +184,7 @@ def test_compiled_functions_with_gradients_of_other_variables(flushed):
         value = value / 2 - 0.5  # the decay, and the mean of 1 and 0
         for variable in variables:
             np.testing.assert_allclose(array(variable), value)
-    if not flushed:  # what had no gradient of any micro-batch is left alone
+    if not flushed:  # a variable without a gradient in any micro-batch stays
         of_a()
         of_a()
         np.testing.assert_allclose(array(a), value / 2 - 1)
@@ -194,7 +194,7 @@ def test_compiled_functions_with_gradients_of_other_variables(flushed):
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="of `tf.function` only")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_flush_after_compiled_functions_of_other_variables(compiled):
-    """The variables of what waits, not those of the function compiled last."""
+    """It updates the summed variables, and not those of the last compiled function."""
     import tensorflow as tf
 
     optimizer = GradientAccumulateOptimizer(keras.optimizers.SGD(1.0, 0.5), 2)
@@ -252,10 +252,10 @@ def test_variables_that_change_while_microbatches_wait():
     optimizer.apply([gradient], [a])
     with pytest.raises(ValueError, match=r"variables changed.*Received: .*b.*a"):
         optimizer.apply([gradient], [b])
-    assert optimizer.pending == 1  # nothing lost
+    assert optimizer.pending == 1  # the sum is not lost
     optimizer.apply([gradient], [a])
     assert_close({"a": array(a), "b": array(b)}, {"a": np.zeros(2), "b": np.ones(2)})
-    for _ in range(2):  # nothing waits
+    for _ in range(2):  # the next update may have other variables
         optimizer.apply([gradient], [b])
     assert_close({"a": array(a), "b": array(b)}, {"a": np.zeros(2), "b": np.zeros(2)})
 

@@ -1,4 +1,4 @@
-"""`GradientAccumulateOptimizer` on the list of problems, as far as it can know."""
+"""`GradientAccumulateOptimizer` on all problems that an optimizer can make exact."""
 
 import problems
 import pytest
@@ -15,7 +15,7 @@ from helpers import (
 
 from gradient_accumulator import GradientAccumulateOptimizer
 
-# Keras on TensorFlow keeps the parts of an embedding's gradient apart.
+# On TensorFlow, Keras does not merge the slices of an embedding's gradient.
 MERGED = keras.backend.backend() == "tensorflow"
 
 
@@ -26,7 +26,7 @@ def accumulating(problem, steps, **settings):
 
 
 def merging(optimizer):
-    """Plain Keras with the gradients of an embedding's rows merged, as elsewhere."""
+    """Plain Keras that merges the slices of an embedding's rows, as elsewhere."""
     import tensorflow as tf
 
     def merge(gradient):
@@ -46,7 +46,7 @@ def merging(optimizer):
 
 
 def cases(reduction):
-    """Problems that an optimizer accumulates by this reduction."""
+    """The problems that an optimizer accumulates with this reduction."""
     for problem in problems.here():
         if problem.optimizer_reduction == reduction:
             marks = marks_of(problem, "optimizer")
@@ -72,5 +72,5 @@ def test_sums_add_up(problem):
     trained = train(
         accumulating(problem, len(microbatches), reduction="SUM"), microbatches
     )
-    trained.history = reference.history  # Keras's mean over micro-batches
+    trained.history = reference.history  # Keras logs the mean over micro-batches
     assert_same(trained, reference, problem.floatx)

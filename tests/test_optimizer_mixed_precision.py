@@ -1,4 +1,4 @@
-"""Half precision in micro-batches: no further off than half precision on the batch."""
+"""Half precision in micro-batches: its error is not larger than that of the batch."""
 
 import keras
 import numpy as np
@@ -40,11 +40,11 @@ def flat(model):
     return np.concatenate([array(w).ravel() for w in model.weights])
 
 
-SEEDS, ORDERS = 4, 3  # of weights, and of the examples of a batch
+SEEDS, ORDERS = 4, 3  # the seeds of the weights, and the orders of a batch's examples
 
 
 def order(number):
-    """Of the examples, the first is as they are."""
+    """The numbers of the examples in some order; number 0 is the original order."""
     numbers = np.arange(64)
     return np.random.default_rng(number).permutation(numbers) if number else numbers
 
@@ -53,16 +53,16 @@ class Trained:
     """Trains one model, compiled once, from the weights of each seed.
 
     Args:
-        policy: The model's.
-        per_layer: Whether its layers have the policy, and not Keras.
-        way: How it trains, in micro-batches of 8; None for plain training.
-        **settings: Of `accumulate`.
+        policy: The dtype policy.
+        per_layer: Whether the layers have the policy; otherwise it is global.
+        way: The way to train in micro-batches of 8; None for plain training.
+        **settings: Further arguments of `accumulate`.
     """
 
     def __init__(self, policy, per_layer=False, way=None, **settings):
         with global_policy("float32" if per_layer else policy):
             self.model = model_of(dtype=policy if per_layer else None)
-            # Keras puts a `LossScaleOptimizer` around it under a global mixed_float16.
+            # With a global mixed_float16, Keras puts a `LossScaleOptimizer` around it.
             self.model.compile(keras.optimizers.Adam(1e-2, epsilon=1e-3), "mse")
         if way is not None:
             size = 8 if way == "microbatch_size" else 64 // 8
@@ -72,7 +72,7 @@ class Trained:
         self.optimizer = [array(v) for v in self.model.optimizer.variables]
 
     def __call__(self, seed, examples):
-        """The weights after 10 updates from the examples in this order."""
+        """The weights after 10 updates, with the examples in this order."""
         for variable, value in zip(self.model.optimizer.variables, self.optimizer):
             variable.assign(value)
         r = np.random.default_rng(seed)
@@ -95,11 +95,11 @@ class Trained:
 )
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_no_further_off_than_the_batch(policy, per_layer, way):
-    """From float32, beside what the same run finds others to be.
+    """The error, from float32, is compared with other errors of this run.
 
-    How far half precision goes off depends on where each number is rounded to, and so
-    on the processor: the batch with its examples in another order, and sums of
-    gradients in half precision, are measured too, over several seeds.
+    The error of half precision depends on the rounding of each number, and so on the
+    processor. So this also measures, over several seeds, the batch with its examples in
+    another order, and sums of gradients in half precision.
     """
     exact, plain = Trained("float32"), Trained(policy, per_layer)
     ours = Trained(policy, per_layer, way)
@@ -120,7 +120,7 @@ def test_no_further_off_than_the_batch(policy, per_layer, way):
 
 
 def bfloat16_update(spread, size=None, examples=slice(None), **settings):
-    """What one update of a pure bfloat16 model adds to weights of 0."""
+    """The weights of a pure bfloat16 model after one update from weights of 0."""
     keras.utils.set_random_seed(0)
     dense = layers.Dense(8, kernel_initializer="zeros", dtype="bfloat16")
     model = keras.Sequential([layers.Input((16,), dtype="bfloat16"), dense])
@@ -143,12 +143,12 @@ def test_sixty_four_microbatches_in_bfloat16(spread):
         update = bfloat16_update(spread, **settings)
         return np.linalg.norm(update - full) / np.linalg.norm(full)
 
-    # Each of the two updates is rounded to the spacing of bfloat16, and what the batch
-    # itself is off by depends on the order of its examples.
+    # Each of the two updates is rounded to the spacing of bfloat16, and the batch's own
+    # error depends on the order of its examples.
     reordered = np.random.default_rng(1).permutation(256)
     assert off(size=4) < off(examples=reordered) + 2.0**-7
     if spread == 0:
-        # Sums in bfloat16 lose what is small beside them, all to the same side.
+        # Sums in bfloat16 lose small numbers, and all these errors have one sign.
         assert off(size=4, accum_dtype="bfloat16") > 0.05
 
 
@@ -158,9 +158,7 @@ def values(model, optimizer):
 
 
 def overflowing():
-    """Of the second of four micro-batches one example's scaled gradient overflows
-    float16.
-    """
+    """Data in which the scaled gradient of an example overflows (micro-batch 2)."""
     x, y = data(16)
     y[5] = 1e5
     return x, y
@@ -196,7 +194,7 @@ def test_one_overflow_skips_the_update(normalization, own_scaler, way):
     for path, value in values(model, scaler).items():
         np.testing.assert_array_equal(value, before[path], err_msg=path)
     assert float(array(scaler.dynamic_scale)) == scale / 2
-    # Nothing of the skipped update is left in the next one.
+    # The skipped update has no effect on the next one.
     fit(data(16))
     after = values(model, scaler)
     assert all(np.isfinite(v).all() for v in after.values())
@@ -244,7 +242,7 @@ def test_one_overflow_with_the_optimizer_wrapper(around):
 @pytest.mark.parametrize("flushed", [False, True])
 @pytest.mark.core
 def test_a_skipped_update_takes_back_what_layers_that_count_moved(around, flushed):
-    """The targets are not finite, so the statistics of the inputs are."""
+    """Only the targets are not finite, so that the layer's statistics are finite."""
     adam = keras.optimizers.Adam(1e-2)
     if around:
         optimizer = keras.optimizers.LossScaleOptimizer(

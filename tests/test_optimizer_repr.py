@@ -1,4 +1,4 @@
-"""What `repr` says of a `GradientAccumulateOptimizer`."""
+"""The `repr` of a `GradientAccumulateOptimizer`."""
 
 import keras
 import pytest

@@ -1,4 +1,4 @@
-"""`GradientAccumulateOptimizer` and loss scaling, inside of it and around it."""
+"""`GradientAccumulateOptimizer` with loss scaling inside it or around it."""
 
 import keras
 import numpy as np
@@ -24,7 +24,7 @@ pytestmark = core_on("torch")
 
 
 def around(optimizer, steps):
-    """A `LossScaleOptimizer` around what accumulates, in the place of one inside."""
+    """An optimizer like this `LossScaleOptimizer`, around one that accumulates."""
     config = optimizer.get_config()
     config["inner_optimizer"] = GradientAccumulateOptimizer(
         optimizer.inner_optimizer, steps

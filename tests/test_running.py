@@ -1,4 +1,4 @@
-"""How the tests are run: checks that one launch runs, backends one after the other."""
+"""How the tests run: several checks in one launch, and backends one after another."""
 
 import subprocess
 import sys
@@ -57,7 +57,7 @@ def test_a_check_that_fails_leaves_the_others(script):
 
 def test_a_check_passes_if_it_does_in_all_processes(script):
     def start(*names):
-        # In the second process another check, which the first one does not wait for.
+        # The second process runs another check, and the first one does not wait for it.
         return [launch.start(script, *names), launch.start(script, "says")]
 
     found = launch.outcomes(start, ["first", "says"])
@@ -66,7 +66,7 @@ def test_a_check_passes_if_it_does_in_all_processes(script):
 
 
 def ran(monkeypatch, capsys, codes):
-    """The exit code and the last lines, where backends' tests end with these codes."""
+    """The exit code and the last lines, if the backends' tests end with these codes."""
 
     def run(command, env):
         code = codes[env["KERAS_BACKEND"]]

@@ -1,4 +1,4 @@
-"""State of layers that belongs to the update: docs/layers.md, against plain Keras."""
+"""State of layers that belongs to the update (docs/layers.md), against plain Keras."""
 
 import contextlib
 import re
@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).parents[1] / "docs" / "layers.md"
 
 
 def documented(name):
-    """A class as docs/layers.md has it."""
+    """A class, made from its code in docs/layers.md."""
     blocks = re.findall(r"```python\n(.*?)```", EXAMPLES.read_text(), re.DOTALL)
     (block,) = [block for block in blocks if f"class {name}(" in block]
     namespace = {"keras": keras, "ops": ops, "contextlib": contextlib}
@@ -85,7 +85,7 @@ def test_a_failed_update_leaves_state_as_it_was(way, layer):
     "reduction", ["sum_over_batch_size", "mean_with_sample_weight"]
 )
 def test_threads_may_share_a_loss(way, reduction):
-    """What a model does with a loss does not change it for another."""
+    """A model in training does not change the loss for another model."""
     inside, others = threading.Event(), threading.Event()
 
     class Waits(keras.losses.MeanSquaredError):
@@ -109,7 +109,7 @@ def test_threads_may_share_a_loss(way, reduction):
     thread = threading.Thread(target=lambda: found.append(trained(way)))
     thread.start()
     try:
-        assert inside.wait(60)  # the thread is in a loss that it takes apart
+        assert inside.wait(60)  # the thread is in the loss, and computes its numerator
         assert loss.reduction == reduction
         assert_near(trained(way), expected)
         assert_near(trained(None), expected)

@@ -1,4 +1,4 @@
-"""`replace_batchnorm_layers` and `restore_batchnorm_layers` change nothing else."""
+"""`replace_batchnorm_layers`, `restore_batchnorm_layers`: they change nothing else."""
 
 import keras
 import numpy as np
@@ -44,7 +44,7 @@ def with_random_statistics(model):
     "name",
     [
         "MobileNetV2",
-        *(  # show what that one does too
+        *(  # these show nothing more than the first one
             pytest.param(name, marks=pytest.mark.full)
             for name in ("ResNet50V2", "EfficientNetB0", "DenseNet121")
         ),
@@ -81,7 +81,7 @@ def assert_inference(a, b, x):
 
 
 def assert_weights(a, b, before):
-    """To 1e-5 of how far they moved, or the spacing of float32 at their size."""
+    """Weights agree to 1e-5 of their movement, plus the spacing of float32."""
     for got, expected, start in zip(a.weights, b.weights, before, strict=True):
         got, expected = array(got), array(expected)
         moved = np.max(np.abs(expected - start))
@@ -90,7 +90,7 @@ def assert_weights(a, b, before):
 
 
 class Block(layers.Layer):
-    """Normalizes inside of a layer of one's own."""
+    """A user's layer that contains a normalization."""
 
     def __init__(self, units, **kwargs):
         super().__init__(**kwargs)
@@ -118,7 +118,7 @@ SETTINGS = {
 
 
 def everything():
-    """Two inputs and outputs, a shared layer, nested models, a wrapper, a block."""
+    """A model with two inputs and outputs, a shared layer, nested models, and more."""
     keras.utils.set_random_seed(0)
     a, b = layers.Input((4, 6), name="a"), layers.Input((6,), name="b")
     shared = layers.BatchNormalization(name="shared", **SETTINGS)
@@ -266,7 +266,7 @@ def test_a_nested_model_of_layers_of_ones_own():
 
 
 def branches():
-    """Two nested models, one of each kind, that share a layer."""
+    """Two nested models, a functional and a sequential one, that share a layer."""
     shared = layers.BatchNormalization(name="shared")
     x = layers.Input((6,))
     left = keras.Model(x, layers.Dense(3)(shared(layers.Dense(6)(x))), name="left")
@@ -275,7 +275,7 @@ def branches():
 
 
 def a_part_outside():
-    """A layer of a nested model that is called beside it, before and after."""
+    """A layer of a nested model that is also called before it and after it."""
     x = layers.Input((6,))
     inner = keras.Model(
         x, layers.Dense(6)(layers.BatchNormalization(name="part")(x)), name="inner"
@@ -286,7 +286,7 @@ def a_part_outside():
 
 
 def a_nested_model_twice():
-    """A nested model, in another one and beside it."""
+    """A nested model that is called in another model and on its own."""
     x = layers.Input((6,))
     inner = keras.Sequential(
         [layers.Input((6,)), layers.BatchNormalization(), layers.Dense(6)], name="inner"

@@ -1,6 +1,6 @@
-"""What older versions of Keras, and of a backend that they need, cannot do themselves.
+"""What older versions of Keras, or of the backends that they need, cannot do.
 
-There is nothing to compare micro-batches with then.
+Plain Keras then gives no result to compare micro-batches with.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ def is_before(version):
 
 @dataclasses.dataclass(frozen=True)
 class Since:
-    """The first version of Keras that can on a backend, and why older ones cannot."""
+    """The first version of Keras that passes on a backend, and why older ones fail."""
 
     backend: str
     version: str
@@ -45,7 +45,7 @@ OPTAX = Since("jax", "3.10", "optax needs a newer JAX than Keras knows")
 
 
 def unless_plain_fails(*since):
-    """The mark for a test of what plain Keras can only since then."""
+    """The mark of a test that plain Keras passes only since these versions."""
     reasons = [
         f"Plain Keras {keras.__version__} fails on {each.backend}: {each.why}"
         for each in since

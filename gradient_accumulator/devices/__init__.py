@@ -1,5 +1,6 @@
-"""The devices that train a model: one file a backend; only the active one's is
-imported.
+"""The devices that train a model.
+
+Each backend has one file, and only that of the active backend is imported.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["active", "backend"]
 
 
-@functools.cache  # callers ask where TensorFlow would convert what runs
+@functools.cache  # so that TensorFlow does not convert it in a traced caller
 def active() -> Devices:
     """The devices of the backend that Keras runs on.
 

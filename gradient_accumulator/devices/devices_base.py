@@ -1,4 +1,4 @@
-"""What layers, losses and warnings need of a backend's devices."""
+"""The operations on a backend's devices that layers, losses and warnings need."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ class Devices(ABC):
         return False
 
     def dense(self, gradient: Any) -> Any:
-        """A gradient as a dense tensor, which sums rows that occur several times."""
+        """A gradient as a dense tensor. Slices of one row are summed."""
         return ops.convert_to_tensor(gradient)
 
     @abstractmethod
     def call_once(self, function: Callable, *data: Any) -> list[np.ndarray]:
-        """The list of a function's results, as NumPy arrays, without gradients."""
+        """Calls a function without gradients; returns its results as NumPy arrays."""
 
 
 def lost(who: str, error: BaseException, update: str) -> RuntimeError:
-    """The error for processes that do not answer.
+    """The error for a process that does not answer.
 
     Args:
-        who: One of the processes, in words.
+        who: The kind of process, such as "A worker of the strategy".
         error: The error that this process received.
         update: A sentence about the current update, or an empty string.
     """
     return RuntimeError(
         f"{who} did not answer: it has failed, or was ended, and its own output says "
-        f"why. {update}Start all of them again; with the callback `BackupAndRestore` "
-        f"they go on from the last backup. Received: {error}"
+        f"why. {update}Start all processes again. With the callback `BackupAndRestore` "
+        f"they continue from the last backup. Received: {error}"
     )
 
 
-NOT_APPLIED = "The update at hand was not applied. "
+NOT_APPLIED = "The current update was not applied. "

@@ -1,4 +1,4 @@
-"""The devices that a batch is sharded over: each has its part of every micro-batch.
+"""The devices that a batch is sharded over. Each has a part of every micro-batch.
 
 They compute in `jax.shard_map`, because XLA itself would gather a batch to cut it into
 micro-batches, and would reduce the gradients of every micro-batch.
@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gradient_accumulator.devices.devices_base import NOT_APPLIED, Devices, lost
 from gradient_accumulator.microbatches import leaves
 
-# The mesh axis of the devices that run the traced function, each on its part.
+# The mesh axis of the devices that run the traced function, each on its own part.
 _axis: ContextVar[str | None] = ContextVar("axis", default=None)
 
 
@@ -92,9 +92,9 @@ _LOST = ("gloo", "connection", "coordination", "unavailable", "heartbeat", "nccl
 
 
 def waited_for(function: Callable) -> Callable:
-    """The function, but it waits for its results, and raises if a process fails.
+    """The function, changed to wait for its results, and to raise if a process fails.
 
-    JAX itself would go on, and callbacks would save values that never arrive.
+    JAX itself would not wait, and callbacks would save values that never arrive.
     """
 
     def run(*args):
@@ -133,9 +133,9 @@ def check_in_step(epoch: int, update: int, microbatches: int) -> None:
         for epoch, update, microbatches in everyone.tolist()
     ]
     raise ValueError(
-        "The processes of `jax.distributed` must make the same updates, each of as "
-        "many micro-batches: give each its share of every batch, the same number of "
-        "batches. Received: "
+        "The processes of `jax.distributed` must make the same updates, with equally "
+        "many micro-batches in each: give each process its share of every batch, and "
+        "the same number of batches. Received: "
         + ", ".join(f"process {rank} {state}" for rank, state in enumerate(states))
     )
 
@@ -146,7 +146,7 @@ def has_layout(path: str) -> bool:
 
 
 def state_shardings(model: keras.Model) -> tuple | None:
-    """The shardings of `fit`'s four lists of values; None without a distribution."""
+    """The shardings of the four lists of `fit`'s state; None without a distribution."""
     if keras.distribution.distribution() is None:
         return None
     state = (
@@ -159,7 +159,7 @@ def state_shardings(model: keras.Model) -> tuple | None:
 
 
 def active_replicas(batch: Any) -> Replicas | None:
-    """The devices of Keras's distribution; None where a batch is on one device.
+    """The devices of Keras's distribution; None if the batch is on one device.
 
     Args:
         batch: Nested arrays, as Keras distributed them.
@@ -193,7 +193,7 @@ class JaxDevices(Devices):
     """The devices of Keras's distribution."""
 
     def total(self, tensor: jax.Array) -> jax.Array:
-        # Outside of `Replicas.on_each` a sharded array is one array, of all devices.
+        # Outside of `Replicas.on_each` a sharded array has the data of all devices.
         axis = _axis.get()
         return tensor if axis is None else jax.lax.psum(tensor, axis)
 

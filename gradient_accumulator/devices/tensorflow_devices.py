@@ -12,7 +12,7 @@ from gradient_accumulator.devices.devices_base import Devices, lost
 
 
 def mean(strategy: tf.distribute.Strategy, logs: Any) -> Any:
-    """The mean over all replicas of nested scalars that a replica returned."""
+    """The mean over all replicas of the nested scalars that each one returned."""
     if strategy.num_replicas_in_sync == 1:
         return logs
     return tf.nest.map_structure(
@@ -22,7 +22,7 @@ def mean(strategy: tf.distribute.Strategy, logs: Any) -> Any:
 
 
 def in_replica() -> bool:
-    """Whether this is called in what each of several replicas runs."""
+    """Whether this call is in code that each of several replicas runs."""
     replica = tf.distribute.get_replica_context()
     return replica is not None and replica.num_replicas_in_sync > 1
 
@@ -33,10 +33,10 @@ def several_workers(strategy: tf.distribute.Strategy) -> bool:
 
 
 def ready(tensors: list) -> AbstractContextManager:
-    """Around what no worker does before all have computed these.
+    """A context whose operations wait until all workers have computed these tensors.
 
-    Keras decays weights and counts updates while it waits for gradients of other
-    workers, which may have ended.
+    Otherwise Keras would decay weights and count the update while it waits for the
+    gradients of other workers, which may have ended.
     """
     if not several_workers(tf.distribute.get_strategy()):
         return nullcontext()
@@ -46,16 +46,17 @@ def ready(tensors: list) -> AbstractContextManager:
 
 
 def finite_everywhere(optimizer: Any, gradients: list) -> list:
-    """Gradients that no replica finds finite, if one does not.
+    """The gradients, with a NaN in all replicas if one has a value that is not finite.
 
-    A `LossScaleOptimizer` takes one replica's word, and each worker its own.
+    A `LossScaleOptimizer` checks the gradients of one replica only, and each worker
+    checks its own.
     """
     several = tf.distribute.get_strategy().num_replicas_in_sync > 1
-    # Keras 2's takes the word of all.
+    # Keras 2's checks those of all replicas.
     if not several or not hasattr(optimizer, "check_finite"):
         return gradients
     bad = DEVICES.total(tf.cast(~optimizer.check_finite(gradients), "float32"))
-    # In a gradient that is not sparse: those slices may be none.
+    # NaN goes into a dense gradient if there is one, for a sparse one may be empty.
     present = [i for i, gradient in enumerate(gradients) if gradient is not None]
     i = min(present, key=lambda i: isinstance(gradients[i], tf.IndexedSlices))
     spoiled = tf.convert_to_tensor(gradients[i])
@@ -69,10 +70,10 @@ def check_in_step(
     """Raise in all workers if they are not at the same position of their training.
 
     Args:
-        strategy: Theirs.
+        strategy: The strategy of the workers.
         epoch: The number of the epoch.
         update: The number of the update.
-        at_end: Whether no other update will come.
+        at_end: Whether the epoch has no further update.
     """
     if not several_workers(strategy):
         return
@@ -81,13 +82,13 @@ def check_in_step(
         sums, squares = strategy.reduce(
             tf.distribute.ReduceOp.SUM, tf.stack([own, own * own]), axis=None
         ).numpy()
-    # This holds for numbers that are all equal, and for no others.
+    # N times the sum of squares is the square of the sum only if all numbers are equal.
     if (sums[0] * squares == sums * sums).all():
         return
     raise ValueError(
-        "The workers of the strategy must make the same updates: give each the same "
-        "number of batches and of epochs, or a data set that does not know its length, "
-        "of which a worker that has no more batches takes part with none. Received: "
+        "The workers of the strategy must make the same updates: give each worker the "
+        "same number of batches and of epochs, or a data set that does not know its "
+        "length, with which a worker takes part even without batches. Received: "
         f"this worker at {'the end' if at_end else 'an update'} of epoch {epoch}, its "
         f"update {update} of this `fit`"
     )
@@ -95,7 +96,7 @@ def check_in_step(
 
 @contextmanager
 def answering() -> Iterator[None]:
-    """A context of an exchange between workers: explains the error if one is gone."""
+    """A context of an exchange between workers. It explains the error if one ends."""
     try:
         yield
     except tf.errors.OpError as error:
@@ -111,7 +112,7 @@ class TensorFlowDevices(Devices):
         if not in_replica():
             return tensor
         replica = tf.distribute.get_replica_context()
-        # Workers reduce no tensor without a device, such as a variable's.
+        # Workers cannot reduce a tensor without a device, such as a variable's.
         tensor = tf.nest.map_structure(tf.identity, tensor)
         return replica.all_reduce(tf.distribute.ReduceOp.SUM, tensor)
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from gradient_accumulator.devices.devices_base import NOT_APPLIED, Devices, lost
 
-# Whether processes can wait for each other at this place in an update.
+# Whether processes can wait for each other at this position in an update.
 _in_step: ContextVar[bool | None] = ContextVar("in_step", default=None)
 
 
@@ -36,17 +36,17 @@ def totals(numbers: Sequence[float], group: Any = None) -> list[float]:
 
 @torch.no_grad()
 def reduce(tensors: Iterable[torch.Tensor], largest: bool = False) -> None:
-    """Sum tensors over all processes in place, all of one dtype at once.
+    """Sum tensors over all processes, in place. All tensors of one dtype go at once.
 
     Args:
-        tensors: Tensors, of the same number and shapes in every process.
+        tensors: Tensors, with the same number and shapes in every process.
         largest: Whether to take the largest values instead of sums.
     """
     kinds: dict[tuple, list[torch.Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     for alike in kinds.values():
-        # One tensor alone needs no copy.
+        # A single tensor needs no copy.
         flat = (
             torch.cat([tensor.reshape(-1) for tensor in alike])
             if len(alike) > 1
@@ -73,7 +73,7 @@ def broadcast(variables: Iterable[keras.Variable]) -> None:
 
 @contextmanager
 def in_step(yes: bool = True) -> Iterator[None]:
-    """A context that says whether all processes run its code equally often."""
+    """A context whose code all processes run equally often, unless `yes` is False."""
     token = _in_step.set(yes)
     try:
         yield
@@ -88,7 +88,7 @@ def are_in_step() -> bool | None:
 
 @contextmanager
 def summed(variables: Sequence[keras.Variable]) -> Iterator[None]:
-    """A scope in which variables have the sum over all processes of their values."""
+    """A scope in which the value of each variable is its sum over all processes."""
     values = [variable.value.detach().clone() for variable in variables]
     reduce(values)
     with keras.StatelessScope(state_mapping=list(zip(variables, values))):
@@ -128,14 +128,16 @@ def check_in_step(epoch: int, update: int, at_end: bool) -> None:
 
 
 def check_microbatches(microbatches: int) -> None:
-    """Raise in all processes if they have different numbers of micro-batches in an
-    update.
+    """Raise in all processes if they have different numbers of micro-batches.
+
+    Args:
+        microbatches: The number of micro-batches of this process in the update.
     """
     count_, sum_, squares = totals([1, microbatches, microbatches**2])
     if count_ * squares != sum_**2:
         raise ValueError(
-            "Processes that normalize by the examples of all of them need as many "
-            "micro-batches each: give each an equal share of every batch, or use "
+            "Processes that normalize by the examples of all processes need equally "
+            "many micro-batches: give each an equal share of every batch, or use "
             f"`synchronized=False`. Received: {microbatches} micro-batches in this "
             f"process, {int(sum_)} in all {int(count_)}"
         )
@@ -163,7 +165,7 @@ class TorchDevices(Devices):
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
         if count() == 1:
             return tensor
-        from torch.distributed.nn.functional import all_reduce  # which has a gradient
+        from torch.distributed.nn.functional import all_reduce  # it has a gradient
 
         return all_reduce(tensor)
 

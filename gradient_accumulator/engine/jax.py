@@ -1,7 +1,7 @@
 """An update on JAX: a host loop over one jitted function that adds a micro-batch.
 
-The loop is no `jax.lax.scan`: on CPUs, XLA runs convolutions inside a loop many times
-slower, and a host loop takes micro-batches of different shapes.
+The loop is not a `jax.lax.scan`, because on CPUs XLA runs convolutions in a loop many
+times slower. A loop on the host also takes micro-batches of different shapes.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class JaxEngine(JaxFit):
 
     def prepare(self, update: Update) -> None:
         model = update.model
-        self._shardings = state_shardings(model)  # while variables hold their values
+        self._shardings = state_shardings(model)  # variables still have their values
         self._places = {id(v): i for i, v in enumerate(model.non_trainable_variables)}
-        # Loss scaling may read the optimizer's variables; else they are not passed.
+        # Only loss scaling reads the optimizer's variables in a micro-batch.
         self._scales_loss = OptimizerStep(model.optimizer).scales_loss
         self._compiles = model.jit_compile and not model.run_eagerly
         self._replicas: Replicas | None = None
@@ -160,7 +160,7 @@ class JaxEngine(JaxFit):
         return carry
 
     def forward(self, model, x):
-        # Keras's own trainer on JAX makes this call, and no other.
+        # This is the call that Keras's own trainer on JAX makes.
         values = [
             [variable.value for variable in variables]
             for variables in (model.trainable_variables, model.non_trainable_variables)
@@ -211,7 +211,7 @@ class JaxEngine(JaxFit):
             return
         non_trainable = list(self.state.non_trainable)
         for variable, value in zip(variables, values):
-            # Others are trainable, which a forward pass on JAX does not move.
+            # A value of None is of a trainable variable: no forward pass moves it.
             if value is not None:
                 non_trainable[self._places[id(variable)]] = value
         self.state = self.state._replace(non_trainable=non_trainable)
@@ -222,7 +222,7 @@ class JaxEngine(JaxFit):
         return carry, _number(weighed.correction()), weighed.divided_last
 
     def step(self, optimizer, gradients, variables):
-        # Loss scaling branches, and the branches of JAX have no effects.
+        # Loss scaling has a branch, and in JAX a branch cannot assign variables.
         with jax.named_scope("apply_gradients"):
             values, state = optimizer.stateless_apply(
                 [variable.value for variable in optimizer.variables],
@@ -245,8 +245,8 @@ class JaxEngine(JaxFit):
         replicas = active_replicas(microbatch)
         if replicas is None:
             return None
-        if CompiledModel(model).has_own_metrics:  # they would see one device's part
-            return None
+        if CompiledModel(model).has_own_metrics:
+            return None  # they would see only one device's part
         if not all(
             internals.is_keras_own(kind) for kind in CompiledModel(model).metric_types
         ):
@@ -286,17 +286,17 @@ def _number(value):
 
 @lru_cache(maxsize=8)
 def _array(value, dtype):
-    # JAX dispatches its own arrays faster than NumPy's.
+    # JAX passes its own arrays to a program faster than NumPy's.
     return jnp.asarray(value, dtype)
 
 
 def _unreduced(carry, metrics):
-    """The carry and the metrics, which need no reduction."""
+    """Returns the carry and the metrics as they are: one device needs no reduction."""
     return carry, metrics
 
 
 def _out_shardings(state, replicas):
-    """The shardings of the programs' results; sums are sharded as their variables."""
+    """The shardings of the programs' results: sums are sharded as their variables."""
     if state is None:
         return None, None, None, None
     trainable, non_trainable, optimizer, metrics = state
@@ -316,9 +316,9 @@ def _out_shardings(state, replicas):
 
 
 def _measure(update, trainable, non_trainable, data):
-    """The denominators of a micro-batch, and the values that it moved.
+    """The denominators of a micro-batch, and new values of non-trainable variables.
 
-    Values are None unless the next micro-batch's masks may depend on them.
+    A value is None unless the masks of the next micro-batch may depend on it.
     """
     with _scope(update.model, trainable, non_trainable) as scope:
         denominators = update.denominators(data)
@@ -338,10 +338,10 @@ def _measured(measure, state, microbatch, losses):
 
 
 def _add(update, carry, state, kinds, data, share, factors):
-    """`Update.add`, of values.
+    """`Update.add` as a function of the variables' values.
 
-    For non-trainable variables that the micro-batch did not move, None is returned: a
-    compiled function would copy all frozen weights for every micro-batch.
+    It returns None for non-trainable variables that the micro-batch did not move.
+    Otherwise a compiled function would copy all frozen weights in every micro-batch.
     """
     model = update.model
     with (
@@ -357,12 +357,12 @@ def _add(update, carry, state, kinds, data, share, factors):
 
 
 def _finish(update, divided_last, carry, numbers_and_kept, donated, others):
-    """`Update.finish`, of values.
+    """`Update.finish` as a function of the variables' values.
 
     Args:
         update: The update.
         divided_last, carry, numbers_and_kept: The arguments of `Update.finish`.
-        donated: The values of trainable variables, and of the optimizer's.
+        donated: The values of trainable variables, and of the optimizer's variables.
         others: The values of metrics, and of statistics.
 
     Returns:
@@ -402,7 +402,7 @@ def _scope(model, trainable, non_trainable, optimizer=None, metrics=(), **settin
 
 
 def _moved(before, after):
-    """The new values, None for unmoved ones, which a compiled function would copy."""
+    """The new values, with None for those that are unchanged."""
     return [None if new is old else new for old, new in zip(before, after, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""`fit` on JAX: the train function, the data that it draws, and the state it keeps."""
+"""`fit` on JAX: the train function, the data that it draws, and the model's state."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from gradient_accumulator.update import Update
 
 
 class State(NamedTuple):
-    """The values of a model's variables, which `fit` takes out of them."""
+    """The values of a model's variables. During `fit` the variables have none."""
 
     trainable: list
     non_trainable: list
@@ -37,7 +37,7 @@ class State(NamedTuple):
 
 
 class JaxFit(Engine):
-    """The operations of `fit`, whose state is in lists of values on JAX."""
+    """The operations of `fit`. On JAX its state is in lists of values."""
 
     epoch: Epoch
     state: State  # during an update
@@ -60,7 +60,7 @@ class JaxFit(Engine):
 
         def train_function(state, iterator):
             nonlocal update
-            if len(state[0]) != len(update.variables):  # some were frozen since
+            if len(state[0]) != len(update.variables):  # the user froze some
                 update = new_update()
             logs = None
             for _ in range(steps_per_execution):
@@ -84,7 +84,7 @@ class JaxFit(Engine):
                     self.state = State(*state)
                     logs = update(microbatches)
                     state = tuple(self.state)
-                    del self.state  # the values are Keras's, until the next update
+                    del self.state  # Keras has the values until the next update
             return logs, state
 
         return train_function
@@ -95,7 +95,7 @@ class JaxFit(Engine):
         if microbatch_size is None:
             return drawn, lambda: map(checked, drawn())
         arrays = internals.large_arrays(adapter)
-        # With a distribution, each device gets its part of a whole batch.
+        # With a distribution, the devices each get a part of a whole batch.
         if arrays and not arrays.sparse and keras.distribution.distribution() is None:
             epoch.sizes = arrays.sizes
 
@@ -114,20 +114,20 @@ class JaxFit(Engine):
         check_in_step(epoch.number, epoch.updates, 0)
 
     def check_in_step(self, microbatches: int) -> None:
-        """Raise unless all processes have as many micro-batches in this update."""
+        """Raise unless all processes have equally many micro-batches in this update."""
         check_in_step(self.epoch.number, self.epoch.updates, microbatches)
 
 
 @contextmanager
 def _kept_on_failure(model: keras.Model, state: tuple) -> Iterator[None]:
-    """Give the model its state from before the update, if the update fails.
+    """Give the model its state from before the update if the update fails.
 
-    During `fit` the model has no state: Keras takes the values out of its variables.
+    During `fit` Keras keeps the values outside of the model's variables.
     """
     try:
         yield
     except StopIteration:
-        raise  # the epoch ends
+        raise  # this is the end of the epoch, and no failure
     except BaseException:
         names = ("trainable", "non_trainable", "optimizer", "metrics")
         model._jax_state = {
@@ -152,7 +152,7 @@ def _take(array, start, stop):
 
 
 def _drawn(epoch, first, iterator, accumulation):
-    """The micro-batches of a batch, drawn one by one from `_in_microbatches`."""
+    """The micro-batches of a batch, which are drawn one by one."""
     size = epoch.next_size(iterator)
     count = math.ceil(size / accumulation.microbatch_size)
     return Microbatches(chain([first], islice(iterator, count - 1)), count, size)
@@ -160,8 +160,8 @@ def _drawn(epoch, first, iterator, accumulation):
 
 def _in_microbatches(arrays, microbatch_size):
     """The micro-batches of all batches, in order."""
-    inputs = arrays.sliceable("jax")  # anew in each epoch: callbacks may change arrays
-    # Keras's iterator draws ahead, so that NumPy's random state is as in Keras.
+    inputs = arrays.sliceable("jax")  # in each epoch: callbacks may change the arrays
+    # Keras's iterator draws ahead. This one must too, to use the same random numbers.
     drawn = JAXEpochIterator(x=arrays.numbers())._get_iterator()
     for (numbers,) in drawn:
         numbers = np.asarray(numbers)

@@ -1,4 +1,4 @@
-"""`accumulated_value_and_grad` on JAX: a scan where it is traced, else a host loop."""
+"""`accumulated_value_and_grad` on JAX: a scan if it is traced, else a host loop."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from gradient_accumulator.functional import (
 from gradient_accumulator.microbatches import example_count
 from gradient_accumulator.received import check_of_backend, described
 
-# The types of further arguments that are traced: those that `jax.jit` traces, except
-# ints and bools, which set shapes and choose branches.
+# The types of further arguments that are traced. `jax.jit` also traces ints and bools,
+# but a loss function may need their values for shapes and branches.
 TRACED = (jax.Array, np.ndarray, np.inexact, float, complex)
 
 
@@ -82,21 +82,21 @@ def value_and_grad(engine: Engine, loss: LossFunction) -> Callable:
 
 
 class _Add:
-    """Adds a micro-batch, and returns the new carry and what `loss_fn` returns besides.
+    """Adds a micro-batch, and returns the new carry and the `aux` of `loss_fn`.
 
     Args:
-        engine: The function's engine.
+        engine: The engine.
         loss: The loss function.
     """
 
     def __init__(self, engine: Engine, loss: LossFunction):
         self.engine = engine
         self.loss = loss
-        self.has_means = False  # whether some loss was a mean, known once it is traced
+        self.has_means = False  # whether a loss was a mean, which tracing finds out
 
     def accumulation(self, values: list, size: Any) -> Accumulation:
         sums = Sums(values, [self.loss.accumulator_dtype(v.dtype) for v in values])
-        sums.connected.update(range(len(values)))  # JAX gives zeros where there is none
+        sums.connected.update(range(len(values)))  # JAX gives zeros for no gradient
         return Accumulation(sums, self.engine.value_and_grad, size)
 
     def __call__(self, *, carry, variables, microbatch, size, inputs, others):
@@ -116,7 +116,7 @@ class _Add:
 
 
 def _arrays(variables):
-    """The nested arrays to differentiate by; those of an iterator as a list."""
+    """The nested arrays to differentiate by. An iterator becomes a list."""
     if isinstance(variables, (Iterator, ValuesView)):
         variables = listed(variables)
     leaves = jax.tree.leaves(variables)
@@ -131,10 +131,10 @@ def _arrays(variables):
 
 
 class _Watch:
-    """Checks losses once they are computed, and waits for the first one only.
+    """Checks losses after they are computed, and waits only for the first one.
 
-    If the host waited for each, the device would wait for the host (a quarter of the
-    time of a small network's update).
+    If the host waited for each loss, the device would then wait for the host, for a
+    quarter of the time of a small network's update.
     """
 
     def __init__(self):
@@ -142,11 +142,12 @@ class _Watch:
         self.running: list = []
 
     def is_nan(self, value: jax.Array) -> bool:
-        """Whether this loss, or an earlier one computed by now, is not a number."""
-        # This process cannot read a value that is on other processes' devices.
+        """Whether a loss is not a number: this one or an earlier one, if computed."""
+        # A process cannot read a value that is on other processes' devices only.
         if value.is_fully_addressable or value.is_fully_replicated:
             self.running.append(value)
-        self.running = [v for v in self.running if not v.is_deleted()]  # or donated
+        # A user's program may have donated a value, which deletes it.
+        self.running = [v for v in self.running if not v.is_deleted()]
         ready = [v for v in self.running if not self.began or v.is_ready()]
         self.running = [v for v in self.running if not any(v is r for r in ready)]
         self.began = True
@@ -154,7 +155,7 @@ class _Watch:
 
 
 def _split_arguments(args, kwargs):
-    """The arrays and floats among arguments, and the rest as a static argument."""
+    """The arrays and floats among the arguments, and the others as static arguments."""
     leaves, structure = jax.tree.flatten((args, kwargs))
     is_array = [isinstance(leaf, TRACED) for leaf in leaves]
     arrays = [leaf for leaf, is_one in zip(leaves, is_array) if is_one]

@@ -1,8 +1,8 @@
-"""An update of sharded micro-batches: each device sums over its own parts of them.
+"""An update of sharded micro-batches: each device sums over its parts of them.
 
-Devices exchange no sums before the end of the update, when all are reduced at once.
-A stack is an array with one more axis, in which each device's sum is one entry. The
-sums of a carry are a pair here: of gradients, and of metrics.
+All sums are reduced at once, at the end of the update. Until then they are in stacks: a
+stack is an array with one more axis, along which each device has one entry. Here the
+sums of a carry are a pair: the gradients' and the metrics'.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gradient_accumulator.statistics import over_devices
 
 
 def zeros(zeros, model, replicas):
-    """A carry of stacks of zeros."""
+    """The carry for the first micro-batch: stacks of zeros."""
     carry = zeros()
     metrics = [jnp.zeros(v.shape, v.dtype) for v in model.metrics_variables]
     return jax.tree.map(
@@ -28,7 +28,8 @@ def zeros(zeros, model, replicas):
 def measure(model, measure, replicas, trainable, non_trainable, data):
     """The denominators of each device's part of a micro-batch, and the moved state.
 
-    Args, returns: As on one device, but with a row of denominators for each device.
+    Arguments and results are those of one device's `measure`, except that each device
+    has a row of denominators.
     """
 
     def run(trainable, non_trainable, data):
@@ -45,8 +46,8 @@ def measure(model, measure, replicas, trainable, non_trainable, data):
 def add(model, add, replicas, carry, state, kinds, *microbatch):
     """Add each device's part of a micro-batch to the device's sums.
 
-    Args, returns: As on one device; share and factors are those of a device's part, and
-    the metrics are not moved.
+    Arguments and results are those of one device's `add`, except that share and factors
+    are those of a device's part, and that the sums contain what the metrics add.
     """
 
     def run(carry, state, data, share, factors):
@@ -69,13 +70,13 @@ def add(model, add, replicas, carry, state, kinds, *microbatch):
         return jax.tree.map(lambda value: value[None], carry), moved
 
     on_each = replicas.on_each(run, (True, False, True, False, True), (True, False))
-    state = state._replace(metrics=())  # a device adds to metrics of its own
+    state = state._replace(metrics=())  # each device has its own sums of metrics
     carry, moved = on_each(carry, state, *microbatch)
     return carry, moved, None
 
 
 def reduce(model, carry, metrics):
-    """The carry reduced over all devices, and the metrics with the devices' added."""
+    """The carry, reduced over all devices, and the metrics with all devices' sums."""
     stacks, own = carry.sums
     with jax.named_scope("reduce_gradients"):
         gradients = [
@@ -103,7 +104,7 @@ def _seeded(model, non_trainable, replicas):
 
 
 def _of_all(model, non_trainable, moved):
-    """The moved values, with the seeds that all devices share."""
+    """The moved values, but with seeds that are equal on all devices."""
     return [
         old.at[1].set(new[1])
         if new is not None and internals.is_seed(variable)

@@ -1,6 +1,6 @@
 """An update on TensorFlow: one graph around a `tf.while_loop` over its micro-batches.
 
-A loop, not an unrolled graph: TensorFlow would run unrolled micro-batches side by side
+The graph has a loop because TensorFlow would run unrolled micro-batches side by side,
 and hold the activations of all of them.
 """
 
@@ -38,7 +38,7 @@ from gradient_accumulator.update import Update
 
 
 class TensorFlowEngine(TensorFlowFit):
-    """An update as a graph. It has no state, for each replica makes an update."""
+    """An update as a graph. It has no state, because each replica makes an update."""
 
     def weigh(self, update, microbatches):
         kinds = microbatches.losses.kinds(microbatches.even)
@@ -52,7 +52,7 @@ class TensorFlowEngine(TensorFlowFit):
         if model.jit_compile and not model.run_eagerly and not waits(model):
             compiled = partial(tf.function, jit_compile=True, autograph=False)
             add = compiled(add)
-            # Replicas wait for each other in the optimizer, which XLA does not compile.
+            # In the optimizer replicas wait for each other, which XLA cannot compile.
             if model.distribute_strategy.num_replicas_in_sync == 1:
                 apply = compiled(apply)
         return Steps(update.zeros, add, apply, update.finish)
@@ -113,7 +113,7 @@ class TensorFlowEngine(TensorFlowFit):
     def finishing(self, weighed, carry) -> Iterator[None]:
         microbatches = weighed.microbatches
         dense, slices = carry.sums
-        # Nothing of the optimizer runs before all micro-batches are done: one may fail.
+        # The optimizer runs after all micro-batches, because one of them may fail.
         done = tf.group(
             *dense,
             *(tensor for held in slices for tensor in held.tensors),
@@ -144,13 +144,13 @@ class Weighed:
     microbatches: Microbatches
     update: Update
     kinds: Sequence[str]
-    factors: tf.Tensor | None  # of shape `(microbatches, losses)`
-    examples: tf.Tensor | None = None  # of all micro-batches, after the last
+    factors: tf.Tensor | None  # of shape `(microbatches, losses)`; None if all are 1
+    examples: tf.Tensor | None = None  # after the loop, the number of all examples
 
     def row(self, k: tf.Tensor, size: tf.Tensor) -> tf.Tensor | None:
         """The factors of micro-batch k, which has `size` examples."""
         if losses.DIVIDED_LAST in self.kinds:
-            # Times its share, a numerator is then divided by `expected`.
+            # Times the share, this divides the numerator by `expected`.
             dtype = self.microbatches.expected.dtype
             return tf.expand_dims(1 / tf.cast(size, dtype), 0)
         return None if self.factors is None else self.factors[k]
@@ -161,13 +161,13 @@ def _loop(microbatches, body, state):
         lambda k, state, *_: microbatches.more(k, state),
         body,
         state,
-        # Micro-batches side by side would hold their activations side by side.
+        # Parallel micro-batches would hold their activations at one time.
         parallel_iterations=1,
     )
 
 
 def _unrolled(microbatches, body, state):
-    """`_loop` for a graph of a known number of micro-batches, one after the other."""
+    """`_loop` without a loop: the graph has each micro-batch, one after another."""
     for k in range(microbatches.count):
         done = [t for t in tf.nest.flatten(state) if isinstance(t, tf.Tensor)]
         with tf.control_dependencies(done):
@@ -176,18 +176,18 @@ def _unrolled(microbatches, body, state):
 
 
 class SparseSums(Sums):
-    """Sums of dense gradients, and the slices of sparse ones, as a pair."""
+    """A pair: the sums of dense gradients, and the slices of sparse gradients."""
 
     def __init__(self, update: Update, microbatches: Microbatches):
         super().__init__(update.variables, update.dtypes)
-        self.eager: dict[int, list] = {}  # slices, where there is no graph
+        self.eager: dict[int, list] = {}  # slices, if the update runs eagerly
         self.sparse = _sparse_variables(update, microbatches)
         self.even = microbatches.even
         self.places = [i for i in range(len(self.variables)) if i not in self.sparse]
 
     def zeros(self):
         dense = [
-            # A constant of this size would be a part of the graph.
+            # `tf.zeros` would put a constant of this size into the graph.
             tf.zeros_like(internals.native(self.variables[i]), self.dtypes[i])
             for i in self.places
         ]
@@ -198,7 +198,7 @@ class SparseSums(Sums):
         return dense, slices
 
     def add(self, sums, gradients):
-        """The new dense sums, and the slices of this micro-batch."""
+        """Returns the new dense sums, and the slices of this micro-batch."""
         dense, _ = sums
         for i, gradient in enumerate(gradients):
             if gradient is None:
@@ -272,16 +272,16 @@ def _sparse_variables(update, microbatches) -> dict[int, tf.DType]:
         return tf.zeros(())
 
     trace_microbatch(run, microbatches.example, microbatches)
-    # That trace's graph is in cycles, and as large as the one to come. Python would
-    # find them among what is made for that one, whose memory then has holes.
+    # This trace leaves a large graph in reference cycles. If Python freed it while it
+    # makes the next graph, the memory of that graph would have holes.
     gc.collect()
     return sparse
 
 
 def _factors(update, microbatches, kinds):
-    """The factor of each compiled loss in each micro-batch, or None where all are 1.
+    """The factor of each compiled loss in each micro-batch; None if all are 1.
 
-    None too where a loss is divided last, for then each micro-batch knows its own.
+    It is also None if the loss is divided last: each micro-batch then computes its own.
     """
     if set(kinds) <= {losses.BY_EXAMPLES, losses.DIVIDED_LAST}:
         return None
@@ -298,7 +298,7 @@ def _factors(update, microbatches, kinds):
 def _denominators(update, microbatches, count_of_losses):
     """The denominators of all micro-batches, of shape `(microbatches, losses)`.
 
-    Nothing of these forward passes stays, and only their masks are computed.
+    These forward passes have no effects, and compute only masks.
     """
     carried = update.statistics.carried if internals.MEASURES_IN_TRAINING else []
 
@@ -310,7 +310,7 @@ def _denominators(update, microbatches, count_of_losses):
             unsynchronized(update.model),
         ):
             row = update.denominators(data)
-        # Each micro-batch sees the state that it will be trained in, for its masks.
+        # Masks may depend on the state that the micro-batch will be trained in.
         values = [scope.get_current_value(variable) for variable in carried]
         return k + 1, rows.write(k, row), values
 
@@ -328,10 +328,10 @@ def _denominators(update, microbatches, count_of_losses):
 
 @contextmanager
 def _only_what_is_used():
-    """A context in which a loop runs nothing but what its results need.
+    """A context in which a loop runs only the operations that its results need.
 
-    Else an assertion about the shape of predictions, which Keras's cross-entropy makes,
-    would run for its own sake, and with it the forward pass.
+    Keras's cross-entropy asserts the shape of predictions. The loop would otherwise run
+    this assertion, and for it the forward pass.
     """
     if tf.executing_eagerly():
         yield
@@ -346,7 +346,7 @@ def _only_what_is_used():
 
 
 def _zero_logs(model, microbatches):
-    """Zeros in the form of the logs that a model's own `compute_metrics` returns."""
+    """Zeros, nested as the logs that a model's own `compute_metrics` returns."""
     if not CompiledModel(model).has_own_metrics:
         return {}
 

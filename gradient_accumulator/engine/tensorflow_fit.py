@@ -1,4 +1,4 @@
-"""The train function on TensorFlow: it draws an update's data and runs its graph."""
+"""The train function on TensorFlow: it draws an update's data, and runs its graph."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ class TensorFlowFit(Engine):
         return [internals.native(variable).read_value() for variable in variables]
 
     def readable_metrics(self, model):
-        # Several replicas would have to sum theirs, to read them.
+        # Several replicas would have to sum their metrics first.
         if model.distribute_strategy.num_replicas_in_sync > 1:
             return []
         return super().readable_metrics(model)
 
-    # Before an epoch and after it workers sum their metrics, which none can alone.
+    # Workers sum their metrics before and after an epoch, and so wait for each other.
 
     def after_fit(self, model: keras.Model, epoch: Epoch) -> None:
         check_in_step(model.distribute_strategy, epoch.number, epoch.updates, True)
@@ -106,7 +106,7 @@ class TensorFlowFit(Engine):
         self, model: keras.Model, epoch: Epoch, accumulation: Accumulation, adapter: Any
     ) -> tuple[Callable, None]:
         arrays = internals.large_arrays(adapter)
-        # Of several replicas each gets its part of a batch.
+        # Several replicas each get a part of a whole batch.
         one_replica = model.distribute_strategy.num_replicas_in_sync == 1
         if (
             accumulation.microbatch_size is not None
@@ -123,18 +123,18 @@ class TensorFlowFit(Engine):
 def waits(model: keras.Model) -> bool:
     """Whether replicas wait for each other in a micro-batch.
 
-    TensorFlow does not let them within a loop or a function of its own.
+    TensorFlow does not allow this in a loop or in a compiled function.
     """
     return model.distribute_strategy.num_replicas_in_sync > 1 and synchronizes(model)
 
 
 class _Updates:
-    """Draws the data of one update after the other, and has the graphs for them.
+    """Draws the data of one update after another, and keeps the graphs for them.
 
     Args:
         engine: The model's engine.
         model: A compiled model.
-        training: Its `Training`.
+        training: The model's `Training`.
     """
 
     def __init__(self, engine: Engine, model: keras.Model, training: Any):
@@ -151,19 +151,19 @@ class _Updates:
         self.built = False
         self.inspected: dict[str, Losses] = {}
         self.graphs: dict = {}
-        # Of the iterator that was seen last, which is held weakly:
+        # A weak reference to the last iterator. The next three are about it.
         self.iterator: Callable[[], Any] = lambda: None
-        self.spec: Any = None  # what its batches are, or None
-        self.key = ""  # of the graphs for such batches
-        self.streams = False  # whether a graph draws its micro-batches, one by one
+        self.spec: Any = None  # the spec of its batches, or None if it is not known
+        self.key = ""  # the key of the graphs for such batches
+        self.streams = False  # whether a graph draws its micro-batches one by one
         self.unrolled = waits(model)
         self.checks = Checks()
 
     def draw(self, iterator: Iterator) -> Callable[[], dict]:
-        """A function that makes the next update.
+        """Returns a function that makes the next update, and returns its logs.
 
         Raises:
-            StopIteration: If nothing is left of the epoch.
+            StopIteration: If the epoch has no more data.
         """
         if iterator is not self.iterator():
             self._look_at(iterator)
@@ -215,7 +215,7 @@ class _Updates:
             )
         counts = []
         for local in self._locals(batch):
-            # A replica may have nothing of an epoch's last batch.
+            # A replica may have no examples of an epoch's last batch.
             if self.replicas == 1 or size_of(local):
                 batch_size(local)
             size = int(size_of(local))
@@ -243,7 +243,7 @@ class _Updates:
         if self.unrolled:
             for microbatch in microbatches:
                 _check_even({int(size_of(x) > 0) for x in self._locals(microbatch)})
-        # A graph for each number of micro-batches, where it cannot be a loop.
+        # An unrolled graph is for one number of micro-batches.
         count = len(microbatches) if self.unrolled else tf.constant(len(microbatches))
         microbatches += microbatches[-1:] * (self.accum_steps - len(microbatches))
         signature = ((self.spec,) * self.accum_steps, tf.TensorSpec((), tf.int32))
@@ -263,13 +263,13 @@ class _Updates:
 
         def update():
             logs, drawn = self._stream(first, iterator, microbatches.count)
-            self.epoch.seen += int(drawn) - 1  # the first is counted
+            self.epoch.seen += int(drawn) - 1  # the first one is already counted
             return logs
 
         return update
 
     def _streams(self, first):
-        """Whether a graph can draw micro-batches: nothing has to know all of them."""
+        """Whether a graph can draw micro-batches: no loss has to know all of them."""
         if self.streams:
             if not self.built:
                 self._build(_tensors(first.get_value()))
@@ -278,7 +278,7 @@ class _Updates:
         return self.streams
 
     def _stream(self, first, iterator, count):
-        """The logs of an update whose graph draws its micro-batches; their number."""
+        """Returns the logs and the number of the micro-batches that a graph drew."""
         element = iterator.element_spec
         signature = (
             tf.OptionalSpec(element),
@@ -297,9 +297,9 @@ class _Updates:
             self.epoch.ended_early(self.epoch.seen + int(drawn) - 1)
 
     def _locals(self, data):
-        """The part of distributed data that each replica gets."""
+        """The parts of distributed data, one for each replica of this worker."""
         results = self.strategy.experimental_local_results
-        count = len(results(leaves(data)[0]))  # other workers have the other replicas
+        count = len(results(leaves(data)[0]))  # other workers have other replicas
         return [
             map_leaves(lambda leaf, k=replica: results(leaf)[k], data)
             for replica in range(count)
@@ -319,7 +319,7 @@ class _Updates:
     def _losses(self, example, trace=internals.compute_output_spec):
         structure = str(map_leaves(lambda array: (array.shape, array.dtype), example))
         if structure not in self.inspected:
-            # Run eagerly, a model may do things that it is not to do twice.
+            # An eager model may have effects in training, which must not happen twice.
             training = not self.model.run_eagerly
             with (
                 unsynchronized(self.model),
@@ -331,7 +331,7 @@ class _Updates:
         return self.inspected[structure]
 
     def _run(self, microbatches_of: Callable, signature: tuple, *data):
-        """The logs of an update, and the number of its micro-batches."""
+        """Makes an update; returns its logs and the number of its micro-batches."""
 
         def on_replica(*data):
             microbatches = microbatches_of(*data)
@@ -350,7 +350,7 @@ class _Updates:
 
         if self.model.run_eagerly:
             return run(*data)
-        # Traced once for all that the data set may yield, not for each of its shapes.
+        # With a signature, one trace serves all shapes that the data set may yield.
         key = microbatches_of.__name__, self.key
         if key not in self.graphs:
             self.graphs[key] = tf.function(
@@ -363,25 +363,29 @@ class _Updates:
 
 
 def _check_even(counts: set[int]) -> None:
-    """Raise unless all replicas that wait for each other have as many micro-batches."""
+    """Raise if waiting replicas have different numbers of micro-batches.
+
+    Args:
+        counts: The different numbers of their micro-batches.
+    """
     if len(counts) > 1:
         raise ValueError(
-            "Replicas that normalize by the examples of all of them need as many "
-            "micro-batches each. Drop a data set's last batch "
+            "Replicas that normalize by the examples of all replicas need equally many "
+            "micro-batches. Drop a data set's last batch "
             "(`drop_remainder=True`), or use `synchronized=False`. Received: "
             f"{sorted(counts)} micro-batches"
         )
 
 
 def _optionals(iterator):
-    """A data set's batches, whose arrays stay where a graph can read them."""
+    """The batches of a data set, as optionals that a graph can take."""
     while (batch := iterator.get_next_as_optional()).has_value():
         yield batch
 
 
 def _tensors(batch):
     batch = keras.tree.map_structure(without_optional, batch)
-    # `train_on_batch` gives what the user gave; several replicas' values are no array.
+    # `train_on_batch` gives the user's arrays. Values of several replicas are no array.
     return map_leaves(
         lambda leaf: tf.convert_to_tensor(leaf) if hasattr(leaf, "__array__") else leaf,
         batch,
@@ -399,7 +403,7 @@ def _check_in_step(model, epoch, at_end):
 
 
 def _in_microbatches(arrays, microbatch_size):
-    """The micro-batches of batch after batch; None of sparse or ragged arrays."""
+    """The micro-batches of all batches, in order; None for sparse or ragged arrays."""
     inputs = keras.tree.lists_to_tuples(arrays.sliceable("tensorflow"))
     if not all(isinstance(leaf, (np.ndarray, tf.Tensor)) for leaf in leaves(inputs)):
         return None

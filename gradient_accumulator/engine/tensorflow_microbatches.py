@@ -1,4 +1,4 @@
-"""An update's micro-batches in a TensorFlow graph: cut, held or drawn one by one."""
+"""An update's micro-batches in a TensorFlow graph: cut, held, or drawn one by one."""
 
 from __future__ import annotations
 
@@ -31,37 +31,39 @@ class Microbatches:
     A loop carries `state` from one micro-batch to the next.
     """
 
-    example: Any  # what is known of any micro-batch: nested, of KerasTensors
-    even: bool  # whether all have one shape, but for the number of examples
-    expected: tf.Tensor  # the number of examples that shares are of
-    most: tf.Tensor  # the number of micro-batches, if the data does not end before
+    example: Any  # the shapes and dtypes of any micro-batch, as KerasTensors
+    even: bool  # whether all have one shape, except for the number of examples
+    expected: tf.Tensor  # the number of examples by which shares are divided
+    most: tf.Tensor  # the number of micro-batches, if the data does not end earlier
     more: Callable[[tf.Tensor, Any], tf.Tensor]  # whether there is a micro-batch k
-    read: Callable[[tf.Tensor, Any], Any]  # micro-batch k
-    sizes: tf.Tensor | None = None  # the number of examples of each, if all are known
-    count: int | None = None  # how many there are, if the graph is for so many
+    read: Callable[[tf.Tensor, Any], Any]  # returns micro-batch k
+    sizes: tf.Tensor | None = None  # the number of examples of each, if it is known
+    count: int | None = None  # the number of micro-batches, if the graph fixes it
     state: Any = ()
-    following: Callable[[tf.Tensor, Any], Any] = lambda k, state: (
-        state
-    )  # for micro-batch k
-    # What the optimizer waits for, after so many micro-batches:
+    # Returns the state for micro-batch k:
+    following: Callable[[tf.Tensor, Any], Any] = lambda k, state: state
+    # Returns what the optimizer waits for, given the number of micro-batches:
     complete: Callable[[tf.Tensor], Any] = lambda count: tf.no_op()
-    losses: losses.Losses | None = None  # of the model
-    drawn: tf.Tensor | None = None  # how many there were, after the last
+    losses: losses.Losses | None = None  # the model's
+    drawn: tf.Tensor | None = None  # after the loop, the number of micro-batches
 
 
 class Checks:
-    """Checks that are made while a graph runs, and whose errors the host raises."""
+    """Checks that a graph makes while it runs. The host raises their errors."""
 
     def __init__(self):
         self.error: Exception | None = None
 
     def that(self, holds: tf.Tensor, otherwise: Callable, *values: tf.Tensor) -> Any:
-        """What is to be waited for: nothing, or a call of a function that may raise.
+        """Calls a function on the host if a condition does not hold.
 
         Args:
-            holds: If so, it is not called.
-            otherwise: Function of the values, as arrays.
+            holds: The condition.
+            otherwise: A function that may raise. It takes the values, as arrays.
             *values: Tensors.
+
+        Returns:
+            A tensor that an operation waits for if it must run after the check.
         """
 
         def call(*values):
@@ -80,7 +82,7 @@ class Checks:
 
     @contextmanager
     def raised(self) -> Iterator[None]:
-        """Around a run of the graph."""
+        """A context of the graph's run, which raises the error of a check."""
         try:
             yield
         except tf.errors.OpError:
@@ -106,6 +108,7 @@ def _known(
 
 
 def cut(data: Any, microbatch_size: int) -> Microbatches:
+    """The micro-batches of a batch, as slices of its arrays."""
     size = tf.shape(leaves(data)[0])[0]
     starts = tf.range(0, size, microbatch_size)
     sizes = tf.minimum(microbatch_size, size - starts)
@@ -122,12 +125,12 @@ def cut(data: Any, microbatch_size: int) -> Microbatches:
 
 
 def hold(microbatches: tuple, count: tf.Tensor | int, skip_empty: bool) -> Microbatches:
-    """Micro-batches that may differ in shape, in lists that a loop can index.
+    """Micro-batches that may have different shapes, in lists that a loop can index.
 
     Args:
-        microbatches: Nested tensors.
-        count: How many there are; what comes after fills up.
-        skip_empty: Whether there may be some without examples.
+        microbatches: Nested tensors for each micro-batch.
+        count: The number of micro-batches. The entries after these only fill the tuple.
+        skip_empty: Whether to leave out micro-batches without examples.
     """
     columns = list(
         zip(
@@ -171,12 +174,12 @@ def stream(
     """At most `count` micro-batches, each drawn while the one before is trained on.
 
     Args:
-        checks: What raises on the host.
-        ended_early: What does, if it must, of the number of micro-batches if it is
-            less.
+        checks: The checks that raise on the host.
+        ended_early: A function of the number of micro-batches. It is called if there
+            are fewer than `count`, and may raise.
         first: The first micro-batch.
-        iterator: What the others are drawn from.
-        count: A number.
+        iterator: The iterator that the others are drawn from.
+        count: The number of micro-batches of a whole update.
     """
     element = iterator.element_spec
     spec = keras.tree.map_structure(without_optional, element)
@@ -220,15 +223,17 @@ def stream(
 
 
 def size_of(microbatch):
+    """The number of examples of a micro-batch, as a tensor."""
     return tf.shape(first_input(microbatch))[0]
 
 
 def is_even(spec):
+    """Whether a spec fixes all axes but that of the examples."""
     return all(None not in leaf.shape[1:] for leaf in leaves(spec))
 
 
 def trace_microbatch(function, example, microbatches):
-    """What `function` returns for any micro-batch, or its spec; without its effects."""
+    """The result (or its spec) of a function for any micro-batch, without effects."""
     if tf.executing_eagerly():
         with internals.StatelessScope():
             return function(microbatches.read(0, ()))
@@ -247,23 +252,25 @@ def _list(arrays):
 def _common_shape(arrays):
     shapes = [array.shape for array in arrays]
     shape = reduce(tf.TensorShape.most_specific_compatible_shape, shapes)
-    # The number of examples may differ, even where this update's micro-batches agree.
+    # Another update may have another number of examples.
     return tf.TensorShape([None, *shape[1:]]) if shape.rank else shape
 
 
 def symbolic(array):
+    """The shape and dtype of an array, for any number of examples."""
     shape = () if is_number(array) else (None, *array.shape[1:])
     return keras.KerasTensor(shape, keras.backend.standardize_dtype(array.dtype))
 
 
 def without_optional(leaf):
-    # tf.data may hold a None that a generator yields as an empty Optional.
+    """The leaf of a batch or a spec, with None for an empty optional."""
+    # If a generator yields None, `tf.data` may hold it as an empty `Optional`.
     return None if isinstance(leaf, _NONES) else leaf
 
 
 def signature_of(specs):
-    """The signature of a graph whose arguments are of these specs, or None."""
-    # A graph needs a spec of its own for an argument that is None.
+    """The signature of a graph whose arguments have these specs, which may be None."""
+    # For an argument that is None, a graph needs a spec too.
     return keras.tree.map_structure(lambda spec: _NONE if spec is None else spec, specs)
 
 

@@ -1,7 +1,7 @@
-"""The slices of a variable's gradient (an embedding's), through a loop.
+"""The slices of a variable's sparse gradient (an embedding's), in a loop.
 
-They are kept as they come: Keras's optimizers do not merge slices of one row, so that
-only the same slices give the same update.
+The slices are kept, not summed: Keras's optimizers do not merge slices of one row, so
+that only the batch's own slices give the batch's update.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ import tensorflow as tf
 class Slices(NamedTuple):
     """The slices of the micro-batches so far, which the loop carries.
 
-    A buffer has room for those to come, for what is kept in parts has to be joined in
-    the end, and takes twice the memory then.
+    A buffer has room for the slices of later micro-batches too. Arrays that are kept
+    one by one must be joined in the end, which takes twice the memory.
     """
 
-    values: tf.Tensor | tf.TensorArray  # a buffer, or parts
-    indices: tf.TensorArray  # parts, which are small
-    count: tf.Tensor
+    values: tf.Tensor | tf.TensorArray  # a buffer, or an array for each micro-batch
+    indices: tf.TensorArray  # an array for each micro-batch, which is small
+    count: tf.Tensor  # the number of slices
 
     @property
     def tensors(self) -> list[tf.Tensor]:
-        """The tensors that are there when all slices have been written."""
+        """Tensors that are computed only after all slices have been written."""
         return [getattr(held, "flow", held) for held in self]
 
 
 def no_slices(variable: Any, indices: tf.DType, even: bool) -> Slices:
-    """Before the first micro-batch.
+    """The empty slices before the first micro-batch.
 
     Args:
-        variable: Whose gradient it is.
+        variable: The variable that has the gradient.
         indices: The dtype of the indices.
-        even: Whether the micro-batches' shapes are one, so that one micro-batch's
-            slices tell how much room all of them need.
+        even: Whether all micro-batches have one shape. The first micro-batch then shows
+            how much room the slices of all of them need.
     """
 
     def parts(dtype):
@@ -46,24 +46,25 @@ def no_slices(variable: Any, indices: tf.DType, even: bool) -> Slices:
         inner = variable.shape[1:]
         values = tf.compat.v1.placeholder_with_default(
             tf.zeros((0, *inner), variable.dtype), (None, *inner)
-        )  # a loop may change a shape that it does not know
+        )  # a loop may change the shape of a placeholder
     return Slices(values, parts(indices), tf.constant(0))
 
 
 def with_slices(held: Slices, k: tf.Tensor, new: tf.IndexedSlices, most: Any) -> Slices:
-    """With those of the next micro-batch.
+    """The slices so far with those of the next micro-batch.
 
     Args:
-        held: Those before.
-        k: The micro-batch's number.
-        new: Its slices.
-        most: How many micro-batches there are at most.
+        held: The slices so far.
+        k: The number of the micro-batch.
+        new: The slices of the micro-batch.
+        most: The largest number of micro-batches.
     """
     added = tf.shape(new.values)[0]
     count = held.count + added
 
     def room():
-        # As much for each one to come. The micro-batches' values may make it more.
+        # Assumes as many slices in each later micro-batch. If one has more, the buffer
+        # grows again.
         ends = [[0, (most - k) * added]] + [[0, 0]] * (len(new.values.shape) - 1)
         return tf.pad(held.values[: held.count], ends)
 
@@ -71,7 +72,7 @@ def with_slices(held: Slices, k: tf.Tensor, new: tf.IndexedSlices, most: Any) ->
         values = held.values.write(k, new.values)
     else:
         fits = count <= tf.shape(held.values)[0]
-        # In place, where `tf.tensor_scatter_nd_update` copies the buffer in a loop.
+        # This writes in place. In a loop, `tf.tensor_scatter_nd_update` would copy.
         values = tf.raw_ops.TensorStridedSliceUpdate(
             input=tf.cond(fits, lambda: held.values, room),
             begin=[held.count],

@@ -34,8 +34,8 @@ class TorchEngine(TorchFit):
         self._forward = forward
         self._waits = synchronizes(model)  # whether processes wait in each micro-batch
         several = processes.count() > 1
-        # Own metrics compute logs at every micro-batch, and processes may differ in
-        # their number of micro-batches.
+        # The model's own metrics compute logs in every micro-batch, and processes may
+        # have different numbers of micro-batches.
         self._own_metrics = several and CompiledModel(model).has_own_metrics
         self.weights = HostWeights(
             model,
@@ -54,7 +54,7 @@ class TorchEngine(TorchFit):
 
     def steps(self, update):
         def zeros():
-            # A number needs no device, and is read without waiting for one.
+            # A number is not on a device, so that reading it waits for none.
             return update.zeros()._replace(denominator=0.0)
 
         return Steps(zeros, update.add, torch.no_grad()(update.apply), update.finish)
@@ -74,7 +74,7 @@ class TorchEngine(TorchFit):
                 carry = step(carry, kinds, microbatch, share, factors)
             free_activations()
         if self._own_metrics and not drawn:
-            with processes.in_step():  # other processes wait
+            with processes.in_step():  # the other processes wait for this one
                 carry = carry._replace(logs=weighed.model.get_metrics_result())
         return carry
 
@@ -100,7 +100,7 @@ class TorchEngine(TorchFit):
         scale = weighed.correction(denominator)
         if processes.count() == 1:
             return carry, scale, False
-        # Processes may have divided by different numbers.
+        # Each process corrects its own sums, because each has its own divisor.
         loss = carry.loss * scale
         update.sums.reduce(scale, loss, update.statistics.moving)
         return carry._replace(loss=loss), None, False
@@ -118,9 +118,9 @@ ENGINE = TorchEngine
 
 
 def _measured(update, waits, state, microbatch, losses):
-    """The denominators of a micro-batch, and the state that the next one begins with.
+    """The denominators of a micro-batch, and the state for the next micro-batch.
 
-    The forward pass leaves nothing else behind, and random states stay as they were.
+    The forward pass has no other effects: random states stay as they were.
     """
     model = update.model
     (carried,) = state
@@ -129,7 +129,7 @@ def _measured(update, waits, state, microbatch, losses):
             y_pred = _of_shape(model, microbatch)
             denominators = update.denominators(microbatch, y_pred)
         else:
-            # No compiler drops unused results: this is a whole forward pass.
+            # This is a whole forward pass: no compiler drops what is not used.
             with nullcontext() if waits else unsynchronized(model):
                 denominators = update.denominators(microbatch)
     free_activations()
@@ -144,7 +144,7 @@ def _of_shape(model, microbatch):
         map_leaves(symbolic, x),
     )
     return map_leaves(
-        # A broadcast number takes no memory, whatever the shape.
+        # A broadcast number takes no memory, whatever its shape.
         lambda spec: keras.ops.broadcast_to(
             keras.ops.zeros((), spec.dtype), spec.shape
         ),
@@ -154,9 +154,9 @@ def _of_shape(model, microbatch):
 
 @contextmanager
 def _stateless(model: Any, state: list, **settings: Any) -> Iterator[Any]:
-    """A stateless scope, also for state that Keras does not know of.
+    """A stateless scope, which also restores state that Keras does not know.
 
-    PyTorch's own seeds, and the statistics of its modules, are restored.
+    Such state is PyTorch's own seeds, and the statistics of its modules.
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = range(torch.cuda.device_count())

@@ -1,8 +1,8 @@
-"""Activations that are in reference cycles, and so outlive their micro-batch.
+"""Frees activations that are in reference cycles, and so outlive their micro-batch.
 
 On PyTorch, Keras's tree functions leave such cycles, with a model's inputs and with the
-inputs of merging layers. Python finds them after it has made some hundred more objects,
-which takes several micro-batches.
+inputs of merging layers. Python finds the cycles only after it has made some hundred
+more objects, which takes several micro-batches.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 
 
 class _Counted:
-    """An object that Python makes anew; it reuses objects of some other types."""
+    """An object that Python counts. It reuses objects of some built-in types."""
 
 
 _made = 0  # objects since Python last looked at older ones
@@ -23,9 +23,9 @@ _collecting = threading.Lock()
 def free_activations() -> None:
     """Free a micro-batch's activations before the next micro-batch begins.
 
-    An explicit collection delays Python's automatic ones, and only these look at older
-    objects. So an automatic one is started after as many objects as Python would have
-    waited for. Nothing happens where a user has turned the collector off.
+    This collects Python's youngest objects. That delays automatic collections, and only
+    those look at older objects, so that this starts one as often as Python would have.
+    Nothing happens if the user has turned the collector off.
     """
     global _made
     if not gc.isenabled() or not _collecting.acquire(blocking=False):

@@ -43,8 +43,8 @@ class TorchFit(Engine):
             return Update(model, accumulation, self, training.notices)
 
         update = new_update()
-        count = processes.count()  # the number that `update` is for
-        alike = False  # whether processes began with the same weights
+        count = processes.count()  # the number of processes that `update` is for
+        alike = False  # whether all processes have the weights of the first one
 
         def train_function(data):
             nonlocal update, count, alike
@@ -52,7 +52,7 @@ class TorchFit(Engine):
                 update = new_update()
                 count, alike = processes.count(), False
             variables = model.trainable_variables
-            if not _are_equal(variables, update.variables):  # some were frozen since
+            if not _are_equal(variables, update.variables):  # the user froze some
                 update = new_update()
             if not alike or epoch.updates == 1:
                 processes.broadcast([*model.weights, *model.optimizer.variables])
@@ -84,7 +84,7 @@ class TorchFit(Engine):
     def metrics_result(
         self, model: keras.Model, epoch: Epoch, own: Callable[[], dict]
     ) -> dict:
-        # In `fit` the logs are of all processes, in `evaluate` of this process.
+        # The logs of `fit` are those of all processes, the logs of `evaluate` are not.
         if processes.count() == 1:
             return own()
         in_step = processes.are_in_step()
@@ -136,7 +136,7 @@ def _cut(batch, microbatch_size):
 
 
 def _first_of(accumulation, batch):
-    """A micro-batch, on which Keras runs the model where it knows no shapes."""
+    """A micro-batch. Keras runs the model on it if it cannot build it from shapes."""
     if accumulation.accum_steps is not None:
         return checked(batch)
     return next(cut(batch, accumulation.microbatch_size).iterator)
@@ -161,7 +161,7 @@ class _InMicrobatches(torch.utils.data.Dataset):
     """A data set that gives the micro-batches of another data set's batches.
 
     Args:
-        batches: A function of examples' numbers that returns these examples.
+        batches: A function that takes the numbers of examples, and returns them.
         microbatch_size: Number of examples in a micro-batch.
     """
 

@@ -1,6 +1,6 @@
-"""Modules of `torch.distributed`, which reduce gradients over processes by themselves.
+"""Modules of `torch.distributed`, which reduce gradients over processes themselves.
 
-They do so once an update, in the backward pass of its last micro-batch.
+They reduce once an update, in the backward pass of the last micro-batch.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from gradient_accumulator.received import described
 
 
 class Alone:
-    """Stands in for a module where a loop over micro-batches has none."""
+    """Replaces the module if a loop over micro-batches has none."""
 
     count = 1  # the number of processes that gradients are averaged over
 
     def dtype(self, parameter: torch.Tensor) -> str | None:
-        """The dtype that the module sums gradients in, None if it does not sum them."""
+        """The dtype in which the module sums gradients; None if it sums none."""
         return None
 
     def totals(self, numbers: list[float]) -> list[float]:
@@ -28,14 +28,15 @@ class Alone:
         return numbers
 
     def check(self, microbatches: int, parameters: list) -> None:
-        """Raise if the module cannot take so many micro-batches or these parameters."""
+        """Raise if the module cannot use the parameters, or so many micro-batches."""
 
     def microbatch(self, last: bool) -> AbstractContextManager:
         """A context of a micro-batch's forward and backward pass."""
         return nullcontext()
 
     def backward(self, loss: torch.Tensor, parameters: list) -> None:
-        # Other parameters that the loss depends on keep their `grad`.
+        """Add the gradients of a loss to the parameters' `grad`."""
+        # With `inputs`, other parameters of the loss keep their `grad`.
         loss.backward(inputs=parameters)
 
 
@@ -86,9 +87,9 @@ class Sharded(_Reducing):
         if everyone**2 != squares * self.count:
             raise ValueError(
                 "The processes of a sharded module gather its parameters for every "
-                "micro-batch: give each as many micro-batches, examples for example. "
-                f"Received: {microbatches} micro-batches of {int(everyone)} in all "
-                f"{self.count} processes"
+                "micro-batch: give each equally many micro-batches, for example by "
+                f"equally many examples. Received: {microbatches} micro-batches of "
+                f"{int(everyone)} in all {self.count} processes"
             )
 
     def microbatch(self, last):
@@ -96,7 +97,7 @@ class Sharded(_Reducing):
         return nullcontext()
 
     def backward(self, loss, parameters):
-        # No `inputs`: the forward pass gathers parameters, which are not these.
+        # It has no `inputs`, because the forward pass uses other, gathered parameters.
         loss.backward()
 
 

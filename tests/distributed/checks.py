@@ -1,7 +1,7 @@
-"""The checks of a script, of which its arguments name those that run.
+"""The checks of a script. The script's arguments name the checks that run.
 
-A process says which have passed, so that each is a test of its own although one launch
-runs all that are selected. One that fails ends the process, for others wait for it.
+A process prints which checks have passed, so that each check is a test, although one
+launch runs several. A check that fails ends its process, because others wait for it.
 """
 
 import covered
@@ -10,10 +10,10 @@ CHECKS = {}
 
 
 def check(function=None, **_):
-    """The function is a check of its script, called without arguments.
+    """Makes a function without arguments a check of its script.
 
-    Keywords are fields that `launch.checks` reads: `four_replicas=True` runs it on
-    four too.
+    Keywords are fields that `launch.checks` reads: with `four_replicas=True` it also
+    runs on four replicas.
     """
     if function is None:
         return check
@@ -22,9 +22,9 @@ def check(function=None, **_):
 
 
 def run(names, one=lambda name: CHECKS[name]()):
-    """Calls `one(name)` for each; what it returns is said to the test."""
+    """Calls `one(name)` for each name, and prints its result for the test."""
     for name in names:
-        print(f"begins\t{name}", flush=True)  # the last one, if a process hangs
+        print(f"begins\t{name}", flush=True)  # if it hangs, the test sees where
         with covered.by_check(name):
             said = one(name)
         print(f"passed\t{name}\t{said or ''}", flush=True)

@@ -1,4 +1,4 @@
-"""Four devices of one process: the checks that the arguments name."""
+"""Four devices of one process: runs the checks that the arguments name."""
 
 import sys
 
@@ -66,7 +66,7 @@ def parallel(shape):
 
 @check
 def model_parallel():
-    """Accumulators lie where their variables do: a half or a quarter on a device."""
+    """Accumulators are sharded as their variables: a half or a quarter on a device."""
     reference = build()
     before = weights(reference)
     history = fit(reference)
@@ -90,7 +90,7 @@ def model_parallel():
 
 @check
 def accumulators():
-    """What a device holds of the sums while micro-batches are added."""
+    """While micro-batches are added, a device holds sums of its shards only."""
     from gradient_accumulator.engine.jax import JaxEngine
 
     held = {}
@@ -144,7 +144,7 @@ def clipped():
 
 @check
 def normalization():
-    """By the statistics of all devices' examples of a micro-batch, as in Keras."""
+    """Normalization uses a micro-batch's examples on all devices, as in Keras."""
     for layer in (
         layers.BatchNormalization,
         AccumBatchNormalization,
@@ -167,7 +167,7 @@ def normalization():
 
 
 class Largest(keras.metrics.Metric):
-    """A metric whose state is no sum."""
+    """A metric whose state is not a sum."""
 
     def __init__(self):
         super().__init__(name="largest")
@@ -208,13 +208,14 @@ def dropout():
         model.layers[-1].set_weights([np.zeros((50, 1)), np.zeros(1)])
         model.compile(keras.optimizers.SGD(1.0), "mae")
         accumulate(model, microbatch_size=1)
-        # The gradient is the mean of the masks: all devices' alike has few values.
+        # The gradient is the mean of the masks. Equal masks on all devices would give
+        # only few values.
         model.fit(np.ones((16, 50)), np.ones((16, 1)), batch_size=16, verbose=0)
         return np.asarray(model.layers[-1].kernel)
 
     first, second = run(), run()
     np.testing.assert_array_equal(first, second)
-    # What is kept counts twice.
+    # Dropout doubles the values that it keeps.
     counts = np.abs(first) / 2 * 16
     np.testing.assert_allclose(counts, np.round(counts), atol=1e-4)
     assert np.round(counts % 4).any(), counts

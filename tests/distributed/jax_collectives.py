@@ -1,9 +1,10 @@
-"""Prints what devices exchange in each program that XLA compiled for an update.
+"""Prints the exchanges between devices in the programs that XLA compiled for an update.
 
-Arguments: a folder for XLA's files, "data" or "model" parallel, and the micro-batches
-    of an
-update. Prints JSON: of programs that add a micro-batch, and that do what is done once,
-the exchanges, each as its kind and its number of values on a device."""
+Arguments: a folder for XLA's files, "data" or "model" (what is parallel), and the
+number of micro-batches of an update. Prints JSON: the exchanges of the program that
+adds a micro-batch, and of the programs that run once. Each exchange has its kind and
+its number of values on a device.
+"""
 
 import json
 import math
@@ -79,7 +80,7 @@ def main(kind, microbatches):
             found["microbatch"] += exchanges(text)
         elif "reduce_gradients" in text or "apply_gradients" in text:
             found["update"] += exchanges(text)
-    # A program for each size of micro-batches; here all have one.
+    # Each size of micro-batches has a program; here all micro-batches have one size.
     if kind == "model":
         kernel = model.get_layer("wide").kernel.value
         found["sharding"] = str(kernel.sharding.spec)

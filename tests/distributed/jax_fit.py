@@ -1,7 +1,6 @@
-"""Devices of one process: trains problems in micro-batches and as plain Keras does
-there.
+"""Trains problems on devices of one process, in micro-batches and by plain Keras.
 
-Arguments: how data is handed in, the number of devices, then the names of problems.
+Arguments: the way to give the data, the number of devices, the names of problems.
 """
 
 import sys
@@ -17,11 +16,11 @@ from problems import cut
 
 from gradient_accumulator import accumulate
 
-MICROBATCH = 4  # examples, of which each device has as many
+MICROBATCH = 4  # examples, which are divided equally among the devices
 
 
 def divisible(batches):
-    """Keras shards a batch over devices in equal parts only."""
+    """Data that the devices divide equally, which Keras requires."""
     return [
         keras.tree.map_structure(lambda array: array[: len(array) // 4 * 4], batch)
         for batch in batches
@@ -39,7 +38,7 @@ def main(way, count, *names):
         ]
         reference = train(problem, batches)
         if way == "microbatch_size":
-            # Of each device's examples: the last micro-batch of 6 of them is smaller.
+            # Each device has up to 6 examples, so that its last micro-batch is smaller.
             size, data = MICROBATCH, batches
         else:
             size, data = (

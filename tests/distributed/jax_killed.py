@@ -1,7 +1,7 @@
-"""A process of `jax.distributed` whose second one is killed in the middle of an update.
+"""One of two processes, the second of which is killed in the middle of an update.
 
-Arguments: this one's number, their address, a folder for backups, whether to kill, and
-a file for the final weights.
+Arguments: the number of this process, the address of both, a folder for backups,
+whether to kill, and a file for the final weights.
 """
 
 import sys
@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 RANK = int(sys.argv[1])
-# As `keras.distribution.initialize`, but for how soon a process counts as dead.
+# As `keras.distribution.initialize`, except that a process counts as dead sooner.
 jax.distributed.initialize(
     sys.argv[2], 2, RANK, heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10
 )
@@ -26,7 +26,7 @@ from gradient_accumulator import accumulate
 
 
 class Remember(keras.callbacks.Callback):
-    """Of JAX's processes, one that waits for another is ended where it is."""
+    """Saves the weights after each epoch, because JAX ends a process that waits."""
 
     def __init__(self, file):
         super().__init__()

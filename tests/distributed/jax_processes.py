@@ -1,7 +1,7 @@
-"""A process of `jax.distributed`, or the only one, which trains on batches.
+"""A process of `jax.distributed`, or the only process, which trains on batches.
 
-Arguments: the number of processes, this one's, their address, and a file for what
-training leaves.
+Arguments: the number of processes, the number of this process, their address, and a
+file for the results of the training.
 """
 
 import sys
@@ -22,7 +22,7 @@ from gradient_accumulator import accumulate
 
 r = np.random.default_rng(0)
 X = r.integers(0, 20, (32, 6)).astype("int32")
-X[:, 3:] *= r.integers(0, 2, (32, 3))  # tokens that are masked, unevenly
+X[:, 3:] *= r.integers(0, 2, (32, 3))  # these tokens are masked unevenly
 Y = r.normal(size=(32, 6, 2)).astype("float32")
 FULL = 16
 

@@ -1,7 +1,7 @@
-"""A process of `jax.distributed` that has more batches, or micro-batches, than the
-other.
+"""One of two processes, which have different numbers of batches or micro-batches.
 
-Arguments: this one's number, their address, what there is more of, and a loss.
+Arguments: the number of this process, the address of both, the data that differs, and a
+loss.
 """
 
 import sys

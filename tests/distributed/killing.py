@@ -1,4 +1,4 @@
-"""Data whose process ends itself where an update is half done."""
+"""Data that ends its process in the middle of an update."""
 
 import os
 
@@ -7,7 +7,7 @@ from helpers import Batches
 
 
 def microbatches(rank):
-    """Those of two updates, of three micro-batches each."""
+    """The micro-batches of two updates, three for each."""
     r = np.random.default_rng(rank)
     x = r.normal(size=(24, 6)).astype("float32")
     y = np.tanh(x[:, :3]).astype("float32")
@@ -15,18 +15,18 @@ def microbatches(rank):
 
 
 class Killed(Batches):
-    """Ends the process where the second update of the second epoch is half done."""
+    """Ends the process in the middle of the second update of the second epoch."""
 
     drawn = 0
 
     def __getitem__(self, index):
         self.drawn += 1
-        if self.drawn == 6 + 1 + 5:  # one was drawn to build the model
+        if self.drawn == 6 + 1 + 5:  # one of them built the model
             os._exit(9)
         return super().__getitem__(index)
 
 
 def data(rank, kill):
-    """This process's micro-batches, which end the second process if it is killed."""
+    """The micro-batches of this process. With `kill` they end the second process."""
     kind = Killed if kill == "kill" and rank == 1 else Batches
     return kind(microbatches(rank))

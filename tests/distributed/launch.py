@@ -1,6 +1,6 @@
-"""Starts processes that train together, and sees that they end.
+"""Starts processes that train one model, and makes sure that they end.
 
-A script's checks are tests; one launch runs all of them that are selected.
+The checks of a script are tests. One launch runs all checks that are selected.
 """
 
 import ast
@@ -17,9 +17,9 @@ import covered
 import pytest
 
 HERE = Path(__file__).parent
-SECONDS = 240  # at most, for all processes of a launch
-SECONDS_OF_A_CHECK = 20  # more, for each
-AT_ONCE = 40  # checks of a launch, at most
+SECONDS = 240  # the time limit of all processes of a launch
+SECONDS_OF_A_CHECK = 20  # each check adds this to the limit
+AT_ONCE = 40  # the largest number of checks in a launch
 
 
 def free_port():
@@ -29,7 +29,7 @@ def free_port():
 
 
 def start(script, *arguments, **environment):
-    """A process of `script` in this folder, with Keras on the same backend."""
+    """Starts a script of this folder, with Keras on the backend of this process."""
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path]),
@@ -46,12 +46,12 @@ def start(script, *arguments, **environment):
 
 
 def processes(script, *arguments):
-    """One process, as a list as of several."""
+    """Starts one process; returns a list, as for several processes."""
     return [start(script, *arguments)]
 
 
 def wait(processes, seconds=SECONDS):
-    """What each printed, when all have ended; none outlives the time limit."""
+    """Waits for processes, or kills them at the time limit; returns their outputs."""
     end = time.monotonic() + seconds
     outputs = []
     for process in processes:
@@ -66,7 +66,7 @@ def wait(processes, seconds=SECONDS):
 
 
 def succeed(processes, seconds=SECONDS):
-    """The same, and all have succeeded."""
+    """Waits for processes, and asserts that all succeed; returns their outputs."""
     outputs = wait(processes, seconds)
     for rank, (process, output) in enumerate(zip(processes, outputs)):
         assert process.returncode == 0, f"process {rank}:\n{output[-6000:]}"
@@ -74,7 +74,7 @@ def succeed(processes, seconds=SECONDS):
 
 
 def torch_processes(script, *arguments, count=2):
-    """As many processes as `torchrun` would start on this machine."""
+    """Starts the processes that `torchrun` would start."""
     port = free_port()
     return [
         start(
@@ -91,7 +91,7 @@ def torch_processes(script, *arguments, count=2):
 
 
 def tensorflow_workers(script, *arguments, count=2):
-    """The workers of a `MultiWorkerMirroredStrategy`."""
+    """Starts the workers of a `MultiWorkerMirroredStrategy`."""
     workers = [f"127.0.0.1:{free_port()}" for _ in range(count)]
     return [
         start(
@@ -113,7 +113,8 @@ def checks(script, **fields):
 
     Args:
         script: A file in this folder.
-        **fields: What the `@check` of each has to say; all checks without.
+        **fields: Keywords that the `@check` of each must have. Without them, the names
+            of all checks are returned.
     """
     names = []
     for node in ast.parse((HERE / script).read_text()).body:
@@ -128,15 +129,15 @@ def checks(script, **fields):
 
 
 def one_of(request, start):
-    """Launches the checks of a test that are selected, all at once.
+    """Launches all selected checks of a test function at once.
 
     Args:
-        request: Pytest's, of a test that has the parameter `name`: those that differ in
-            nothing else are launched together.
-        start: Starts processes for the names that it is given.
+        request: The pytest request of a test with the parameter `name`. One launch
+            serves all tests that differ only in this parameter.
+        start: A function of names that starts the processes for these checks.
 
     Returns:
-        What the processes said of the check that this test is about.
+        The result of this test's check, which the first process printed.
     """
     test, name = _test(request.node), request.node.callspec.params["name"]
     found = request.session.stash.setdefault(_OUTCOMES, {}).setdefault(test, {})
@@ -160,7 +161,7 @@ _OUTCOMES = pytest.StashKey[dict]()
 
 
 def _test(item):
-    """The test function, and its parameters but the name."""
+    """The test function, and its parameters except for the name."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     others = {key: value for key, value in parameters.items() if key != "name"}
     return item.path, item.originalname, repr(others)
@@ -171,7 +172,7 @@ def _is_skipped(item):
 
 
 def outcomes(start, names):
-    """For each name what failed, if anything, and what was said of it."""
+    """For each name, the failure (or None), and the result that was printed."""
     found = {}
     while left := [name for name in names if name not in found]:
         processes = start(*left)
@@ -180,7 +181,8 @@ def outcomes(start, names):
         passed = [name for name in left if all(name in each for each in said)]
         found.update({name: (None, said[0][name]) for name in passed})
         if passed != left or any(process.returncode for process in processes):
-            # The first that did not pass in all, or what is after the last.
+            # The first check that did not pass in all processes has failed. If all
+            # passed, the end of a process has failed, which counts for the last check.
             failed = next((n for n in left if n not in passed), left[-1])
             found[failed] = (_failure(processes, outputs), None)
     return found

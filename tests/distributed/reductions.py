@@ -4,11 +4,11 @@ import inspect
 
 
 def of(model):
-    """How many numbers each reduction takes in the graphs of a model that was fitted.
+    """The reductions in the graph of a model that was fitted.
 
     Returns:
-        A list of those in the one graph, for one replica, and the number of those in
-        functions that it calls, such as the bodies of loops.
+        A list of the numbers of values that the reductions of one replica take, and the
+        number of reductions in functions that the graph calls, such as loop bodies.
     """
     updates = inspect.getclosurevars(model.train_function).nonlocals["updates"]
     (function,) = updates.graphs.values()

@@ -1,4 +1,4 @@
-"""Logical processors as replicas of TensorFlow, made before Keras uses any."""
+"""Makes logical processors for TensorFlow's replicas, before Keras uses a processor."""
 
 import json
 import os
@@ -19,14 +19,14 @@ def replicated(count):
 
 
 def workers():
-    """The strategy of `TF_CONFIG`'s workers, and one of as many replicas in each."""
+    """The strategy of `TF_CONFIG`'s workers, and one of as many local replicas."""
     config = json.loads(os.environ["TF_CONFIG"])
     count, rank = len(config["cluster"]["worker"]), config["task"]["index"]
     _processors(count)
     together = tf.distribute.MultiWorkerMirroredStrategy()
     alone = tf.distribute.MirroredStrategy(
         [f"/job:worker/replica:0/task:{rank}/device:CPU:{i}" for i in range(count)],
-        # Not by the operations that reduce over workers.
+        # The local one does not use the operations that reduce over workers.
         cross_device_ops=tf.distribute.ReductionToOneDevice(),
     )
     return together, alone, rank

@@ -1,4 +1,4 @@
-"""Replicas on one machine: the checks that the arguments name, after their number."""
+"""Runs checks on replicas. Arguments: the number of replicas, the names of checks."""
 
 import os
 import sys
@@ -61,8 +61,8 @@ def compare(name, ours, reference):
 
 @check
 def one_reduction():
-    """Of the gradients, whatever the number of micro-batches is, and none within a
-    loop.
+    """An update reduces its gradients once, and nothing in a loop, for any number of
+    micro-batches.
     """
     counts = []
     for microbatches in (1, 2, 6):
@@ -77,7 +77,7 @@ def one_reduction():
 
 @check(four_replicas=True)
 def no_share_of_the_last_batch():
-    """The last batch has one example, which the first replica has."""
+    """The last batch has one example, and only the first replica has it."""
     plain = weights(fit(X[:13], Y[:13], 12))
     for batch, size in ((12, {"microbatch_size": 2}), (4, {"accum_steps": 3})):
         ours = fit(X[:13], Y[:13], batch, **size)
@@ -86,7 +86,7 @@ def no_share_of_the_last_batch():
 
 @check(four_replicas=True)
 def overflow():
-    """On one replica skips the update on all, and halves the scale once."""
+    """An overflow on one replica skips the update on all, and halves the scale once."""
 
     def scaled():
         sgd = keras.optimizers.SGD(0.1)
@@ -102,7 +102,7 @@ def overflow():
     for replica in range(REPLICAS):
         x = X.copy()
         x[replica * 24 // REPLICAS, 0] = 1e36
-        # Plain Keras looks at the first replica only.
+        # Plain Keras checks the first replica only.
         ways = {
             "microbatch_size": (scaled, 24, {"microbatch_size": 2}),
             "accum_steps": (scaled, 12, {"accum_steps": 2}),
@@ -122,7 +122,7 @@ def overflow():
             scaler = getattr(optimizer, "dynamic_scale", None)
             if scaler is None:
                 scaler = optimizer.inner_optimizer.dynamic_scale
-            # Of each replica, which all have the same.
+            # All replicas have equal values.
             values = STRATEGY.experimental_local_results(scaler.value)
             assert [float(value) for value in values] == [2.0**14] * REPLICAS, name
             assert optimizer.iterations.numpy() == 0, name
@@ -130,7 +130,9 @@ def overflow():
 
 @check(four_replicas=True)
 def compiled():
-    """By XLA, as TPUs need it. Plain Keras fails there, and is run without."""
+    """XLA compiles the update, as TPUs need it. Plain Keras fails with XLA here, and
+    runs without it.
+    """
     plain = weights(fit(X, Y, 12))
     for size, batch in (({"microbatch_size": 2}, 12), ({"accum_steps": 3}, 4)):
         ours = fit(X, Y, batch, jit_compile=True, **size)
@@ -139,7 +141,7 @@ def compiled():
 
 @check
 def clipped():
-    """What is clipped is the sum over replicas, as on one device."""
+    """Clipping acts on the sum over replicas, as on one device."""
     clip = {"use_agc": True, "clip_factor": 0.02, "eps": 1e-2}
     unclipped = weights(fit(X, Y, 12))
     model = accumulate(build(), microbatch_size=12, **clip)
@@ -154,7 +156,7 @@ def clipped():
 
 @check
 def own_loop():
-    """`strategy.run`, with a loop on each replica or an optimizer that accumulates."""
+    """With `strategy.run`: a loop on each replica, or an optimizer that accumulates."""
     reference = weights(fit(X, Y, 12))
 
     def trained(batch_size, make_optimizer, gradients_of):
@@ -177,7 +179,7 @@ def own_loop():
         return weights(model)
 
     def loss_of(model):
-        # Replicas' gradients are summed.
+        # The optimizer sums the gradients of replicas.
         return lambda x, y: keras.ops.mean((model(x) - y) ** 2) / REPLICAS
 
     def in_a_loop(model):

@@ -1,8 +1,7 @@
-"""Replicas on one machine: trains problems in micro-batches and as plain Keras does
-there.
+"""Trains problems on replicas of one machine, in micro-batches and by plain Keras.
 
-Arguments: how data is handed in, the number of replicas, then the names of problems.
-Says of which of them plain Keras fails.
+Arguments: the way to give the data, the number of replicas, the names of problems.
+Prints the problems on which plain Keras fails.
 """
 
 import functools
@@ -26,11 +25,11 @@ from helpers import assert_same, named, train
 
 from gradient_accumulator import accumulate
 
-FULL = 12  # examples, of which a replica has its share
+FULL = 12  # examples of a batch, for all replicas
 
 
 def cut_by_keras(problem):
-    """One data set, which Keras gives all replicas their shares of."""
+    """A data set of which Keras gives each replica its share."""
     together = keras.tree.map_structure(
         lambda *arrays: np.concatenate(arrays), *problem.batches()
     )
@@ -40,9 +39,7 @@ def cut_by_keras(problem):
 
 
 def in_order(problem):
-    """Micro-batches, and batches of which a replica has what it has of their
-    micro-batches.
-    """
+    """Micro-batches, and batches in an order in which a replica has equal examples."""
     full, in_microbatches = [], []
     for batch in problem.batches():
         microbatches = problem.cut(batch)
@@ -59,7 +56,7 @@ def in_order(problem):
 
 
 def of_batches(batches):
-    """A data set of batches that differ in size."""
+    """A data set of batches of different sizes."""
     sets = [tf.data.Dataset.from_tensors(batch) for batch in batches]
     return functools.reduce(lambda a, b: a.concatenate(b), sets)
 

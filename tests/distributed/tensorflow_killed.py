@@ -1,6 +1,6 @@
-"""A worker, of which the second one is killed in the middle of an update.
+"""One of two workers, the second of which is killed in the middle of an update.
 
-Arguments: a folder for backups; whether to kill; a file for the final weights.
+Arguments: a folder for backups, whether to kill, and a file for the final weights.
 """
 
 import os
@@ -25,9 +25,7 @@ Y = np.tanh(X[:, :3]).astype("float32")
 
 
 class Killed(layers.Layer):
-    """Ends the process in an epoch's second update of 3 micro-batches, in its second
-    micro-batch.
-    """
+    """Ends the process in micro-batch 2 of 3, in the second update of an epoch."""
 
     microbatches = 0
     last = None
@@ -71,7 +69,7 @@ def main(folder, kill, file):
     except RuntimeError as error:
         assert "did not answer" in str(error), error
         assert kill == "kill"
-        # No part of the update at hand was applied: one epoch and an update were.
+        # Only one epoch and one update were applied, and nothing of the current update.
         assert int(model.optimizer.iterations.numpy()) == remember.updates == 3
         for a, b in zip(model.get_weights(), remember.weights, strict=True):
             np.testing.assert_array_equal(a, b)

@@ -1,4 +1,4 @@
-"""Two replicas give what one device gives: wrapped optimizers, clipping, statistics.
+"""Two replicas give one device's results: wrapped optimizers, clipping, statistics.
 
 The arguments name the checks.
 """
@@ -40,7 +40,7 @@ def build():
 
 
 def adam():
-    # Not clipped: Keras clips each replica's gradient before it sums them.
+    # No clipping, because Keras clips each replica's gradient before it sums them.
     return keras.optimizers.Adam(0.05, epsilon=1e-2)
 
 
@@ -73,7 +73,7 @@ def inside(steps):
 
 @check
 def optimizers():
-    """An update of what is left at the end of an epoch is flushed."""
+    """At the end of an epoch, the remaining micro-batches are flushed."""
     before, reference, _, _ = trained(adam, 16, ONE)  # 16, 16 and 8 examples
     for name, wrapped in {
         "wrapped": lambda: GradientAccumulateOptimizer(adam(), 4),
@@ -86,7 +86,7 @@ def optimizers():
 
 @check
 def saved_in_the_middle():
-    """What is saved in the middle of an update is the replicas' sum."""
+    """In the middle of an update, the sum over replicas is saved."""
 
     def eighth(strategy):
         return trained(lambda: GradientAccumulateOptimizer(adam(), 8), 4, strategy)
@@ -140,7 +140,7 @@ def go_on(model, start, stop, **arguments):
 
 @check
 def loaded_by_any_number_of_replicas():
-    """They go on where others stopped, also where a variable has no gradient."""
+    """They continue the saved update, even if a variable has no gradient."""
     warnings.filterwarnings("ignore", "Gradients do not exist")
     uninterrupted = compiled(ONE)
     start = np.concatenate([w.ravel() for w in uninterrupted.get_weights()])
@@ -179,7 +179,7 @@ def in_microbatches(way, size, strategy, **settings):
 
 @check
 def clipped():
-    """The sum over replicas, once."""
+    """Clipping acts on the sum over replicas, once."""
     before = np.concatenate([w.ravel() for w in build().get_weights()])
     unclipped = in_microbatches("microbatch_size", 4, ONE)
     clipped = in_microbatches("microbatch_size", 4, ONE, **CLIP)
@@ -219,7 +219,7 @@ def statistics_first(model):
 
 @check
 def statistics():
-    """Pooled over micro-batches and replicas, and the same on every replica."""
+    """Statistics are pooled over micro-batches and replicas, and equal on each."""
     reference = normalized(layers.BatchNormalization(momentum=0.5), None, None, ONE)
     for synchronized in (False, True):
         for way, size in (("microbatch_size", 4), ("accum_steps", 2)):
@@ -237,7 +237,7 @@ def statistics():
 
 @check
 def flushed_statistics():
-    """The pools of all replicas: of 24 examples the first 16 are an update."""
+    """A flush joins the pools of all replicas; 16 of 24 examples are an update."""
     for callbacks in [], [FlushGradients()]:
         with STRATEGY.scope():
             keras.utils.set_random_seed(0)
@@ -255,9 +255,7 @@ def flushed_statistics():
 
 @check
 def synchronized():
-    """With a micro-batch for each replica, all that is normalized together is the
-    batch.
-    """
+    """Each replica has one micro-batch, so that the batch is normalized at once."""
     reference = normalized(layers.BatchNormalization(momentum=0.5), None, None, ONE)
     for normalization in (layers.BatchNormalization, AccumBatchNormalization):
         layer = normalization(momentum=0.5, synchronized=True)

@@ -1,7 +1,7 @@
-"""A worker of a `MultiWorkerMirroredStrategy`: checks, and problems, by name.
+"""A worker of a `MultiWorkerMirroredStrategy`: runs checks and problems by name.
 
-Plain Keras fails there, so that what is right is what it gives of as many replicas in
-one process.
+Plain Keras fails on workers, so that the reference is plain Keras on equally many
+replicas in one process.
 """
 
 import os
@@ -44,7 +44,7 @@ def compiled(*normalization, **size):
 
 
 def batches(*sizes):
-    """A worker's own, of a data set that knows its length."""
+    """The batches of one worker, in a data set that knows its length."""
     starts = np.cumsum((0, *sizes))
     rows = [slice(start, start + size) for start, size in zip(starts, sizes)]
     sets = [tf.data.Dataset.from_tensors((X[row], Y[row])) for row in rows]
@@ -59,7 +59,7 @@ def own(data):
 
 
 def exact(name):
-    """As one process with two replicas: masks, clipping, ragged batches."""
+    """Workers give the results of two replicas: masks, clipping, ragged batches."""
     problem = named(name)
     together = keras.tree.map_structure(
         lambda *arrays: np.concatenate(arrays), *problem.batches()
@@ -78,7 +78,7 @@ def exact(name):
 
 @check
 def overflow():
-    """In one worker skips the update in both, and halves the scale once."""
+    """An overflow in one worker skips the update in both, and halves the scale once."""
     x = np.ones((8, 6), "float32")
     x[4 * RANK, 0] = 1e36 if RANK == 1 else 1
     data = tf.data.Dataset.from_tensors((x[4 * RANK : 4 * RANK + 4], Y[:4]))
@@ -99,7 +99,7 @@ def overflow():
 
 @check
 def normalization():
-    """Pooled over micro-batches and workers."""
+    """Statistics are pooled over micro-batches and workers."""
     data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(12)
     for synchronized in (False, True):
         layer = AccumBatchNormalization(momentum=0.5, synchronized=synchronized)
@@ -117,8 +117,8 @@ def normalization():
 
 @check
 def one_reduction():
-    """Of the gradients, whatever the number of micro-batches is, and none within a
-    loop.
+    """An update reduces its gradients once, and nothing in a loop, for any number of
+    micro-batches.
     """
     counts = []
     for microbatches in (1, 2, 6):
@@ -134,11 +134,11 @@ def one_reduction():
 
 @check
 def uneven():
-    """A worker whose data ends before takes part, with nothing."""
+    """A worker whose data ends earlier takes part without examples."""
     sizes = (6, 6, 6) if RANK == 0 else (4, 2)
     for way in ({"microbatch_size": 2}, {"accum_steps": 2}):
         model = compiled(**way)
-        data = batches(*sizes).filter(lambda x, y: True)  # of a length not known
+        data = batches(*sizes).filter(lambda x, y: True)  # hides the length
         model.fit(own(data), epochs=2, verbose=0)
         updates = 3 if "microbatch_size" in way else 2
         assert model.optimizer.iterations.numpy() == 2 * updates
@@ -149,7 +149,7 @@ def uneven():
 
 @check
 def different_updates():
-    """Raise in both workers, and none waits: different batches, and epochs."""
+    """Different batches or epochs raise in both workers, and none waits."""
     for sizes, epochs in (((6,) * (3 - RANK), 2), ((6, 6), 2 + RANK)):
         model = compiled(microbatch_size=2)
         try:

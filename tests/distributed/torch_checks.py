@@ -1,4 +1,4 @@
-"""A process of `torchrun`: the checks that the arguments name."""
+"""A process of `torchrun`: runs the checks that the arguments name."""
 
 import datetime
 import functools
@@ -32,8 +32,11 @@ GROUPS = itertools.count()
 
 @functools.cache
 def store():
-    """Where processes meet: one for all checks. A store of each check's own would be
-    at the same address, and a process could meet the one that is about to end."""
+    """The store in which processes meet. All checks share it.
+
+    Another store for each check would have the address of the last one, so that a
+    process could connect to a store that is about to end.
+    """
     return dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
@@ -60,7 +63,7 @@ def build(normalization=None):
 
 
 def own(array, batch):
-    """This process's share of every batch: every other example."""
+    """The share of this process: every other example of every batch."""
     full = [array[i : i + batch] for i in range(0, len(array), batch)]
     return np.concatenate([each[RANK::COUNT] for each in full])
 
@@ -75,7 +78,7 @@ def compare(name, ours, reference, before):
 
 
 def fit(model, batch, *, optimizer=None, **arguments):
-    """Updates from batches of `batch` examples, a share in each process."""
+    """Trains on batches of `batch` examples, of which each process has a share."""
     model.compile(optimizer or keras.optimizers.Adam(0.05, epsilon=1e-2), "mse")
     x, y, size = X, Y, batch
     if dist.is_initialized():
@@ -89,7 +92,7 @@ def fit(model, batch, *, optimizer=None, **arguments):
 
 @check
 def one_reduction():
-    """Of the gradients, whatever the number of micro-batches is."""
+    """An update reduces its gradients once, for any number of micro-batches."""
     begin()
     for microbatches in (1, 2, 6):
         model = accumulate(build(), microbatch_size=12 // microbatches)
@@ -109,7 +112,7 @@ def one_reduction():
 
 @check
 def begins_alike():
-    """Weights that differ between processes are the first one's."""
+    """If weights differ between processes, all take those of the first process."""
     before = weights(build())
     reference = weights(fit(build(), 24))
     begin()
@@ -122,7 +125,7 @@ def begins_alike():
 
 @check
 def clipped():
-    """What is clipped is the sum over processes."""
+    """Clipping acts on the sum over processes."""
     clip = {"use_agc": True, "clip_factor": 0.02, "eps": 1e-2}
     before = weights(build())
     clipped = accumulate(build(), microbatch_size=24, **clip)
@@ -136,14 +139,14 @@ def clipped():
 
 @check
 def overflow():
-    """In one process skips the update in all, and halves the scale once."""
+    """An overflow in one process skips the update in all, and halves the scale once."""
     reference = train(named("loss_scale_skips_an_overflow"), full := data())
     begin()
     share = [tuple(array[RANK::COUNT] for array in batch) for batch in full]
     bad = any((np.abs(array) > 1e30).any() for batch in share for array in batch)
     planted = torch.tensor(float(bad))
     dist.all_reduce(planted)
-    assert planted == 1  # in one process only
+    assert planted == 1  # only one process has the overflow
     trained = train(
         named("loss_scale_skips_an_overflow"),
         share,
@@ -159,7 +162,7 @@ def data():
 
 @check
 def normalization():
-    """Pooled over micro-batches and processes; synchronized, by both's statistics."""
+    """Statistics are pooled over micro-batches and processes, also if synchronized."""
     plain = fit(build(layers.BatchNormalization(momentum=0.5)), 24)
     begin()
     synchronized = AccumBatchNormalization(momentum=0.5, synchronized=True)
@@ -183,7 +186,7 @@ def normalization():
 
 @check
 def different_updates():
-    """Raise in all processes, and no process waits."""
+    """Different updates raise in all processes, and no process waits."""
     begin()
     model = accumulate(build(), microbatch_size=5)
     model.compile("sgd", "mse")
@@ -203,7 +206,7 @@ def no_share_of_the_last_batch():
     reference = weights(fit(build(), 24, epochs=1))
     begin()
     batches = [(X[:24], Y[:24]), (X[24:], Y[24:])]
-    # Of the second batch process 1 has nothing.
+    # Process 1 has no examples of the second batch.
     mine = [
         tuple(a[RANK::COUNT] for a in batches[0]),
         tuple(a[:24] if RANK == 0 else a[:0] for a in batches[1]),
@@ -216,7 +219,7 @@ def no_share_of_the_last_batch():
 
 @check
 def uneven_normalization():
-    """Processes that wait for each other in every micro-batch, and have not as many."""
+    """Synchronized processes raise if they have different numbers of micro-batches."""
     begin()
     layer = AccumBatchNormalization(synchronized=True)
     model = accumulate(build(layer), microbatch_size=5)
@@ -225,14 +228,14 @@ def uneven_normalization():
     try:
         model.fit(X[own], Y[own], batch_size=12, verbose=0)
     except ValueError as error:
-        assert "as many micro-batches" in str(error), error
+        assert "equally many micro-batches" in str(error), error
         return
     raise AssertionError("did not raise")
 
 
 @check
 def different_epochs():
-    """Of which one process goes on from a later backup than the other."""
+    """One process continues from a later backup than the other, and both raise."""
     begin()
     model = accumulate(build(), microbatch_size=5)
     model.compile("sgd", "mse")
@@ -290,8 +293,8 @@ def agree(value, gradients, reference):
 
 @check
 def replicated_loop():
-    """`DistributedDataParallel`: uneven shares, one reduction with the last
-    micro-batch.
+    """`DistributedDataParallel` reduces once, with the last micro-batch; shares are
+    uneven.
     """
     begin()
     reduced = []
@@ -310,7 +313,7 @@ def replicated_loop():
         )
         share = slice(0, 30) if RANK == 0 else slice(30, 48)  # 6 and 4 micro-batches
         mine = [tensor[share] for tensor in tensors()]
-        for _ in range(2):  # also when the reducer has rebuilt its buckets
+        for _ in range(2):  # the reducer rebuilds its buckets after the first time
             reduced.clear()
             value, gradients = value_and_grad(module.parameters(), mine)
             agree(value, gradients, reference)
@@ -319,7 +322,7 @@ def replicated_loop():
 
 @check
 def some_of_the_parameters():
-    """Are not reduced by `DistributedDataParallel`, which waits for all of them."""
+    """`DistributedDataParallel` cannot reduce some parameters: it waits for all."""
     begin()
     module = DistributedDataParallel(network())
     value_and_grad = accumulated_value_and_grad(
@@ -335,7 +338,7 @@ def some_of_the_parameters():
 
 @check
 def sharded_loop():
-    """FSDP2, with a part of each parameter in each process."""
+    """With FSDP2 each process has a part of each parameter."""
     from torch.distributed.fsdp import fully_shard
 
     begin()
@@ -363,7 +366,7 @@ def sharded_loop():
     try:
         value_and_grad(list(module.parameters()), uneven)
     except ValueError as error:
-        assert "as many micro-batches" in str(error), error
+        assert "equally many micro-batches" in str(error), error
         return
     raise AssertionError("did not raise")
 

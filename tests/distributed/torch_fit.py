@@ -1,6 +1,6 @@
-"""A process of `torchrun`: trains problems on its share, for all give the batch.
+"""A process of `torchrun`: trains problems on its share of every batch.
 
-Arguments: how data is handed in, then the names of problems.
+Arguments: the way to give the data, the names of problems.
 """
 
 import datetime
@@ -51,7 +51,7 @@ def own_data(problem, way, rank):
 
 
 def main(way, *names):
-    # Before processes know of each other, plain Keras trains as in one.
+    # Plain Keras trains before the processes connect, and so as a single process.
     references = {name: train(named(name), named(name).batches()) for name in names}
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
 

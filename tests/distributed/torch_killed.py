@@ -1,6 +1,6 @@
-"""A process of `torchrun` whose second one is killed in the middle of an update.
+"""One of two processes, the second of which is killed in the middle of an update.
 
-Arguments: a folder for backups; whether to kill; a file for the final weights.
+Arguments: a folder for backups, whether to kill, and a file for the final weights.
 """
 
 import datetime
@@ -43,7 +43,7 @@ def main(folder, kill, file):
     except RuntimeError as error:
         assert "did not answer" in str(error), error
         assert kill == "kill"
-        # No part of the update at hand was applied: one epoch and an update were.
+        # Only one epoch and one update were applied, and nothing of the current update.
         assert int(model.optimizer.iterations) == remember.updates == 3
         for a, b in zip(model.get_weights(), remember.weights, strict=True):
             np.testing.assert_array_equal(a, b)

@@ -1,6 +1,6 @@
 """Two processes of `torch.distributed` normalize by the statistics of both.
 
-`test_layers_updates.py` runs it, for the processes import all anew.
+`test_layers_updates.py` runs it as new processes, which import everything themselves.
 """
 
 import sys
@@ -27,7 +27,7 @@ def gradient(layer, x, target):
 
 def process(rank, file):
     dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
-    # Uneven: 8 and 4 examples.
+    # The shares are uneven: 8 and 4 examples.
     own = slice(0, 8) if rank == 0 else slice(8, 12)
     whole = layers.BatchNormalization(momentum=0.5)
     outputs, gradients = gradient(whole, X, TARGET)
@@ -40,7 +40,7 @@ def process(rank, file):
         (layer.moving_variance, whole.moving_variance),
     ):
         np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-6)
-    # Not synchronized, the pools of an update's micro-batches are joined where it ends.
+    # Without synchronization, the pools are joined at the end of the update.
     layer = AccumBatchNormalization(accum_steps=2, momentum=0.5)
     middle = (own.start + own.stop) // 2
     for microbatch in (X[own.start : middle], X[middle : own.stop]):

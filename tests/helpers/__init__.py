@@ -1,9 +1,9 @@
-"""What several test files share.
+"""Code that several test files share.
 
 `marks`: where a test runs. `exactness`: trains a problem by Keras and in micro-batches,
-and says how far they differ. `fitting`: models, data and sources for tests of `fit`.
-These are imported from here. Each of the others has what the files of one module of
-the package share, and is imported by its own name.
+and measures how far they differ. `fitting`: models, data and sources for tests of
+`fit`. Their names are imported from here. Each other file has the shared code for the
+tests of one module of the package, and is imported by its own name.
 """
 
 from .exactness import (

@@ -1,4 +1,4 @@
-"""Trains a problem by Keras and in micro-batches, and says how far they differ."""
+"""Trains a problem by Keras and in micro-batches, and measures how far they differ."""
 
 import contextlib
 import dataclasses
@@ -18,11 +18,11 @@ from gradient_accumulator.compat import internals
 
 from .marks import BACKEND
 
-TOLERANCE = {"float32": 1e-5, "float64": 1e-12}  # of how far a variable moved
+TOLERANCE = {"float32": 1e-5, "float64": 1e-12}  # a fraction of a variable's movement
 
 
 class Batches(keras.utils.PyDataset):
-    """Hands `fit` the given batches, in order, whatever their sizes are."""
+    """Gives `fit` the given batches, in order, which may have different sizes."""
 
     def __init__(self, batches, workers=1):
         super().__init__(**({} if KERAS_2 else {"workers": workers}))
@@ -40,13 +40,13 @@ def array(variable):
 
 
 def is_seed(variable):
-    """A seed's state counts forward passes, of which micro-batches have more."""
+    """Whether a variable is a seed: it counts forward passes, so that it differs."""
     return "seed_generator" in internals.path(variable)
 
 
 @dataclasses.dataclass
 class Trained:
-    """What a training leaves, as NumPy arrays, so that it outlives the model."""
+    """The results of a training, as NumPy arrays, which outlive the model."""
 
     before: dict[str, np.ndarray]
     weights: dict[str, np.ndarray]
@@ -55,7 +55,7 @@ class Trained:
 
 
 def arrays(variables):
-    """Their values by number and name, without what Keras numbers the names with."""
+    """The values by number and name, without the numbers that Keras puts in names."""
     return {
         f"{i} {re.sub(r'_[0-9]+', '', v.name)}": array(v)
         for i, v in enumerate(variables)
@@ -64,7 +64,7 @@ def arrays(variables):
 
 
 def optimizer_variables(optimizer):
-    """Those that an optimizer has when nothing accumulates."""
+    """The variables that an optimizer has without accumulation."""
     if isinstance(optimizer, GradientAccumulateOptimizer):
         return optimizer_variables(optimizer.inner_optimizer)
     inner = getattr(optimizer, "inner_optimizer", None)
@@ -78,7 +78,7 @@ def optimizer_variables(optimizer):
 
 @contextlib.contextmanager
 def configured(name, value):
-    """Keras with one setting changed, such as "floatx" or "dtype_policy"."""
+    """A context with one of Keras's settings changed: "floatx" or "dtype_policy"."""
     if KERAS_2:
         module, name = {
             "floatx": (keras.backend, "floatx"),
@@ -94,18 +94,18 @@ def configured(name, value):
         change(before)
 
 
-# Every test is traced anew, which takes long: not all ways are then tried.
+# Each test is traced again, which takes long, so that not all ways are tried.
 TRACED = BACKEND == "tensorflow" and not KERAS_2
 
 
 def marks_of(problem, way, is_left=True):
-    """Where a case runs.
+    """The marks of a case, which say where it runs.
 
     Args:
-        problem: What it is about.
-        way: Of `problems.problem.WAYS`.
-        is_left: Whether it is left to `make test-full` where each test is traced anew
-            and other problems are like this one.
+        problem: The problem.
+        way: One of `problems.problem.WAYS`.
+        is_left: Whether only `make test-full` runs the case if each test is traced
+            again and other problems are like this one.
     """
     marks = [unless_plain_fails(*problem.since)]
     kind = "optimizer" if way == "optimizer" else "fit"
@@ -163,7 +163,7 @@ def microbatches(problem):
 
 
 def even(problem):
-    """A batch, the only one of its epoch, and its micro-batches, all of one size."""
+    """The only batch of an epoch, and its micro-batches, which have equal sizes."""
     batch = problem.batches()[0]
     if problem.microbatches:
         return batch, problem.microbatches(batch)
@@ -174,8 +174,13 @@ def even(problem):
 
 
 def in_microbatches(problem, way, microbatch=problems.MICROBATCH, **settings):
-    """Ours; `way` is "microbatch_size", with micro-batches of that size, or
-    "accum_steps".
+    """Trains a problem in micro-batches.
+
+    Args:
+        problem: The problem.
+        way: "microbatch_size" or "accum_steps".
+        microbatch: The number of examples in a micro-batch, for "microbatch_size".
+        **settings: Further arguments of `accumulate`.
     """
     if way == "microbatch_size":
         data, size = problem.batches(), microbatch
@@ -189,10 +194,10 @@ def in_microbatches(problem, way, microbatch=problems.MICROBATCH, **settings):
 
 
 def differences(trained, reference, dtype="float32"):
-    """What differs by more than rounding, as a list of sentences.
+    """The differences that are larger than rounding, as a list of sentences.
 
-    A variable may differ by 1e-5 of how far it moved, and never has to be nearer than
-    the spacing of float32 at its own size, which every update rounds to.
+    A variable may differ by 1e-5 of its movement, plus the spacing of float32 at its
+    own size, because every update rounds to this spacing.
     """
     found = []
 
@@ -221,7 +226,7 @@ def differences(trained, reference, dtype="float32"):
 
 
 def moved(trained):
-    """How far the weight that moved most did."""
+    """The largest movement of a weight."""
     return max(
         np.max(np.abs(b - trained.before[name]), initial=0)
         for name, b in trained.weights.items()
@@ -234,9 +239,9 @@ def assert_same(trained, reference, dtype="float32"):
 
 
 def assert_alike(problem, trained, reference):
-    """What two ways to train a problem leave is the same."""
+    """Asserts that two trainings of a problem have equal results."""
     if KERAS_2 and problem.rounds_loss:
-        # It computes the loss in half precision, which rounds each micro-batch's.
+        # Half precision rounds the loss of each micro-batch.
         (logs,), (expected,) = trained.history, reference.history
         np.testing.assert_allclose(logs.pop("loss"), expected["loss"], atol=2e-3)
         reference = dataclasses.replace(
@@ -246,7 +251,7 @@ def assert_alike(problem, trained, reference):
 
 
 def assert_close(got, expected):
-    """Dictionaries of arrays that differ by rounding only."""
+    """Asserts that arrays in two dictionaries differ by rounding only."""
     assert got.keys() == expected.keys()
     for name, values in expected.items():
         scale = np.max(np.abs(values), initial=0)
@@ -266,7 +271,7 @@ def with_optimizer(problem, change):
 
 @contextlib.contextmanager
 def collector(**thresholds):
-    """Python's own collector, with these thresholds of its generations."""
+    """A context in which Python's collector has these thresholds."""
     before = gc.get_threshold()
     after = dict(zip(("young", "older", "oldest"), before), **thresholds)
     gc.collect()
@@ -278,15 +283,15 @@ def collector(**thresholds):
 
 
 def counting_activations(alive, training_only=True):
-    """A model that notes how many activations of earlier calls are still there.
+    """A model that counts the activations of earlier calls that are still in memory.
 
-    `Add` on PyTorch leaves what it adds in a cycle.
+    On PyTorch, `Add` leaves its inputs in a reference cycle.
     """
     seen = []
 
     class Watch(keras.layers.Layer):
         def call(self, x, training=False):
-            # Keras's "meta" device learns of shapes.
+            # Keras finds shapes by calls on the "meta" device.
             if (training or not training_only) and x.device.type != "meta":
                 alive.append(sum(reference() is not None for reference in seen))
                 seen.append(weakref.ref(x))

@@ -1,4 +1,4 @@
-"""Models and data of tests that `fit` fails in, and what it leaves."""
+"""Models and data for tests in which `fit` fails, and comparisons of their state."""
 
 import keras
 import numpy as np
@@ -54,14 +54,14 @@ class BadExample(Exception):
 
 
 def momentum_model():
-    """A model that has trained, so that its optimizer has something to lose."""
+    """A model that has trained, so that its optimizer has state to lose."""
     model = compiled()
     fit(model, *data(), batch_size=8)
     return model
 
 
 class Fails(layers.Layer):
-    """Fails on an example that holds a value above 100, in whichever way can be."""
+    """A layer that fails on a value above 100, on every backend in the way it can."""
 
     def call(self, x, training=False):
         if not training:

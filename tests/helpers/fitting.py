@@ -1,4 +1,4 @@
-"""Models and data for the tests of `fit`, and what they are compared by."""
+"""Models and data for the tests of `fit`, and comparisons of their results."""
 
 import copy
 
@@ -15,7 +15,7 @@ BASE = problems.mlp()
 FULL, MICROBATCH, COUNT = 8, 4, 24  # examples of a batch, of a micro-batch, in all
 UPDATES, MICROBATCHES = COUNT // FULL, COUNT // MICROBATCH
 WAYS = {
-    # what `accumulate` gets, and the batch size that `fit` then gets
+    # the arguments of `accumulate`, and the batch size that `fit` then gets
     "microbatch_size": ({"microbatch_size": MICROBATCH}, FULL),
     "accum_steps": ({"accum_steps": FULL // MICROBATCH}, MICROBATCH),
 }
@@ -29,7 +29,7 @@ def data(count=COUNT, seed=0):
 
 
 def compiled(way=None, build=BASE, **arguments):
-    """A compiled model; plain, or one that trains in micro-batches in this way."""
+    """A compiled model: a plain one, or one that accumulates in a way of `WAYS`."""
     model = build()
     model.compile(
         **{"optimizer": keras.optimizers.SGD(0.3, 0.9), "loss": "mse", **arguments}
@@ -46,16 +46,14 @@ def size(way):
 
 
 def both(way, source, build=BASE, settings=None, plain_source=None, **arguments):
-    """Trains by plain Keras and in micro-batches from `source(batch size)`, and
-    compares.
-    """
+    """Trains on `source(batch size)` by plain Keras and in micro-batches; compares."""
     results = []
     for each in (None, way):
         model = compiled(each, build, **(settings() if settings else {}))
         given = ((plain_source if each is None else None) or source)(size(each))
         given = given if isinstance(given, dict) else {"x": given}
         if each is None and "callbacks" in arguments:
-            # Not all callbacks forget what they have seen when training begins again.
+            # Some callbacks keep their state when another training begins.
             given["callbacks"] = copy.deepcopy(arguments["callbacks"])
         history = fit(model, **{**arguments, **given})
         results.append((model, history.history))
@@ -100,7 +98,7 @@ def iterated(batches):
 
 
 def data_loader(batches):
-    """A loader of PyTorch's of these batches, whatever their sizes are."""
+    """A PyTorch loader of these batches, which may have different sizes."""
     import torch
 
     tensors = [tuple(map(torch.as_tensor, batch)) for batch in batches]
@@ -147,16 +145,16 @@ SOURCES = {
 
 
 def has_values(x):
-    """Whether a layer is called with data, not traced."""
+    """Whether a layer is called with data, and not traced."""
     try:
         ops.convert_to_numpy(x)
-    except Exception:  # each backend has its own
+    except Exception:  # each backend raises another class
         return False
     return True
 
 
 class Record(keras.callbacks.Callback):
-    """The steps that batch-level callbacks are called with."""
+    """Records the steps and logs with which batch-level callbacks are called."""
 
     def __init__(self):
         super().__init__()

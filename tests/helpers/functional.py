@@ -9,7 +9,7 @@ from gradient_accumulator import accumulated_value_and_grad
 
 from . import BACKEND
 
-VALUE = 0.123456  # of all tensors here, that no error may print
+VALUE = 0.123456  # the value of all tensors here, which no error may print
 
 
 def variable(shape=(3, 2), value=VALUE):
@@ -17,7 +17,7 @@ def variable(shape=(3, 2), value=VALUE):
 
 
 def value_and_grad(loss, weight=None, **arguments):
-    """The function for one variable; `loss(value of it, microbatch)`."""
+    """The function for one variable and a loss `loss(its value, microbatch)`."""
     weight = variable() if weight is None else weight
     if BACKEND == "jax":
         given = [weight.value]

@@ -1,4 +1,4 @@
-"""Networks of Keras 2, wrapped and trained, and what they are compared by."""
+"""Networks of Keras 2 that are wrapped and trained, and comparisons of them."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Data of training loops of one's own, and what their weights are compared by."""
+"""Data for training loops of a user's own, and comparisons of their weights."""
 
 import keras
 import numpy as np
@@ -25,7 +25,7 @@ def adam(**settings):
 
 
 def tokens_and_labels():
-    """Sequences of different lengths: micro-batches differ in what they are worth."""
+    """Sequences of different lengths, so that micro-batches differ in their weights."""
     r = np.random.default_rng(0)
     tokens = problems.tokens(r, 12)
     labels = r.normal(size=(12, problems.STEPS)).astype("float32")

@@ -1,4 +1,4 @@
-"""Where a test runs: on which backends, and in the core, that `make test` runs."""
+"""Where a test runs: on which backends, and whether in the core (`make test`)."""
 
 import pytest
 from api import keras
@@ -7,6 +7,9 @@ BACKEND = keras.backend.backend()
 
 
 def core_on(*backends):
-    """The mark of what is in the core on these, for it is the same on the others."""
+    """The mark of a test that is in the core on these backends only.
+
+    The other backends run the same code in it.
+    """
     here = BACKEND in backends
     return pytest.mark.core if here else pytest.mark.elsewhere

@@ -9,7 +9,7 @@ from gradient_accumulator import accumulate
 
 from . import Batches, array
 
-SIZES = (12, 7)  # batches; in micro-batches of 5 the last ones are smaller
+SIZES = (12, 7)  # of batches, whose last micro-batches of 5 are smaller
 
 MICROBATCH = 5
 
@@ -24,7 +24,7 @@ def data(shape, dtype="float32", offset=3.0, spread=2.0):
 
 
 def model_of(normalization, shape, dtype="float32", mask=None):
-    """Normalizes its input, so that the statistics are those of the data."""
+    """A model that normalizes its input, so that its statistics are the data's."""
     keras.utils.set_random_seed(0)
     x = layers.Input(shape, dtype=dtype)
     h = layers.Masking(mask)(x) if mask is not None else x

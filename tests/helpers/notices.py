@@ -1,4 +1,4 @@
-"""What a model with our layers warns of while it trains."""
+"""Models that warn while they train, and the messages of their warnings."""
 
 import warnings
 

@@ -8,7 +8,7 @@ from .loops import data
 
 
 def step(optimizer, gradients, variables, **arguments):
-    """One call with tensors, without effects on JAX, whose branches want it."""
+    """One call with tensors. On JAX it is stateless, as in its branches."""
     gradients = [None if g is None else ops.convert_to_tensor(g) for g in gradients]
     if BACKEND != "jax":
         optimizer.apply(gradients, variables, **arguments)
@@ -30,7 +30,7 @@ def model_of(optimizer, **arguments):
 
 
 def state(model):
-    """Weights and state of a model, but what accumulation adds."""
+    """The weights and state of a model, without the state of accumulation."""
     optimizer = model.optimizer
     inner = getattr(optimizer, "inner_optimizer", optimizer)
     return {

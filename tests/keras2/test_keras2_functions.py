@@ -1,4 +1,4 @@
-"""On Keras 2: what version 0.5.2 exported, functions, and arguments that are gone."""
+"""On Keras 2: names of version 0.5.2, functions, and arguments that were removed."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ optimizers = tf.keras.optimizers
 
 
 def test_adaptive_gradient_clipping_of_the_finished_gradient():
-    """The re-created system clipped each micro-batch, which is something else."""
+    """Version 0.5.2 clipped each micro-batch, which gives another result."""
 
     class Clipped(tf.keras.Model):
         def train_step(self, batch):

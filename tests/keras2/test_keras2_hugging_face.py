@@ -1,4 +1,4 @@
-"""A Hugging Face model on Keras 2, in micro-batches, on text of scikit-learn's."""
+"""A Hugging Face model on Keras 2, in micro-batches, on texts from scikit-learn."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,7 +20,7 @@ STEPS, EXAMPLES, MICROBATCH = 24, 12, 4
 
 
 def sentences():
-    """The first words of the descriptions of scikit-learn's data sets, by data set."""
+    """Lines of the descriptions of scikit-learn's data sets, with the set's number."""
     loaders = (datasets.load_iris, datasets.load_wine, datasets.load_digits)
     lines = []
     for label, load in enumerate(loaders):
@@ -31,7 +31,7 @@ def sentences():
 
 
 def tokens():
-    """Numbers of words, with the mask of what is no padding."""
+    """Inputs (the numbers of words, and a mask of the padding), and labels."""
     lines = sentences()
     vocabulary = sorted({word.lower() for line, _ in lines for word in line})
     number = {word: i + 1 for i, word in enumerate(vocabulary)}
@@ -54,7 +54,7 @@ def bert(kind=None, **settings):
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=STEPS,
-        # Micro-batches draw other random numbers than the batch.
+        # No dropout: micro-batches would draw other random numbers than the batch.
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         **settings,
@@ -65,7 +65,7 @@ def bert(kind=None, **settings):
 
 
 def functional(model):
-    """As its users wrap it."""
+    """The functional model that users make of it."""
     inputs = {
         name: tf.keras.Input((STEPS,), dtype="int32", name=name) for name in tokens()[0]
     }
@@ -100,7 +100,7 @@ def assert_same(trained, reference):
     moved = [np.abs(b - c).max() for b, c in zip(expected, before)]
     assert max(moved) > 1e-2
     for a, b, m in zip(weights, expected, moved):
-        # Softmax does not depend on the key's bias: its gradient is rounding only.
+        # Softmax does not depend on the key's bias, whose gradient is rounding only.
         assert np.abs(a - b).max() <= 1e-5 * m + 1e-6
     assert history.keys() == expected_history.keys()
     for name, curve in expected_history.items():
@@ -121,7 +121,7 @@ def test_in_place(microbatch_size):
 
 
 def labelled(kind):
-    """Inputs with a label, or none, for each token; a micro-batch has none at all."""
+    """Inputs with labels for some tokens. One micro-batch has no label."""
     x, y = tokens()
     if kind == "classes":
         labels = (x["input_ids"] + y[:, None]) % 3
@@ -156,8 +156,13 @@ def among_the_inputs(x, labels):
 
 @dataclasses.dataclass(frozen=True)
 class Own:
-    """A model with a loss of its own, its data, and arguments of `compile`; `full` is
-    whether it shows what another does, and is left to `make test-full`.
+    """A model with its own loss.
+
+    Args:
+        make: A function that makes the model.
+        data: A function that makes its data.
+        arguments: Arguments of `compile`.
+        full: Whether only `make test-full` runs it, because another one is like it.
     """
 
     make: Callable
@@ -172,7 +177,7 @@ OWN = {
     "regression": Own(
         lambda: bert(num_labels=1),
         lambda: (tokens()[0], tokens()[1].astype("float32")),
-        full=True,  # a value for each example, as of sequences
+        full=True,  # like "sequences": a value for each example
     ),
     "tokens": Own(
         lambda: bert(transformers.TFBertForTokenClassification),
@@ -189,7 +194,7 @@ OWN = {
             tokens()[0],
             {"start_positions": tokens()[1], "end_positions": tokens()[1] + 2},
         ),
-        full=True,  # as of sequences too
+        full=True,  # like "sequences" too
     ),
 }
 
@@ -215,7 +220,7 @@ def test_compiled_without_a_loss(name):
 
 
 def test_a_loss_of_kerass_for_labels_that_do_not_count():
-    """What the error says to write."""
+    """The loss is the one that the error advises."""
 
     def run(model):
         return trained(

@@ -53,7 +53,7 @@ def test_batch_normalization_in_a_sequential_model(wrapper):
 @pytest.mark.parametrize("first", ["images", "vectors"])
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
 def test_batch_normalization_of_images_and_of_vectors(first, policy, tmp_path):
-    """The re-created system normalizes whatever the rank; Keras's own cannot."""
+    """Version 0.5.2 normalized inputs of any rank, which Keras's own layer cannot."""
     tf.keras.utils.set_random_seed(0)
     layer = AccumBatchNormalization(accum_steps=4, dtype=policy)
     a, b = layers.Input((6, 6, 2)), layers.Input((2,))

@@ -1,6 +1,6 @@
 """On Keras 2: the model wrapper as the documentation of version 0.5.2 shows it.
 
-Its users change nothing but the version.
+Users of that version need to change nothing but the version.
 """
 
 import numpy as np
@@ -159,7 +159,7 @@ def test_train_on_batch():
     accumulate(model, accum_steps=2)
     with pytest.raises(ValueError, match=r"microbatch_size.* Received: accum_steps=2"):
         model.train_on_batch(*data())
-    accumulate(model, accum_steps=1)  # plain training again
+    accumulate(model, accum_steps=1)  # the model is plain again
     for each in (reference, model):
         each.train_on_batch(*data())
     assert_same(model, reference)
@@ -220,7 +220,7 @@ def test_a_generator_of_unknown_length():
 
 
 def test_a_mask_of_a_lower_rank_than_the_loss():
-    """Each step has two values of the loss, and one of the mask."""
+    """Each step has two values of the loss, and one value of the mask."""
 
     def build():
         tf.keras.utils.set_random_seed(0)

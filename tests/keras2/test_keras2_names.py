@@ -1,4 +1,4 @@
-"""The private names of Keras 2's that the package uses are known, and are there."""
+"""The private names of Keras 2 that the package uses are listed, and exist."""
 
 import pytest
 from api import KERAS_2, keras
@@ -44,7 +44,7 @@ OWNERS = {
     "_var_key": optimizer,
     "_variables": optimizer,
 }
-# Of models of `transformers`, and of our optimizer, which Keras 3's has too.
+# Names of models of `transformers`, and of this package's optimizer.
 OTHERS = {"_trainable_variables", "_trainable_variables_indices", "_using_dummy_loss"}
 
 

@@ -71,7 +71,7 @@ def test_loss_scaling(legacy, around):
         optimizer = GradientAccumulateOptimizer(scaled(adam()), K)
     model = fit(compiled(network(), optimizer), EXAMPLES // K)
     assert_same(model, reference)
-    # One micro-batch that is not finite skips the update, and lowers the scale once.
+    # If one micro-batch is not finite, the update is skipped and the scale is halved.
     scaler = optimizer if around else optimizer.inner_optimizer
     before, scale = values(model), float(scaler.loss_scale)
     x, y = data()
@@ -102,8 +102,8 @@ def test_mixed_precision(policy, wrapper):
                 network(**head), GradientAccumulateOptimizer(adam, accum_steps=K)
             )
     finally:
-        tf.keras.mixed_precision.set_global_policy(None)  # what `floatx` says
-    # Rounding of half precision, which sums of micro-batches have another of.
+        tf.keras.mixed_precision.set_global_policy(None)  # the policy is `floatx` again
+    # In half precision, sums of micro-batches are rounded in another way.
     assert_same(fit(model, EXAMPLES // K), fit(reference), tolerance=0.1)
 
 
@@ -154,7 +154,7 @@ def test_the_last_microbatches_of_an_epoch():
 
 def test_flush_gradients_of_optimizers_that_a_model_holds():
     class Both(tf.keras.Model):
-        """A `train_step` of its own, with an optimizer for each layer."""
+        """A model with its own `train_step`, and an optimizer for each layer."""
 
         def __init__(self, *optimizers):
             super().__init__()
@@ -237,7 +237,7 @@ def test_generators_of_variables():
 
 
 def test_the_learning_rate_is_found():
-    """The re-created system failed: "Optimizer must have a lr attribute"."""
+    """Version 0.5.2 failed: "Optimizer must have a lr attribute"."""
     optimizer = GradientAccumulateOptimizer(optimizers.SGD(0.5), K)
     scheduler = tf.keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
     model = compiled(network(), optimizer)

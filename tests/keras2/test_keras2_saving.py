@@ -1,4 +1,4 @@
-"""On Keras 2: what accumulates is saved in every format, loaded, and trains on."""
+"""On Keras 2: models are saved in every format, loaded, and continue to accumulate."""
 
 import copy
 import dataclasses
@@ -57,7 +57,12 @@ def fit(model):
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """How it is made, and the formats that plain Keras 2 loads it from untrained."""
+    """An optimizer.
+
+    Args:
+        make: A function that makes it.
+        formats_untrained: The formats from which plain Keras 2 loads it untrained.
+    """
 
     make: Callable
     formats_untrained: tuple[str, ...] = FORMATS
@@ -66,7 +71,7 @@ class Optimizer:
 OPTIMIZERS = {
     "new": Optimizer(lambda: optimizers.Adam(0.1)),
     "legacy": Optimizer(lambda: LEGACY.Adam(0.1)),
-    # From ".keras" it fails: "no attribute 'name'".
+    # Loading from ".keras" fails: "no attribute 'name'".
     "scaled": Optimizer(lambda: Scaled(optimizers.Adam(0.1)), ("", ".h5")),
 }
 
@@ -76,11 +81,12 @@ class Entrance:
     """A way to accumulate.
 
     Args:
-        make: Gives the model and the optimizer that accumulate.
-        optimizers: The names of those that it is tried with.
-        inside: The one that it is given, where that is not the one that results.
+        make: A function of a model and an optimizer, which returns both, one of them
+            accumulating.
+        optimizers: The names of the optimizers that the tests use.
+        inside: The name of the optimizer that `make` gets, if it returns another kind.
         is_saved: Whether a saved model accumulates when it is loaded.
-        formats: Those that keep the optimizer's state; None where those do that keep
+        formats: The formats that keep the optimizer's state; None for those that keep
             it in plain Keras.
     """
 
@@ -131,14 +137,14 @@ def saved_and_loaded(model, suffix, folder):
     for a, b in zip(loaded.get_weights(), model.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
     x, _ = data()
-    loaded.run_eagerly = True  # sooner than graphs are made
+    loaded.run_eagerly = True  # this takes less time than to trace a graph
     np.testing.assert_allclose(loaded.predict(x, verbose=0), model(x), atol=1e-6)
     return loaded
 
 
 @functools.cache
 def plain_keras_keeps(name, suffix):
-    """Whether a format has the state of an optimizer: it depends on the version."""
+    """Whether a format keeps an optimizer's state, which depends on the version."""
     model = fit(compiled(network(), OPTIMIZERS[name].make()))
     with tempfile.TemporaryDirectory() as folder:
         loaded = saved_and_loaded(model, suffix, pathlib.Path(folder))
@@ -212,7 +218,7 @@ def test_a_saved_model_of_mixed_precision(entrance, tmp_path):
         model, adam = ENTRANCES[entrance](network(True), optimizers.Adam(0.1))
         loaded = saved_and_loaded(fit(compiled(model, adam)), "", tmp_path)
     finally:
-        tf.keras.mixed_precision.set_global_policy(None)  # what `floatx` says
+        tf.keras.mixed_precision.set_global_policy(None)  # the policy is `floatx` again
     before = loaded.get_weights()
     assert any((a != b).any() for a, b in zip(fit(loaded).get_weights(), before))
 
@@ -251,7 +257,7 @@ def test_a_checkpoint_in_the_middle_of_an_update(kind, built, tmp_path):
 def test_copies(entrance, copied):
     model = fit(compiled(*ENTRANCES[entrance](network(True), OPTIMIZERS["new"].make())))
     other = copied(model)
-    other.set_weights(model.get_weights())  # `clone_model` makes new ones
+    other.set_weights(model.get_weights())  # `clone_model` makes new weights
     x, _ = data()
     np.testing.assert_allclose(other(x), model(x), atol=1e-6)
     assert isinstance(other, GradientAccumulateModel) is (entrance == "model")

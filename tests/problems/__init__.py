@@ -1,14 +1,14 @@
-"""The list of models, losses and data that every exactness test is parametrized over.
+"""The list of models, losses and data that every test of exactness uses.
 
-A problem is what a user would write: a model, what it is compiled with, and
-batches, each of which one weight update is computed from. Nothing here knows about
-accumulation; `benchmarks/` makes its table of what is exact from the same list.
+A problem is a user's code: a model, the arguments of `compile`, and batches, from each
+of which one weight update is computed. Nothing here knows about accumulation.
+`benchmarks/` makes its table of exactness from this list too.
 
-Sizes are chosen so that every problem has a last micro-batch that is smaller (12
-examples in micro-batches of 5) and a last update with fewer micro-batches (7 examples).
-Learning rates are high, so that what is compared is far above float32's rounding."""
+Every problem has a last micro-batch that is smaller (12 examples in micro-batches of 5)
+and a last update with fewer micro-batches (7 examples). Learning rates are high, so
+that the weights move much further than float32 rounds."""
 
-# Importing a topic adds its problems to the list.
+# The import of a topic adds its problems to the list.
 from . import layers, lengths, masks, optimizers
 from .additional_losses import MeanOverExamples
 from .data import (

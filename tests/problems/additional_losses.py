@@ -51,7 +51,7 @@ add(
 
 
 class MeanOverExamples(Written):
-    """Adds a scalar loss, a mean over the examples."""
+    """A layer that adds a scalar loss, the mean over the examples."""
 
     def call(self, x):
         y = super().call(x)
@@ -60,7 +60,7 @@ class MeanOverExamples(Written):
 
 
 class LossOfEachExample(Written):
-    """Adds one loss an example, which Keras sums."""
+    """A layer that adds one loss for each example. Keras sums them."""
 
     def call(self, x):
         y = super().call(x)

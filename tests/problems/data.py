@@ -15,7 +15,7 @@ def normal(r, *shape):
 
 
 def each_size(make, sizes=SIZES, seed=0):
-    """`make(generator, examples)` for each batch."""
+    """The batches, each made by `make(generator, examples)`."""
     r = random(seed)
     return [make(r, count) for count in sizes]
 
@@ -46,7 +46,7 @@ def weighted(batches, weights=lambda r, x, y: uneven(r, len(y))):
 
 
 def zero_from(start, stop, batches=None):
-    """Weights that are zero from example `start` to `stop` of every batch."""
+    """Batches whose weights are zero from example `start` to `stop`."""
     batches = weighted(vectors(), lambda r, x, y: r.uniform(0.5, 2, len(y)))
     for _, _, weights in batches:
         weights[start:stop] = 0
@@ -54,7 +54,7 @@ def zero_from(start, stop, batches=None):
 
 
 def tokens(r, count, shortest=1):
-    """Token numbers from 1; each row ends in zeros, which `mask_zero` masks."""
+    """Token numbers from 1. Each row ends in zeros, which `mask_zero` masks."""
     x = r.integers(1, TOKENS, (count, STEPS))
     lengths = r.integers(shortest, STEPS + 1, count)
     lengths[0] = STEPS
@@ -66,10 +66,10 @@ def token_sequences(outputs=2):
 
 
 def uneven_rows(r, count):
-    """Weights of examples, for every step of theirs: beside a mask Keras wants both.
+    """The weights of examples, for each step, as Keras requires with a mask.
 
-    In float64, which Keras copies: weights in float32 are multiplied by the mask in
-    place on PyTorch, in plain Keras too, before the metrics see them.
+    They have float64, which Keras copies. On PyTorch plain Keras too multiplies weights
+    in float32 by the mask in place, before the metrics see them.
     """
     return np.repeat(uneven(r, count, 1), STEPS, axis=1).astype("float64")
 
@@ -79,7 +79,7 @@ def weighted_rows(batches):
 
 
 def empty_rows(batches, start, stop):
-    """Makes the rows `start` to `stop` of every batch fully masked."""
+    """Masks all steps of the rows `start` to `stop` of every batch."""
     for x, *_ in batches:
         x[start:stop] = 0
     return batches

@@ -1,4 +1,4 @@
-"""Layers that users build models of."""
+"""Layers from which users build models."""
 
 import numpy as np
 from api import keras, layers
@@ -77,7 +77,7 @@ add(
 
 @seeded
 def attention():
-    """A transformer block. No biases: the key's has a gradient of zero."""
+    """A transformer block without biases, because the key's bias has no gradient."""
     x = layers.Input((STEPS,), dtype="int32")
     h = layers.Embedding(TOKENS, 8, mask_zero=True)(x)
     a = layers.MultiHeadAttention(2, 4, use_bias=False)(h, h)
@@ -127,7 +127,7 @@ add(
 
 
 def spectral(inner):
-    # Made when the model is, so that Keras's numbers in names are the same.
+    # The layer is made with the model, so that Keras puts equal numbers in names.
     return lambda: layers.SpectralNormalization(inner(), power_iterations=2)
 
 
@@ -142,6 +142,6 @@ add(
     ),
     images,
     arguments=logits(),
-    keras2=None,  # its own graph branches on a tensor
-    optimizer_reduction=None,  # which does not tell layers of updates
+    keras2=None,  # in Keras 2 the layer branches on a tensor in a graph
+    optimizer_reduction=None,  # an optimizer cannot say where an update begins
 )

@@ -1,4 +1,4 @@
-"""Micro-batches that differ in sequence length."""
+"""Micro-batches of different sequence lengths."""
 
 import numpy as np
 from api import layers
@@ -11,9 +11,7 @@ from .reductions import of_reduction, squared
 
 
 def trimmed(batch):
-    """Micro-batches as a pipeline that buckets by length makes them: without the
-    padding.
-    """
+    """Micro-batches without padding, as from a pipeline that sorts by length."""
 
     def trim(microbatch):
         x = microbatch[0]
@@ -25,7 +23,7 @@ def trimmed(batch):
 
 
 def bucketed(make=token_sequences):
-    """Batches whose micro-batches have different longest rows."""
+    """Batches in which the longest rows of the micro-batches differ in length."""
 
     def batches():
         result = make()

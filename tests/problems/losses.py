@@ -30,7 +30,7 @@ def logits(metrics=("accuracy",)):
 
 
 def add_reduction(reduction, alike=(), **fields):
-    """What a reduction is tried on; `fields` has more fields of the case of a name."""
+    """Adds the problems of a reduction. `fields` has more fields of a case, by name."""
     cases = {
         "plain": (mlp(), vectors, {}),
         "masked": (tagger, token_sequences, {"masked": True}),
@@ -132,8 +132,13 @@ add(
 
 
 def add_nothing_counts(reduction, zero, masked, since=()):
-    """No example of a batch counts, by its weights or by its mask; more fields of
-    each of the two.
+    """Adds problems in which no example of a batch counts.
+
+    Args:
+        reduction: The reduction.
+        zero: More fields of the problem in which all weights are 0.
+        masked: More fields of the problem in which the mask is empty.
+        since: The versions since which plain Keras can train them.
     """
     fields = {
         "arguments": squared(reduction),
@@ -146,7 +151,7 @@ def add_nothing_counts(reduction, zero, masked, since=()):
         lambda: [(x, y, w * (len(y) == SIZES[0])) for x, y, w in weighted(vectors())],
         **fields | zero,
     )
-    # The loss of a batch that is masked as a whole is NaN in plain Keras 2.
+    # In plain Keras 2 the loss of a batch that is fully masked is NaN.
     fields |= {"keras2": None, "optimizer_reduction": None}
     add(
         f"fully_masked_batch_{reduction}",
@@ -229,14 +234,14 @@ def loss_of_batch(y, y_pred):
 
 
 class LossByCall(keras.losses.Loss):
-    """Has its own `call`, as Keras documents it."""
+    """A loss with its own `call`, as Keras documents it."""
 
     def call(self, y_true, y_pred):
         return ops.mean(ops.abs(y_true - y_pred) ** 1.5, axis=-1)
 
 
 class LossWhole(keras.losses.Loss):
-    """Not taken apart: micro-batches weigh by their examples, right for a mean."""
+    """A loss without a known denominator: examples are the weights, as for a mean."""
 
     def __call__(self, y_true, y_pred, sample_weight=None):
         return ops.mean(ops.square(y_true - y_pred))

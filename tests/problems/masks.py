@@ -1,4 +1,4 @@
-"""Masks: of embeddings, of layers, of labels that are ignored."""
+"""Masks of embeddings, of layers, and of ignored labels."""
 
 from api import keras, layers, ops
 
@@ -37,7 +37,7 @@ def ignoring(reduction="sum_over_batch_size"):
 
 
 def ignored_labels(start=None, stop=None):
-    """Labels of which about half are -1, and all from `start` to `stop`."""
+    """Labels, about half of which are -1, and all of them from `start` to `stop`."""
     batches = []
     for x, y in labelled():
         y[random(len(y)).uniform(size=len(y)) < 0.5] = -1
@@ -127,7 +127,7 @@ add("masking_layer_weighted", masking, lambda: weighted_rows(float_sequences()),
 
 
 class OwnMask(layers.Layer):
-    """Computes a mask of its own, from the values that it gets."""
+    """A layer that computes its own mask from its inputs."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -164,7 +164,7 @@ def kept_by_an_operation():
 
 @seeded
 def of_two_inputs():
-    """Inputs in another order than that of their names, by which data is sorted."""
+    """A model whose inputs are not in the order of their names, which sort the data."""
     a = layers.Input((STEPS,), dtype="int32", name="y")
     b = layers.Input((STEPS,), dtype="int32", name="x")
     outputs = [
@@ -186,7 +186,7 @@ add(
     "mask_kept_by_an_operation",
     kept_by_an_operation,
     token_sequences,
-    keras2=None,  # whose functional models have no operations
+    keras2=None,  # functional models of Keras 2 have no operations
     optimizer_reduction=None,
 )
 add(
@@ -194,7 +194,7 @@ add(
     of_two_inputs,
     two_named_inputs,
     arguments=lambda: {"loss": ["mse", "mse"]},
-    keras2=None,  # which takes dictionaries for inputs that are one
+    keras2=None,  # Keras 2 takes dictionaries only for dictionaries of inputs
     optimizer_reduction=None,
 )
 add(
@@ -218,7 +218,7 @@ def two_heads():
 
 
 class Squares(keras.losses.Loss):
-    """A loss of one's own, which ignores targets by a mask of its own."""
+    """A user's loss that ignores targets by its own mask."""
 
     def call(self, y_true, y_pred):
         values = ops.mean(ops.square(y_true - y_pred), axis=-1)

@@ -7,7 +7,7 @@ from .data import CLASSES, FEATURES, TOKENS
 
 
 def seeded(build):
-    """A builder whose model has the same weights at every call."""
+    """A builder whose models have equal weights at every call."""
 
     def build_seeded():
         keras.utils.set_random_seed(7)
@@ -17,7 +17,7 @@ def seeded(build):
 
 
 def mlp(outputs=CLASSES, activation=None, **arguments):
-    """Dense, tanh, dense. `arguments` are for the first layer."""
+    """A model of two dense layers with tanh. `arguments` are for the first layer."""
 
     @seeded
     def build():
@@ -34,7 +34,7 @@ def classifier():
 
 
 def of_tokens(*body, mask_zero=True, width=5):
-    """An embedding followed by the layers that the functions in `body` make."""
+    """An embedding, followed by the layers that the functions in `body` make."""
 
     @seeded
     def build():
@@ -57,7 +57,7 @@ tagger = of_tokens(lambda: layers.Dense(6, activation="tanh"), dense_steps())
 
 
 class Written(keras.Model):
-    """A subclassed model: layers made in `__init__`, built here as a user would."""
+    """A subclassed model. `__init__` makes the layers, and the first call builds it."""
 
     def __init__(self, outputs=CLASSES, **kwargs):
         super().__init__(**kwargs)
@@ -68,7 +68,7 @@ class Written(keras.Model):
         return self.head(self.hidden(x))
 
     def build_layers(self, shape):
-        if not KERAS_2:  # which calls the model to build it
+        if not KERAS_2:  # Keras 2 calls the model to build it
             super().build(shape)
         self.hidden.build(shape)
         self.head.build((None, 8))

@@ -1,4 +1,4 @@
-"""Every optimizer, schedules, and what an optimizer does besides."""
+"""Every optimizer, schedules, and the other settings of an optimizer."""
 
 from api import keras, layers
 
@@ -6,8 +6,8 @@ from .data import FEATURES, vectors
 from .models import mlp, seeded
 from .problem import ALIKE, add, sgd
 
-# `epsilon` is large where the update divides by the gradient's own size: otherwise the
-# smallest gradients' rounding, not their value, would decide.
+# If an update divides by the size of the gradient, `epsilon` is large. Otherwise the
+# rounding of the smallest gradients would decide, and not their values.
 
 
 def of_class(name, **settings):
@@ -88,8 +88,8 @@ add_optimizer(
     "schedule_free_adamw",
     of_class("ScheduleFreeAdamW", learning_rate=0.1, epsilon=1e-2, weight_decay=0.1),
     needs="ScheduleFreeAdamW",
-    # It copies the weights when it is built. Plain Keras on TensorFlow builds an
-    # optimizer inside the first step, and the copies are lost.
+    # It copies the weights when it is built. On TensorFlow plain Keras builds an
+    # optimizer in the first step, and loses the copies.
     build_optimizer=True,
 )
 add_optimizer("multi_optimizer", multi, needs="MultiOptimizer", core=("accum_steps",))
@@ -155,7 +155,7 @@ add_setting("weight_decay", {"weight_decay": 0.2})
 add_setting(
     "ema_overwrite_every_2",
     {"use_ema": True, "ema_momentum": 0.6, "ema_overwrite_frequency": 2},
-    plain_replicas=False,  # a branch of replicas that wait for each other
+    plain_replicas=False,  # replicas wait for each other in a branch
     core=("accum_steps", "optimizer"),
 )
 add_setting("ema_overwrite_at_the_end", {"use_ema": True, "ema_momentum": 0.6})
@@ -172,7 +172,7 @@ add(
 
 
 def one_overflow():
-    """The first batch's gradient overflows when scaled, its loss does not."""
+    """The scaled gradient of the first batch overflows, and its loss is finite."""
     batches = vectors(1)
     batches[0][0][1, 0] = 1e36
     return batches

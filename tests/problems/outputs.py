@@ -1,4 +1,4 @@
-"""Several outputs, each with a loss and a denominator of its own."""
+"""Several outputs, each with its own loss and denominator."""
 
 from api import keras, layers
 from versions import MASKS_IN_PLACE
@@ -21,7 +21,7 @@ from .problem import add, sgd
 
 @seeded
 def tagger_and_classifier():
-    """One output for each step, which has a mask, and one that has none."""
+    """A model with two outputs: one for each step, with a mask, and one without."""
     x = layers.Input((STEPS,), dtype="int32")
     h = layers.Embedding(TOKENS, 5, mask_zero=True)(x)
     h = layers.Dense(6, activation="tanh")(h)
@@ -99,7 +99,7 @@ add(
 
 @seeded
 def named():
-    """Named inputs and outputs."""
+    """A model with named inputs and outputs."""
     inputs = {
         "a": layers.Input((FEATURES,), name="a"),
         "b": layers.Input((4,), name="b"),

@@ -1,4 +1,4 @@
-"""What a problem is, and the list of them."""
+"""The class of problems, and the list of all problems."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from api import KERAS_2, keras
 from versions import Since, is_before
 
 BACKENDS = ("tensorflow", "jax", "torch")
-# How micro-batches are trained: by `accumulate`, or by the optimizer's wrapper.
+# The ways to train in micro-batches: by `accumulate`, or by the optimizer wrapper.
 WAYS_OF_FIT = ("microbatch_size", "accum_steps")
 WAYS = (*WAYS_OF_FIT, "optimizer")
 MICROBATCH = 5  # examples of a micro-batch
@@ -20,47 +20,47 @@ def sgd(**overrides):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A model, what it is compiled with, and its batches.
+    """A model, the arguments of `compile`, and its batches.
 
     Args:
-        name: What the problem is about.
-        build: Makes the model, not compiled. Every call gives the same weights.
+        name: The topic of the problem.
+        build: Makes the model, not compiled. Every call gives equal weights.
         batches: Makes the batches of one epoch: tuples `(x,)`, `(x, y)` or
             `(x, y, sample_weight)`.
         arguments: Makes the arguments of `compile`, without the optimizer.
-        optimizer: Makes the optimizer; keyword arguments are for its constructor.
-        class_weight: For `fit`.
-        microbatches: Cuts one batch for `accum_steps`, where that is not by examples.
-        stages: What is done to the model before each `fit`, one entry a `fit`.
-        epochs: Epochs of each `fit`.
-        backends: Those that the problem exists on. `because` says why not on all.
+        optimizer: Makes the optimizer. Keyword arguments are for its constructor.
+        class_weight: The argument of `fit`.
+        microbatches: Cuts one batch for `accum_steps`, if it is not cut by examples.
+        stages: Functions that change the model, one before each `fit`, or None.
+        epochs: The number of epochs of each `fit`.
+        backends: The backends that can train the problem. `because` says why not all.
         needs: A class of `keras.optimizers` that the oldest versions do not have.
         floatx: Keras's `floatx`.
         build_optimizer: Whether the optimizer is built before `fit`.
 
-    Where it runs, and how it is compared there:
+    The following say where the problem runs, and how it is compared:
 
     Args:
-        core: Of `WAYS` those that are in the core of the tests (`make test`).
-        alike: Where others draw and weigh micro-batches as this one does: in "fit", in
-            "optimizer". TensorFlow traces every test anew, so that on it one of the two
-            ways of `fit`, and the optimizer, are left to `make test-full`.
-        since: What older versions of Keras cannot train, by plain `fit`.
-        keras2: The first version of Keras 2 that can train it, None where none can.
-        optimizer_reduction: The `reduction` by which `GradientAccumulateOptimizer`
-            gives the batch's gradient from micro-batches of one size. None where it
-            cannot know what each is worth.
-        repeated_rows: Whether a gradient is of an embedding alone. Keras on TensorFlow
-            keeps entries for one row apart, and clips each.
+        core: The elements of `WAYS` that are in the core of the tests (`make test`).
+        alike: "fit" or "optimizer", or both, if other problems draw and weight
+            micro-batches in this way. TensorFlow traces each test again, so that only
+            `make test-full` runs one of the ways of `fit`, and the optimizer, on it.
+        since: The versions since which plain Keras can train it.
+        keras2: The first version of Keras 2 that can train it; None if none can.
+        optimizer_reduction: The `reduction` with which `GradientAccumulateOptimizer`
+            gives the batch's gradient from micro-batches of one size. None if it cannot
+            know the weights of micro-batches.
+        repeated_rows: Whether a gradient is only of an embedding. On TensorFlow Keras
+            does not merge slices of one row, and clips each.
         skips_first: Whether the first batch changes nothing.
         rounds_loss: Whether Keras 2 computes the loss in half precision.
-        devices: Where several devices train it in `make test-all`: of "jax", "torch",
-            "tensorflow" and "workers". The first three do in `make test-full`.
+        devices: The kinds of devices that train it in `make test-all`, of "jax",
+            "torch", "tensorflow" and "workers". `make test-full` uses the first three.
         plain_replicas: Whether plain Keras can train it on replicas of TensorFlow.
         thirds: Whether a third of a batch is as exact as a half of it.
-        per_process: Whether it depends on the number of examples that a process sees.
+        per_process: Whether it depends on the number of examples of a process.
         agc: Whether it is also trained with adaptive gradient clipping.
-        scaler_around: Whether its `LossScaleOptimizer` is also tried around
+        scaler_around: Whether it is also trained with its `LossScaleOptimizer` around
             `GradientAccumulateOptimizer`.
     """
 
@@ -97,7 +97,7 @@ class Problem:
         return self.name
 
     def compile(self, model, **overrides):
-        """Compiles with a new optimizer; `overrides` go to its constructor."""
+        """Compiles a model with a new optimizer, whose constructor gets `overrides`."""
         model.compile(optimizer=self.optimizer(**overrides), **self.arguments())
         if self.build_optimizer:
             model.optimizer.build(model.trainable_variables)
@@ -107,7 +107,7 @@ class Problem:
         return self.microbatches(batch) if self.microbatches else cut(batch)
 
     def is_here(self):
-        """Whether the active backend, and the Keras in use, can have it."""
+        """Whether the active backend and the installed Keras can train it."""
         if keras.backend.backend() not in self.backends:
             return False
         if self.needs is not None and not hasattr(keras.optimizers, self.needs):
@@ -118,14 +118,12 @@ class Problem:
 
     @property
     def accum_steps(self):
-        """Micro-batches of the largest batch; a smaller one has fewer."""
+        """The number of micro-batches of the largest batch. Smaller ones have fewer."""
         return max(len(self.cut(batch)) for batch in self.batches())
 
 
 def cut(batch, size=None):
-    """Cuts every array of a batch in micro-batches of `size` examples, the last
-    smaller.
-    """
+    """Cuts a batch into micro-batches of `size` examples. The last may be smaller."""
     size = size or MICROBATCH
     count = len(keras.tree.flatten(batch)[0])
     return [
@@ -135,7 +133,7 @@ def cut(batch, size=None):
 
 
 PROBLEMS: list[Problem] = []
-# Settings of problems that others are like, wherever they run.
+# Settings of problems that are like others in every way.
 ALIKE = {"alike": ("fit", "optimizer")}
 
 
@@ -144,5 +142,5 @@ def add(name, build, batches, **settings):
 
 
 def here():
-    """The problems that the active backend, and the Keras in use, can have."""
+    """The problems that the active backend and the installed Keras can train."""
     return [problem for problem in PROBLEMS if problem.is_here()]

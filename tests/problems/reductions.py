@@ -1,4 +1,4 @@
-"""Reductions of losses: what each leaves of many losses, and where it exists."""
+"""Reductions of losses: the facts about each, and the backends that have it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,22 +9,22 @@ from .problem import BACKENDS, sgd
 
 
 def slow(**overrides):
-    """For sums over a batch, whose gradients are large."""
+    """An optimizer for sums over a batch, whose gradients are large."""
     return sgd(**{"learning_rate": 0.02, **overrides})
 
 
 @dataclasses.dataclass(frozen=True)
 class Reduction:
-    """What a problem whose loss has this reduction is like.
+    """The facts about a reduction that its problems depend on.
 
     Args:
         adds_up: Whether the losses of micro-batches add up to the loss of the batch.
         by_weights: Whether it divides by the sum of the sample weights.
-        of_values: Whether it leaves a loss for each example, and no number.
+        of_values: Whether the loss is a number for each example.
         another_name: Whether it is another name of a reduction in this list.
-        optimizer: Of a learning rate that is high, and does not diverge.
-        backends: Those that train by it. `because` says why not all.
-        keras2: The first version of Keras 2 that has it, None where none has.
+        optimizer: Makes an optimizer whose learning rate is high but does not diverge.
+        backends: The backends that can train with it. `because` says why not all.
+        keras2: The first version of Keras 2 that has it; None if none has.
     """
 
     adds_up: bool = False
@@ -62,9 +62,9 @@ def of_reduction(name, weighted=False, masked=False):
     """Fields of a problem whose loss has this reduction.
 
     Args:
-        name: The reduction's.
+        name: The name of the reduction.
         weighted: Whether sample weights differ from micro-batch to micro-batch.
-        masked: Whether the number of losses does.
+        masked: Whether the number of losses differs from micro-batch to micro-batch.
     """
     reduction = REDUCTIONS[name]
     unequal = masked or (weighted and reduction.by_weights)

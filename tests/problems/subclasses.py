@@ -24,7 +24,7 @@ from .reductions import of_reduction
 
 
 class OwnComputeLoss(Written):
-    """A loss of its own, a mean over the examples."""
+    """A model with its own loss, a mean over the examples."""
 
     def __init__(self):
         super().__init__()
@@ -35,7 +35,7 @@ class OwnComputeLoss(Written):
 
 
 class MoreComputeLoss(Written):
-    """The compiled loss and another one."""
+    """A model whose loss is the compiled loss and another one."""
 
     def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
         training = {} if KERAS_2 else {"training": training}
@@ -44,7 +44,7 @@ class MoreComputeLoss(Written):
 
 
 class OwnComputeMetrics(Written):
-    """A metric that `compile` knows nothing about."""
+    """A model with a metric that `compile` does not know."""
 
     def __init__(self):
         super().__init__()
@@ -57,7 +57,7 @@ class OwnComputeMetrics(Written):
 
 
 class OfNamedInputs(Written):
-    """Its `call` takes a nested structure and `training`."""
+    """A model whose `call` takes a nested structure and `training`."""
 
     def call(self, inputs, training=False):
         a, (b, c) = inputs["a"], inputs["rest"]
@@ -129,7 +129,7 @@ add(
             "accuracy",
             mean_absolute,
             keras.metrics.AUC(num_thresholds=20, name="auc"),
-            # Keras 2's needs to know the shape of the targets.
+            # The metric of Keras 2 needs the shape of the targets.
             *([] if KERAS_2 else [keras.metrics.F1Score(name="f1")]),
             keras.metrics.TopKCategoricalAccuracy(2, name="top"),
         ],
@@ -176,19 +176,19 @@ add(
 
 
 def mean_of_all(y, y_pred):
-    """One number for a batch."""
+    """A metric function that gives one number for a batch."""
     return ops.mean(ops.abs(y - y_pred))
 
 
 class OwnMean(keras.metrics.Mean):
-    """Updates Keras's own with one number for a batch."""
+    """Keras's `Mean`, updated with one number for a batch."""
 
     def update_state(self, y_true, y_pred, sample_weight=None):
         return super().update_state(mean_of_all(y_true, y_pred))
 
 
 class CountedInTheLoss(Written):
-    """Records a part of its loss, as a variational autoencoder does."""
+    """A model that records a part of its loss, as a variational autoencoder does."""
 
     def __init__(self):
         super().__init__()
@@ -221,7 +221,9 @@ add(
 
 
 class Shifted(keras.Model):
-    """Predicts the next token; its own `compute_loss` drops steps, and the mask."""
+    """A model that predicts the next token. Its `compute_loss` drops a step, and the
+    mask.
+    """
 
     def __init__(self):
         super().__init__()
@@ -238,7 +240,7 @@ class Shifted(keras.Model):
 
 
 class WeighedInTheLoss(Shifted):
-    """Makes the weights of its loss itself."""
+    """A model that makes the weights of its loss itself."""
 
     def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
         weights = ops.cast(x % 3, "float32")
@@ -246,7 +248,7 @@ class WeighedInTheLoss(Shifted):
 
 
 class TwiceInTheLoss(Shifted):
-    """Calls the compiled loss for two parts, of different worth."""
+    """A model that calls the compiled loss twice, with different weights."""
 
     def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
         first = super().compute_loss(x, y, y_pred, None, training)
@@ -264,6 +266,6 @@ for _model in (Shifted, WeighedInTheLoss, TwiceInTheLoss):
             arguments=lambda reduction=_reduction: {
                 "loss": keras.losses.MeanSquaredError(reduction=reduction)
             },
-            keras2=None,  # whose `compute_loss` is called otherwise
+            keras2=None,  # Keras 2 calls `compute_loss` in another way
             optimizer_reduction=None,
         )

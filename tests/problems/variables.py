@@ -1,4 +1,4 @@
-"""Variables: frozen, shared, sparse, without a gradient, of half precision."""
+"""Variables: frozen, shared, sparse, without a gradient, or in half precision."""
 
 import numpy as np
 from api import keras, layers, ops
@@ -111,7 +111,7 @@ for _name, _fields in {
 
 
 class TiedEmbedding(keras.Model):
-    """The embedding's table is also the last layer's kernel."""
+    """A model in which the embedding's table is also the last layer's kernel."""
 
     def __init__(self):
         super().__init__()
@@ -136,8 +136,10 @@ add(
 
 
 class TokensThatAre(layers.Layer):
-    """Adds up the embeddings of tokens that are not 0, and looks up no others: how many
-    slices a gradient has depends on the data."""
+    """A layer that adds up the embeddings of tokens that are not 0.
+
+    It looks up no others, so that the number of slices depends on the data.
+    """
 
     def __init__(self):
         super().__init__()
@@ -173,7 +175,7 @@ add(
 
 
 class UnusedWeight(Written):
-    """Has a variable that no loss depends on."""
+    """A layer with a variable on which no loss depends."""
 
     def build(self, shape):
         self.build_layers(shape)
@@ -190,7 +192,7 @@ add(
 
 
 class Gated(Written):
-    """A branch that runs only if an example of the batch needs it."""
+    """A model with a branch that runs only if an example of the batch needs it."""
 
     def build(self, shape):
         self.build_layers(shape)
@@ -206,7 +208,7 @@ class Gated(Written):
 
 
 def gated_batches(none_needed=False):
-    """Only examples of the second micro-batch need the branch."""
+    """Batches in which only examples of the second micro-batch need the branch."""
     batches = vectors()
     for x, _ in batches:
         x[:, 0] = -np.abs(x[:, 0])
@@ -220,7 +222,7 @@ EAGER = {
     "arguments": lambda: {"loss": "mse", "run_eagerly": True},
     "backends": ("tensorflow", "torch"),
     "because": "JAX traces: a branch cannot depend on the data there",
-    # Gradients are there in one update and not in the next.
+    # A variable has a gradient in one update and none in the next.
     "plain_replicas": False,
 }
 add("gradient_none_on_some_microbatches", written(Gated), gated_batches, **EAGER,
@@ -234,7 +236,7 @@ add(
 
 
 class CountsExamples(layers.Layer):
-    """Keeps a sum over all the examples that it has seen, and uses it."""
+    """A layer that keeps the number of all examples that it has seen."""
 
     def build(self, shape):
         self.seen = self.add_weight(
@@ -283,7 +285,7 @@ add(
     float8,
     lambda: each_size(lambda r, n: (normal(r, n, 16), normal(r, n, 16))),
     keras2=None,
-    # It is rounded by how large a micro-batch's own gradients are.
+    # Rounding depends on the size of the micro-batch's own gradients.
     optimizer_reduction=None,
     devices=("jax", "torch"),
     core=("accum_steps",),
@@ -291,7 +293,7 @@ add(
 
 
 def of_policy(policy):
-    """Numbers that the half precisions hold exactly, so that sums are exact too."""
+    """A model whose numbers and sums are exact in half precision."""
 
     @seeded
     def build():
@@ -304,7 +306,7 @@ def of_policy(policy):
 
 
 class Product(keras.losses.Loss):
-    """Linear in the prediction: its gradient is the target."""
+    """A loss that is linear in the prediction, so that its gradient is the target."""
 
     def call(self, y_true, y_pred):
         return ops.sum(y_true * y_pred, axis=-1)
