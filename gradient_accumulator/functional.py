@@ -106,7 +106,7 @@ class Accumulation:
         """The carry for the first micro-batch."""
         dtype = "float64" if "float64" in self.sums.dtypes else "float32"
         loss, denominator = ops.zeros((), dtype), ops.zeros((), dtype)
-        return Carry(self.sums.zeros(), loss, denominator, None)
+        return Carry(self.sums.zeros(), loss, denominator, {})
 
     def add(
         self, carry: Carry, loss: Callable[[Any], tuple], variables: list, examples: Any
@@ -140,7 +140,7 @@ class Accumulation:
         )
         sums = self.sums.add(carry.sums, gradients)
         return (
-            Carry(sums, carry.loss + part, carry.denominator + denominator, None),
+            Carry(sums, carry.loss + part, carry.denominator + denominator, {}),
             aux,
         )
 
