@@ -171,7 +171,7 @@ def run(spec: Spec, commands, answer: Callable[[dict], None]) -> None:
         sys.path.insert(0, os.environ[RELEASED])  # which has this package's name
         importlib.import_module("gradient_accumulator")
     else:
-        importlib.import_module("gradient_accumulator.engine").active()
+        importlib.import_module("gradient_accumulator.engine").new_engine()
     gc.collect()
     built = meters.resident()
     train = trainer(spec, model, x, y)
