@@ -78,7 +78,8 @@ class Accumulating(internals.BuiltByFit):
         if training is None:
             return super().make_train_function(force)
         training.data_is_ready()
-        if force or self.__dict__.get("train_function") is None:
+        made = self.__dict__.get("train_function")
+        if force or made is None or training.engine.is_outdated(self):
             self.train_function = training.engine.make_train_function(self, training)
         return self.train_function
 

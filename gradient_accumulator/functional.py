@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, overload
 from gradient_accumulator import engine
 from gradient_accumulator.arguments import names_arguments
 from gradient_accumulator.compat.api import keras, ops
-from gradient_accumulator.engine.engine_base import Carry, Sums
+from gradient_accumulator.engine.engine_base import Carry, Sums, times
 from gradient_accumulator.received import described
 from gradient_accumulator.settings import check_float_dtype, positive_int
 
@@ -100,6 +100,7 @@ class Accumulation:
         self.sums = sums
         self.value_and_grad = value_and_grad
         self.size = size
+        self.has_pairs = False  # whether some loss was a numerator and a denominator
         self.has_means = False  # whether some loss was a mean over examples
 
     def zeros(self) -> Carry:
@@ -128,24 +129,26 @@ class Accumulation:
             if denominator is None:
                 self.has_means = True
                 denominator, share = examples, examples / self.size
-            part = numerator * ops.cast(share, numerator.dtype)
+            else:
+                self.has_pairs = True
+            part = times(numerator, share)
             return part, (part, denominator, aux)
 
         gradients, (part, denominator, aux) = self.value_and_grad(
             part_of_batch, variables
         )
-        part, denominator = (
-            ops.cast(ops.stop_gradient(ops.convert_to_tensor(number)), sum_.dtype)
-            for number, sum_ in ((part, carry.loss), (denominator, carry.denominator))
-        )
+        if not isinstance(denominator, int):
+            # The caller may differentiate the loss, but not the denominator.
+            denominator = ops.stop_gradient(ops.convert_to_tensor(denominator))
+            denominator = ops.cast(denominator, carry.denominator.dtype)
         sums = self.sums.add(carry.sums, gradients)
-        return (
-            Carry(sums, carry.loss + part, carry.denominator + denominator, {}),
-            aux,
-        )
+        part = carry.loss + ops.cast(part, carry.loss.dtype)
+        return Carry(sums, part, carry.denominator + denominator, {}), aux
 
     def finish(self, carry: Carry) -> tuple[Any, list]:
         """The loss and the gradients, after the last micro-batch."""
+        if not self.has_pairs:  # the numbers of examples add up to the batch's
+            return carry.loss, self.sums.finish(carry.sums, None)
         scale = ops.divide_no_nan(
             ops.cast(self.size, carry.loss.dtype), carry.denominator
         )

@@ -16,7 +16,7 @@ from typing import Any
 from gradient_accumulator import losses
 from gradient_accumulator.compat import CompiledModel, OptimizerStep, internals
 from gradient_accumulator.compat.api import keras, ops
-from gradient_accumulator.engine.engine_base import Carry, Engine, Steps, Sums
+from gradient_accumulator.engine.engine_base import Carry, Engine, Steps, Sums, times
 from gradient_accumulator.microbatches import first_input
 from gradient_accumulator.settings import Accumulation
 from gradient_accumulator.statistics import Statistics
@@ -68,14 +68,20 @@ class Update:
         kept = engine.values(statistics.variables) if statistics.may_skip else []
         rewound = engine.values(statistics.rewound)
 
-        def step(carry, *microbatch):
+        def rewinding(carry, *microbatch):
             engine.assign(statistics.rewound, rewound)
             return steps.add(carry, *microbatch)
 
+        step = rewinding if rewound else steps.add
         carry = engine.fold(step, steps.zeros(), weighed)
         carry, scale, divided_last = engine.total(self, carry, weighed)
         with engine.finishing(weighed, carry):
             return steps.finish(divided_last, carry, scale, weighed.examples, kept)
+
+    def clear(self) -> None:
+        """Let go of the sums, also after an update that failed."""
+        if hasattr(self, "sums"):
+            self.sums.clear()
 
     def zeros(self) -> Carry:
         """The carry for the first micro-batch."""
@@ -110,10 +116,8 @@ class Update:
             ops.shape(first_input(data))[0],
             share,
         )
-        part = ops.cast(ops.stop_gradient(loss), losses.dtype())
-        if len(part.shape):
-            part = ops.mean(part)
-        part = part * share
+        part = ops.cast(ops.stop_gradient(loss), carry.loss.dtype)
+        part = (ops.mean(part) if len(part.shape) else part) * share
         denominator = carry.denominator + denominator
         return Carry(sums, carry.loss + part, denominator, logs)
 
@@ -140,7 +144,7 @@ class Update:
             )
             # A loss without reduction needs no share: the optimizer gets the sum of its
             # values, and sums of micro-batches add up.
-            part = loss if len(loss.shape) else loss * ops.cast(share, loss.dtype)
+            part = loss if len(loss.shape) else times(loss, share)
             denominator = 0.0 if weighing is None else weighing.denominator
             scaled = OptimizerStep(model.optimizer).scaled(part)
             return scaled, (loss, denominator, y_pred)

@@ -29,6 +29,9 @@ OF_EACH = (
     "*/accumulator.py",
     "*/fit.py",
     "*/functional.py",
+    "*/statistics.py",
+    "*/update.py",
+    "*/weights.py",
     "*/losses.py",
     "*/microbatches.py",
 )

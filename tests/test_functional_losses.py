@@ -56,6 +56,20 @@ def test_the_mean_over_nothing_in_a_later_update_warns():
             array(value)
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="its functions are pure")
+def test_the_returned_loss_has_a_gradient():
+    import jax
+
+    def loss_fn(weight, microbatch):
+        return ops.mean(ops.square(ops.matmul(microbatch, weight)))
+
+    function = accumulated_value_and_grad(loss_fn, microbatch_size=2)
+    batch, weight = np.arange(10.0).reshape(5, 2), np.ones(2)
+    found = jax.grad(lambda weight: function(weight, batch)[0])(weight)
+    expected = jax.grad(loss_fn)(weight, batch)
+    np.testing.assert_allclose(array(found), array(expected), rtol=1e-5)
+
+
 @pytest.mark.skipif(BACKEND == "torch", reason="which compiles nothing here")
 def test_compiled_functions_do_not_look():
     """While they are traced, values are not known (see the docstring)."""

@@ -1,8 +1,8 @@
 """The Keras in use, by Keras 3's names: `keras` and `ops`.
 
-Keras 2 if TensorFlow uses it (by `TF_USE_LEGACY_KERAS`), or if the installed
-package `keras` is Keras 2, as beside TensorFlow up to 2.15; Keras 3 otherwise. It is
-what `tf.keras` is, in one process for all.
+It is Keras 2 if TensorFlow uses that (by `TF_USE_LEGACY_KERAS`), or if the installed
+package `keras` is Keras 2, as beside TensorFlow up to 2.15; otherwise it is Keras 3.
+All code of a process uses one Keras, which is `tf.keras` too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 
 def _uses_keras_2() -> bool:
-    # What TensorFlow takes for yes.
+    # TensorFlow reads these values as true.
     if os.environ.get("TF_USE_LEGACY_KERAS") in ("1", "true", "True"):
         return True
     try:

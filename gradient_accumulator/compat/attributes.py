@@ -1,4 +1,4 @@
-"""Attributes that objects of Keras have for a while."""
+"""Sets an attribute of one object of Keras for a while."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @contextmanager
 def with_attribute(instance: Any, name: str, value: Any) -> Iterator[None]:
-    """The instance with another attribute, of its own, that Keras does not track."""
+    """A context in which an object has an attribute that Keras does not track."""
     own = name in instance.__dict__
     before = instance.__dict__.get(name)
     instance.__dict__[name] = value

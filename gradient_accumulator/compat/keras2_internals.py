@@ -1,4 +1,4 @@
-"""Functions that use private attributes of Keras 2's `Model`.
+"""Functions for variables, layers and classes of models of Keras 2.
 
 They are the functions of `keras3_internals.py`, which describes their arguments.
 """

@@ -31,7 +31,7 @@ class CompiledLoss:
     def denominator(
         self, values: Any, y_true: Any, y_pred: Any, sample_weight: Any
     ) -> Any:
-        """Returns the denominator of a loss with a mask: the number of unmasked values.
+        """Returns the denominator if there is a mask: the number of unmasked values.
 
         Keras 2 does not divide by sample weights.
         """
@@ -42,31 +42,31 @@ class CompiledLoss:
 
     @property
     def dtype(self) -> str:
-        """Returns the dtype that a compiled loss computes in, if no values tell it."""
+        """The dtype that the loss computes in, if no values tell it."""
         return keras.backend.floatx()
 
     def values(self, y_true: Any, y_pred: Any) -> tf.Tensor:
-        """Returns the values of a loss before it is reduced, with their mask."""
+        """Returns the values of the loss before they are reduced, with their mask."""
         y_pred = tf.convert_to_tensor(y_pred)
         y_true = tf.cast(y_true, y_pred.dtype) if _casts(y_true) else y_true
         return self.loss.call(y_true, y_pred)
 
     @property
     def is_keras_own(self) -> bool:
-        """Whether Keras's own code computes the values of a loss, and their mask."""
+        """Whether Keras's own code computes the values of the loss, and their mask."""
         return is_keras_own(type(self.loss)) and is_keras_own(
             getattr(self.loss, "fn", type(self.loss))
         )
 
     def numerator(self, y_true, y_pred, sample_weight=None) -> Any:
-        """Returns the numerator of a loss: the loss with the reduction `sum`."""
+        """Returns the numerator: the loss with the reduction `sum`."""
         # The loss itself may be in use elsewhere.
         summed = object.__new__(type(self.loss))
         summed.__dict__.update(self.loss.__dict__, reduction="sum")
         return summed(y_true, y_pred, sample_weight)
 
     def numerator_and_denominator(self, y_true, y_pred, sample_weight=None) -> tuple:
-        """Returns the numerator and the denominator of a loss."""
+        """Returns the numerator and the denominator."""
         values = self.values(y_true, y_pred)
         given = y_true, y_pred, sample_weight
         return self.numerator(*given), self.denominator(values, *given)

@@ -38,7 +38,8 @@ def _weighing_once(update_state, share, once):
             sample_weight = share if once or sample_weight is None else sample_weight
         elif sample_weight is not None:
             # Keras weighs each value by the number of examples in the batch.
-            sample_weight = tf.cast(sample_weight, value.dtype) / share
+            sample_weight = tf.cast(sample_weight, value.dtype)
+            sample_weight /= tf.cast(share, value.dtype)
         return update_state(value, sample_weight=sample_weight)
 
     return update

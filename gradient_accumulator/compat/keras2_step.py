@@ -47,7 +47,7 @@ class OptimizerStep:
         type(self.optimizer).apply_gradients(self.optimizer, pairs, **keywords)
 
     def build(self, variables: list) -> None:
-        """Create an optimizer's variables."""
+        """Create the optimizer's variables."""
         if isinstance(self.optimizer, keras.optimizers.legacy.Optimizer):
             self.optimizer._create_all_weights(variables)
         else:
@@ -56,7 +56,7 @@ class OptimizerStep:
     def add_variable(
         self, shape: tuple, dtype: str, name: str, like: Any = None, **arguments
     ) -> tf.Variable:
-        """Returns a new variable of an optimizer, filled with zeros.
+        """Returns a new variable of the optimizer, filled with zeros.
 
         Args:
             shape: The variable's shape.
@@ -73,7 +73,7 @@ class OptimizerStep:
 
     @property
     def may_skip(self) -> bool:
-        """Whether an optimizer skips updates that are not finite."""
+        """Whether the optimizer skips updates that are not finite."""
         return self._dynamic_scaler() is not None
 
     def _dynamic_scaler(self):
@@ -88,7 +88,7 @@ class OptimizerStep:
         return None
 
     def position(self) -> Any:
-        """Returns the current scale of an optimizer that may skip updates, or None."""
+        """The current scale, None if the optimizer skips no updates."""
         scaler = self._dynamic_scaler()
         return None if scaler is None else tf.identity(scaler.loss_scale)
 

@@ -1,4 +1,4 @@
-"""Functions that use private attributes of Keras 3's `Trainer`, for all backends."""
+"""Functions for variables, layers and classes of models of Keras 3."""
 
 from __future__ import annotations
 

@@ -29,18 +29,18 @@ class CompiledLoss:
 
     @property
     def dtype(self) -> str:
-        """Returns the dtype that a compiled loss computes in."""
+        """The dtype that the loss computes in."""
         return self.loss.dtype
 
     @property
     def is_keras_own(self) -> bool:
-        """Whether Keras's own code computes the values of a loss, and their mask."""
+        """Whether Keras's own code computes the values of the loss, and their mask."""
         return is_keras_own(type(self.loss)) and is_keras_own(
             getattr(self.loss, "fn", type(self.loss))
         )
 
     def _like(self, **attributes: Any) -> keras.losses.Loss:
-        """Returns a copy of a loss with other attributes.
+        """Returns a copy of the loss with other attributes.
 
         The loss itself may be in use elsewhere.
         """
@@ -58,16 +58,16 @@ class CompiledLoss:
     def denominator(
         self, values: Any, y_true: Any, y_pred: Any, sample_weight: Any
     ) -> Any:
-        """Returns the denominator of a loss with a mask or weights.
+        """Returns the denominator if there is a mask, or weights.
 
         It is measured: a loss whose values are all 1 has this ratio of its sum to its
         mean.
 
         Args:
-            values: Its values, with their mask.
-            y_true: The targets that it was called with.
-            y_pred: The predictions that it was called with.
-            sample_weight: The sample weights that it was called with.
+            values: The loss's values, with their mask.
+            y_true: The targets.
+            y_pred: The predictions.
+            sample_weight: The sample weights, or None.
         """
         ones = keras.ops.ones_like(values)
         mask = get_mask(values)
@@ -90,7 +90,7 @@ class CompiledLoss:
         return keras.ops.divide_no_nan(reduced("sum"), mean)
 
     def values(self, y_true: Any, y_pred: Any) -> Any:
-        """Returns the values of a loss before it is reduced, with their mask."""
+        """Returns the values of the loss before they are reduced, with their mask."""
 
         def convert(x):
             return keras.ops.convert_to_tensor(x, dtype=self.loss.dtype)
@@ -101,14 +101,14 @@ class CompiledLoss:
         )
 
     def numerator(self, y_true, y_pred, sample_weight=None) -> Any:
-        """Returns the numerator of a loss: the loss with the reduction `sum`."""
+        """Returns the numerator: the loss with the reduction `sum`."""
         value = self._like(reduction="sum")(y_true, y_pred, sample_weight)
         if self.loss.reduction == "sum":
             return value
         return losses.scale_loss_for_distribution(value)
 
     def numerator_and_denominator(self, y_true, y_pred, sample_weight=None) -> tuple:
-        """Returns the numerator and the denominator of a loss, from one call."""
+        """Returns the numerator and the denominator, from one call."""
         kept: list = []
 
         def call(*args):

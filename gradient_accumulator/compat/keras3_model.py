@@ -82,6 +82,9 @@ class CompiledModel(CompiledModelBase):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         with StatelessScope():
             y_pred = self.forward(x, training=False)
+        # Weight regularizers read values from the scope.
+        values = [(variable, variable.value) for variable in self.model.variables]
+        with StatelessScope(state_mapping=values):
             if (
                 self.model._compile_metrics is not None
                 and not self.model._compile_metrics.built
@@ -149,7 +152,7 @@ class CompiledModel(CompiledModelBase):
 
     @property
     def metric_types(self) -> set[type]:
-        """Returns the classes of a model's metrics, also of the compiled metrics."""
+        """Returns the classes of the model's metrics, also of the compiled metrics."""
         return {
             type(each)
             for metric in self.model.metrics
@@ -256,7 +259,10 @@ class CompiledModel(CompiledModelBase):
         # Keras sums an additional loss with axes: its sums on micro-batches add up. One
         # without axes is taken as a mean over examples.
         x, y, y_pred, sample_weight = microbatch
-        additional = [loss / share if len(loss.shape) else loss for loss in additional]
+        additional = [
+            loss / keras.ops.cast(share, loss.dtype) if len(loss.shape) else loss
+            for loss in additional
+        ]
         self.model._losses_override.clear()
         self.model._losses_override.extend(additional)
         try:

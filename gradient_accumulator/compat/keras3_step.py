@@ -34,7 +34,7 @@ class OptimizerStep:
     def add_variable(
         self, shape: tuple, dtype: str, name: str, like: Any = None, **arguments
     ) -> keras.Variable:
-        """Returns a new variable of an optimizer, filled with zeros.
+        """Returns a new variable of the optimizer, filled with zeros.
 
         Args:
             shape: The variable's shape.
@@ -50,11 +50,11 @@ class OptimizerStep:
 
     @property
     def may_skip(self) -> bool:
-        """Whether an optimizer skips updates that are not finite."""
+        """Whether the optimizer skips updates that are not finite."""
         return self._dynamic_scale() is not None
 
     def position(self) -> Any:
-        """Returns the current scale of an optimizer that may skip updates, or None."""
+        """The current scale, None if the optimizer skips no updates."""
         scale = self._dynamic_scale()
         return None if scale is None else keras.ops.copy(scale.value)
 

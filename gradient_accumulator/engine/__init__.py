@@ -24,6 +24,6 @@ def new_engine() -> Engine:
 
 
 def new_accumulators() -> Accumulators:
-    """The same for the operations of `GradientAccumulateOptimizer`."""
+    """New operations of `GradientAccumulateOptimizer`, for the same backend."""
     name = f"{__name__}.{backend()}_accumulators"
     return importlib.import_module(name).ACCUMULATORS()

@@ -20,12 +20,19 @@ if TYPE_CHECKING:
 
 
 class Carry(NamedTuple):
-    """What one micro-batch hands to the next."""
+    """The values that a loop carries from one micro-batch to the next."""
 
     sums: Any  # of gradients, as `Sums` holds them
     loss: Any  # the part of the batch's loss so far
     denominator: Any  # the sum so far of a loss that is divided last
     logs: Any  # of a model's own `compute_metrics`, for the last micro-batch
+
+
+def times(tensor: Any, factor: Any) -> Any:
+    """A tensor times a number, or times a scalar tensor of any dtype."""
+    if isinstance(factor, float):  # in eager execution a conversion takes time
+        return tensor * factor
+    return tensor * ops.cast(factor, tensor.dtype)
 
 
 class Steps(NamedTuple):
@@ -59,6 +66,9 @@ class Sums:
             ops.zeros(tuple(variable.shape), dtype)
             for variable, dtype in zip(self.variables, self.dtypes)
         ]
+
+    def clear(self) -> None:
+        """Let go of what is held outside of the carry, if there is something."""
 
     def add(self, sums: Any, gradients: list) -> Any:
         """The sums with the gradients of one more micro-batch."""
@@ -210,6 +220,18 @@ class Engine(ABC):
         """The function that `accumulated_value_and_grad` returns."""
 
     # `fit`.
+
+    trained: list | None = None  # the variables that the train function is for
+
+    def is_outdated(self, model: keras.Model) -> bool:
+        """Whether the user froze layers since, or the opposite, without `compile`.
+
+        On TensorFlow the graph stays as it is, as Keras's own does.
+        """
+        now = model.trainable_variables
+        return self.trained is not None and list(map(id, now)) != list(
+            map(id, self.trained)
+        )
 
     @abstractmethod
     def make_train_function(self, model: keras.Model, training: Any) -> Callable:

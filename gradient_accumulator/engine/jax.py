@@ -43,6 +43,8 @@ class JaxEngine(JaxFit):
         self._places = {id(v): i for i, v in enumerate(model.non_trainable_variables)}
         # Only loss scaling reads the optimizer's variables in a micro-batch.
         self._scales_loss = OptimizerStep(model.optimizer).scales_loss
+        # JAX dispatches its own arrays faster than NumPy's.
+        self._number = lru_cache(maxsize=4)(partial(jnp.asarray, dtype=losses.dtype()))
         self._compiles = model.jit_compile and not model.run_eagerly
         self._replicas: Replicas | None = None
         self._reduce: Callable = _unreduced
@@ -153,8 +155,9 @@ class JaxEngine(JaxFit):
         return logs
 
     def fold(self, step, carry, weighed):
+        devices = self._device_count
         for microbatch, share, kinds, factors in weighed:
-            share = _number(share / self._device_count)
+            share = self._number(share / devices)
             carry = step(carry, kinds, microbatch, share, factors)
         self.check_in_step(weighed.count)
         return carry
@@ -219,7 +222,7 @@ class JaxEngine(JaxFit):
     def total(self, update, carry, weighed):
         carry, metrics = self._reduce(carry, self.state.metrics)
         self.state = self.state._replace(metrics=metrics)
-        return carry, _number(weighed.correction()), weighed.divided_last
+        return carry, self._number(weighed.correction()), weighed.divided_last
 
     def step(self, optimizer, gradients, variables):
         # Loss scaling has a branch, and in JAX a branch cannot assign variables.
@@ -278,16 +281,6 @@ class JaxEngine(JaxFit):
         # A layer's new state may depend on all examples of a micro-batch. XLA then
         # computes it over all devices, and reduces the gradients of every micro-batch.
         return None if unknown else replicas
-
-
-def _number(value):
-    return _array(value, losses.dtype())
-
-
-@lru_cache(maxsize=8)
-def _array(value, dtype):
-    # JAX passes its own arrays to a program faster than NumPy's.
-    return jnp.asarray(value, dtype)
 
 
 def _unreduced(carry, metrics):

@@ -50,18 +50,12 @@ class JaxFit(Engine):
                 "or sum in float32. Received: accum_dtype='float64'"
             )
         self.epoch = epoch
-
-        def new_update():
-            return Update(model, accumulation, self, training.notices)
-
-        update = new_update()
+        update = Update(model, accumulation, self, training.notices)
+        self.trained = update.variables
         steps_per_execution = model.steps_per_execution
         cuts = accumulation.microbatch_size is not None
 
         def train_function(state, iterator):
-            nonlocal update
-            if len(state[0]) != len(update.variables):  # the user froze some
-                update = new_update()
             logs = None
             for _ in range(steps_per_execution):
                 with _kept_on_failure(model, state):
@@ -82,9 +76,11 @@ class JaxFit(Engine):
                             microbatches = _cut(batch, accumulation.microbatch_size)
                         epoch.cut(microbatches.count, microbatches.on_device)
                     self.state = State(*state)
-                    logs = update(microbatches)
-                    state = tuple(self.state)
-                    del self.state  # Keras has the values until the next update
+                    try:
+                        logs = update(microbatches)
+                        state = tuple(self.state)
+                    finally:
+                        del self.state  # Keras has the values until the next update
             return logs, state
 
         return train_function

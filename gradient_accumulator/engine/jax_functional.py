@@ -40,6 +40,7 @@ def value_and_grad(engine: Engine, loss: LossFunction) -> Callable:
         arrays, others = _split_arguments(args, kwargs)
         values, structure = jax.tree.flatten(variables)
         accumulation = add.accumulation(values, float(size))
+        accumulation.has_pairs = True  # which only a compiled function may know
         carry = accumulation.zeros()
         traced = any(
             isinstance(leaf, jax.core.Tracer)

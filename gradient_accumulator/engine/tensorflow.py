@@ -25,6 +25,7 @@ from gradient_accumulator.engine.tensorflow_functional import value_and_grad
 from gradient_accumulator.engine.tensorflow_microbatches import (
     Microbatches,
     size_of,
+    stateless,
     trace_microbatch,
 )
 from gradient_accumulator.engine.tensorflow_slices import (
@@ -96,9 +97,14 @@ class TensorFlowEngine(TensorFlowFit):
         return carry
 
     def value_and_grad(self, function, variables):
+        # Before the call: in a stateless scope it may give variables other values.
+        sources = [
+            internals.native(v) if isinstance(v, keras.Variable) else v
+            for v in variables
+        ]
         with tf.GradientTape() as tape:
             loss, aux = function(variables)
-        return tape.gradient(loss, variables) if variables else [], aux
+        return tape.gradient(loss, sources) if sources else [], aux
 
     def total(self, update, carry, weighed):
         # The optimizer sums over replicas.
@@ -265,7 +271,7 @@ def _sparse_variables(update, microbatches) -> dict[int, tf.DType]:
             internals.StatelessScope(collect_losses=True),
             unsynchronized(update.model),
         ):
-            gradients, _ = update.gradients(data, tf.constant(1.0))
+            gradients, _ = update.gradients(data, tf.constant(1, losses.dtype()))
         for i, gradient in enumerate(gradients):
             if isinstance(gradient, tf.IndexedSlices):
                 sparse[i] = gradient.indices.dtype
@@ -306,7 +312,7 @@ def _denominators(update, microbatches, count_of_losses):
         data = microbatches.read(k, ())
         mapping = list(zip(carried, values))
         with (
-            internals.StatelessScope(state_mapping=mapping) as scope,
+            stateless(update.model, mapping) as scope,
             unsynchronized(update.model),
         ):
             row = update.denominators(data)

@@ -29,6 +29,7 @@ from gradient_accumulator.engine.tensorflow_microbatches import (
     is_even,
     signature_of,
     size_of,
+    stateless,
     stream,
     symbolic,
     trace_microbatch,
@@ -325,7 +326,8 @@ class _Updates:
                 unsynchronized(self.model),
                 notices.watching(self.model, training) as seen,
             ):
-                losses = inspect(self.model, example, trace=trace, training=training)
+                scope = partial(stateless, self.model)
+                losses = inspect(self.model, example, scope, trace, training)
             self.notices.tell(self.model, losses.denominators, seen)
             self.inspected[structure] = losses
         return self.inspected[structure]

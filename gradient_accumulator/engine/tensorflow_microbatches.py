@@ -232,6 +232,17 @@ def is_even(spec):
     return all(None not in leaf.shape[1:] for leaf in leaves(spec))
 
 
+def stateless(model: keras.Model, mapping: Any = (), **settings: Any) -> Any:
+    """A stateless scope in which the model's variables have their values.
+
+    In eager execution, weight regularizers read values from the scope.
+    """
+    values: list = []
+    if tf.executing_eagerly():
+        values = [(v, internals.value(v)) for v in model.variables]
+    return internals.StatelessScope(state_mapping=[*values, *mapping], **settings)
+
+
 def trace_microbatch(function, example, microbatches):
     """The result (or its spec) of a function for any micro-batch, without effects."""
     if tf.executing_eagerly():

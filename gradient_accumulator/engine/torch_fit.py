@@ -43,6 +43,7 @@ class TorchFit(Engine):
             return Update(model, accumulation, self, training.notices)
 
         update = new_update()
+        self.trained = update.variables
         count = processes.count()  # the number of processes that `update` is for
         alike = False  # whether all processes have the weights of the first one
 
@@ -51,9 +52,6 @@ class TorchFit(Engine):
             if count != processes.count():
                 update = new_update()
                 count, alike = processes.count(), False
-            variables = model.trainable_variables
-            if not _are_equal(variables, update.variables):  # the user froze some
-                update = new_update()
             if not alike or epoch.updates == 1:
                 processes.broadcast([*model.weights, *model.optimizer.variables])
                 alike = True
@@ -73,8 +71,7 @@ class TorchFit(Engine):
                 with self.restored(model), processes.in_step(False):
                     return update(microbatches)
             finally:
-                for variable in variables:
-                    variable.value.grad = None
+                update.clear()
 
         return train_function
 
@@ -118,12 +115,6 @@ class TorchFit(Engine):
             return map(partial(_first_of, accumulation), adapter.get_torch_dataloader())
 
         return updates, first
-
-
-def _are_equal(variables, others):
-    return len(variables) == len(others) and all(
-        variable is other for variable, other in zip(variables, others)
-    )
 
 
 def _cut(batch, microbatch_size):

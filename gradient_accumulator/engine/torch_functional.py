@@ -34,9 +34,9 @@ def value_and_grad(engine: Engine, loss: LossFunction) -> Callable:
         wanted = [p for p in parameters if p.requires_grad]
 
         def value_and_grad(part_of_batch, _):
-            part, aux = part_of_batch(parameters)
+            part, (_, *rest) = part_of_batch(parameters)
             processes.backward(part, wanted)
-            return [], aux
+            return [], (part.detach(), *rest)
 
         # Gradients are averaged over processes: their number multiplies each sum.
         (size,) = processes.totals([example_count(batch) / processes.count])

@@ -30,6 +30,9 @@ class GradSums(Sums):
         ]
 
     def zeros(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
         for sum_ in self._sums:
             sum_.clear()
 
