@@ -35,7 +35,8 @@ def attributes(*, keras_2):
     found = {
         name
         for path, tree in trees.items()
-        if path.name.startswith("keras2_") == keras_2
+        if path.name == "model_base.py"  # of both
+        or path.name.startswith("keras2_") == keras_2
         for name in _used(tree, own)
     }
     return found - NOT_THEIRS
