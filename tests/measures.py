@@ -19,7 +19,7 @@ FILE_LINES = 500
 FUNCTION_LINES = 60  # without the docstring
 PARAMETERS = 7
 # No more than there are, so that the package does not grow unnoticed.
-PACKAGE_LINES = 13100
+PACKAGE_LINES = 13150
 # Words that say too little. CONTRIBUTING.md has those to write instead.
 WORDS = ("piece", "told", "worth", "mark", "together", "apart", "made_to_train")
 IN_NAMES = "same"  # good English in a sentence, but no name
