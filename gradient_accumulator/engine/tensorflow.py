@@ -99,8 +99,7 @@ class TensorFlowEngine(TensorFlowFit):
     def value_and_grad(self, function, variables):
         # Before the call: in a stateless scope it may give variables other values.
         sources = [
-            internals.native(v) if internals.is_variable(v) else v
-            for v in variables
+            internals.native(v) if internals.is_variable(v) else v for v in variables
         ]
         with tf.GradientTape() as tape:
             loss, aux = function(variables)
