@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import chain
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ class JaxEngine(JaxFit):
         self._reduce: Callable = _unreduced
         self.weights: HostWeights | None = None
 
-    def weigh(self, update, microbatches):
+    def weigh(self, update: Update, microbatches: Any) -> Any:
         if self.weights is None:
             first = next(microbatches.iterator)
             microbatches = replace(
@@ -82,7 +83,7 @@ class JaxEngine(JaxFit):
     def _device_count(self):
         return 1 if self._replicas is None else self._replicas.count
 
-    def steps(self, update):
+    def steps(self, update: Update) -> Steps:
         model = update.model
         zeros: Callable = update.zeros
         add: Callable = partial(_add, update)
@@ -154,7 +155,7 @@ class JaxEngine(JaxFit):
         self.state = State(trainable, non_trainable, optimizer, metrics)
         return logs
 
-    def fold(self, step, carry, weighed):
+    def fold(self, step: Callable[..., Carry], carry: Carry, weighed: Any) -> Carry:
         devices = self._device_count
         for microbatch, share, kinds, factors in weighed:
             share = self._number(share / devices)
@@ -162,7 +163,7 @@ class JaxEngine(JaxFit):
         self.check_in_step(weighed.count)
         return carry
 
-    def forward(self, model, x):
+    def forward(self, model: keras.Model, x: Any) -> tuple[Any, list]:
         # This is the call that Keras's own trainer on JAX makes.
         values = [
             [variable.value for variable in variables]
@@ -178,7 +179,9 @@ class JaxEngine(JaxFit):
             scope.add_update((variable, value))
         return y_pred, additional
 
-    def value_and_grad(self, function, variables):
+    def value_and_grad(
+        self, function: Callable[[Any], tuple], variables: list
+    ) -> tuple[list, Any]:
         if not variables:
             return [], function(variables)[1]
         if not isinstance(variables[0], keras.Variable):
@@ -204,12 +207,12 @@ class JaxEngine(JaxFit):
         outer.state_mapping.update(zip(moved, after))
         return gradients, aux
 
-    def values(self, variables):
+    def values(self, variables: list) -> list:
         places = [self._places.get(id(variable)) for variable in variables]
         values = self.state.non_trainable
         return [None if place is None else values[place] for place in places]
 
-    def assign(self, variables, values):
+    def assign(self, variables: list, values: list) -> None:
         if not variables:
             return
         non_trainable = list(self.state.non_trainable)
@@ -219,12 +222,14 @@ class JaxEngine(JaxFit):
                 non_trainable[self._places[id(variable)]] = value
         self.state = self.state._replace(non_trainable=non_trainable)
 
-    def total(self, update, carry, weighed):
+    def total(
+        self, update: Update, carry: Carry, weighed: Any
+    ) -> tuple[Carry, Any, bool]:
         carry, metrics = self._reduce(carry, self.state.metrics)
         self.state = self.state._replace(metrics=metrics)
         return carry, self._number(weighed.correction()), weighed.divided_last
 
-    def step(self, optimizer, gradients, variables):
+    def step(self, optimizer: Any, gradients: list, variables: list) -> None:
         # Loss scaling has a branch, and in JAX a branch cannot assign variables.
         with jax.named_scope("apply_gradients"):
             values, state = optimizer.stateless_apply(

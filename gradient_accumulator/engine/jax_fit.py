@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import keras
@@ -24,6 +24,7 @@ from gradient_accumulator.microbatches import (
     cut,
     map_leaves,
 )
+from gradient_accumulator.settings import Accumulation
 from gradient_accumulator.update import Update
 
 
@@ -42,7 +43,7 @@ class JaxFit(Engine):
     epoch: Epoch
     state: State  # during an update
 
-    def make_train_function(self, model, training):
+    def make_train_function(self, model: keras.Model, training: Any) -> Callable:
         accumulation, epoch = training.accumulation, training.epoch
         if accumulation.accum_dtype == "float64" and not jax.config.jax_enable_x64:
             raise ValueError(
@@ -85,7 +86,9 @@ class JaxFit(Engine):
 
         return train_function
 
-    def batches(self, model, epoch, accumulation, adapter):
+    def batches(
+        self, model: keras.Model, epoch: Epoch, accumulation: Accumulation, adapter: Any
+    ) -> tuple[Callable, Callable]:
         microbatch_size = accumulation.microbatch_size
         drawn = adapter.get_jax_iterator
         if microbatch_size is None:
@@ -106,7 +109,7 @@ class JaxFit(Engine):
 
         return drawn, lambda: map(with_examples, drawn())
 
-    def epoch_ended(self, epoch):
+    def epoch_ended(self, epoch: Epoch) -> None:
         check_in_step(epoch.number, epoch.updates, 0)
 
     def check_in_step(self, microbatches: int) -> None:

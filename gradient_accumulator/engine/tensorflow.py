@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import tensorflow as tf
 
@@ -18,7 +19,7 @@ from gradient_accumulator import losses
 from gradient_accumulator.compat import CompiledModel, internals
 from gradient_accumulator.compat.api import keras
 from gradient_accumulator.devices.tensorflow_devices import finite_everywhere, ready
-from gradient_accumulator.engine.engine_base import Steps, Sums
+from gradient_accumulator.engine.engine_base import Carry, Steps, Sums
 from gradient_accumulator.engine.tensorflow_accumulators import clip
 from gradient_accumulator.engine.tensorflow_fit import TensorFlowFit, waits
 from gradient_accumulator.engine.tensorflow_functional import value_and_grad
@@ -41,13 +42,13 @@ from gradient_accumulator.update import Update
 class TensorFlowEngine(TensorFlowFit):
     """An update as a graph. It has no state, because each replica makes an update."""
 
-    def weigh(self, update, microbatches):
+    def weigh(self, update: Update, microbatches: Any) -> Any:
         kinds = microbatches.losses.kinds(microbatches.even)
         return Weighed(
             microbatches, update, kinds, _factors(update, microbatches, kinds)
         )
 
-    def steps(self, update):
+    def steps(self, update: Update) -> Steps:
         add, apply = update.add, update.apply
         model = update.model
         if model.jit_compile and not model.run_eagerly and not waits(model):
@@ -58,10 +59,10 @@ class TensorFlowEngine(TensorFlowFit):
                 apply = compiled(apply)
         return Steps(update.zeros, add, apply, update.finish)
 
-    def sums(self, update, weighed):
+    def sums(self, update: Update, weighed: Any) -> Sums:
         return SparseSums(update, weighed.microbatches)
 
-    def fold(self, step, carry, weighed):
+    def fold(self, step: Callable[..., Carry], carry: Carry, weighed: Any) -> Carry:
         microbatches = weighed.microbatches
 
         def body(k, state, examples, carry):
@@ -96,7 +97,9 @@ class TensorFlowEngine(TensorFlowFit):
             )
         return carry
 
-    def value_and_grad(self, function, variables):
+    def value_and_grad(
+        self, function: Callable[[Any], tuple], variables: list
+    ) -> tuple[list, Any]:
         # Before the call: in a stateless scope it may give variables other values.
         sources = [
             internals.native(v) if internals.is_variable(v) else v for v in variables
@@ -105,7 +108,9 @@ class TensorFlowEngine(TensorFlowFit):
             loss, aux = function(variables)
         return tape.gradient(loss, sources) if sources else [], aux
 
-    def total(self, update, carry, weighed):
+    def total(
+        self, update: Update, carry: Carry, weighed: Any
+    ) -> tuple[Carry, Any, bool]:
         # The optimizer sums over replicas.
         expected = weighed.microbatches.expected
         if losses.DIVIDED_LAST in weighed.kinds:
@@ -127,10 +132,12 @@ class TensorFlowEngine(TensorFlowFit):
         with tf.name_scope("apply_gradients"), tf.control_dependencies([done]):
             yield
 
-    def clip(self, clipping, optimizer, variables, gradients):
+    def clip(
+        self, clipping: Any, optimizer: Any, variables: list, gradients: list
+    ) -> list:
         return clip(clipping, optimizer, variables, gradients)
 
-    def step(self, optimizer, gradients, variables):
+    def step(self, optimizer: Any, gradients: list, variables: list) -> None:
         gradients = finite_everywhere(optimizer, gradients)
         with ready(gradients):
             super().step(optimizer, gradients, variables)

@@ -80,10 +80,10 @@ class TensorFlowFit(Engine):
 
         return train_function
 
-    def values(self, variables):
+    def values(self, variables: list) -> list:
         return [internals.native(variable).read_value() for variable in variables]
 
-    def readable_metrics(self, model):
+    def readable_metrics(self, model: keras.Model) -> list:
         # Several replicas would have to sum their metrics first.
         if model.distribute_strategy.num_replicas_in_sync > 1:
             return []

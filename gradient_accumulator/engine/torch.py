@@ -12,7 +12,7 @@ import torch
 
 from gradient_accumulator.compat import CompiledModel, internals
 from gradient_accumulator.devices import torch_devices as processes
-from gradient_accumulator.engine.engine_base import Steps
+from gradient_accumulator.engine.engine_base import Carry, Steps, Sums
 from gradient_accumulator.engine.torch_activations import free_activations
 from gradient_accumulator.engine.torch_fit import TorchFit
 from gradient_accumulator.engine.torch_functional import value_and_grad
@@ -20,13 +20,14 @@ from gradient_accumulator.engine.torch_sums import GradSums
 from gradient_accumulator.functional import LossFunction
 from gradient_accumulator.microbatches import map_leaves
 from gradient_accumulator.statistics import synchronizes, unsynchronized
+from gradient_accumulator.update import Update
 from gradient_accumulator.weights import HostWeights, symbolic
 
 
 class TorchEngine(TorchFit):
     """An update in eager execution, whose sums are in the parameters' `grad`."""
 
-    def prepare(self, update):
+    def prepare(self, update: Update) -> None:
         model = update.model
         forward: Callable = partial(CompiledModel(model).forward, training=True)
         if model.jit_compile and not model.run_eagerly:
@@ -45,28 +46,28 @@ class TorchEngine(TorchFit):
             totals=processes.totals if several else None,
         )
 
-    def weigh(self, update, microbatches):
+    def weigh(self, update: Update, microbatches: Any) -> Any:
         if self._waits:
             processes.check_microbatches(microbatches.count)
         carried = update.statistics.carried
         state = list(zip(carried, self.values(carried)))
         return self.weights(microbatches, state)
 
-    def steps(self, update):
+    def steps(self, update: Update) -> Steps:
         def zeros():
             # A number is not on a device, so that reading it waits for none.
             return update.zeros()._replace(denominator=0.0)
 
         return Steps(zeros, update.add, torch.no_grad()(update.apply), update.finish)
 
-    def sums(self, update, weighed):
+    def sums(self, update: Update, weighed: Any) -> Sums:
         return GradSums(
             [v.value for v in update.variables],
             update.dtypes,
             [internals.overwrites(v) for v in update.variables],
         )
 
-    def fold(self, step, carry, weighed):
+    def fold(self, step: Callable[..., Carry], carry: Carry, weighed: Any) -> Carry:
         drawn = list(weighed) if self._own_metrics else weighed
         for k, (microbatch, share, kinds, factors) in enumerate(drawn, start=1):
             last = self._own_metrics and k == len(drawn)
@@ -78,30 +79,35 @@ class TorchEngine(TorchFit):
                 carry = carry._replace(logs=weighed.model.get_metrics_result())
         return carry
 
-    def forward(self, model, x):
+    def forward(self, model: keras.Model, x: Any) -> tuple[Any, list]:
         return self._forward(x), model.losses
 
-    def value_and_grad(self, function, variables):
+    def value_and_grad(
+        self, function: Callable[[Any], tuple], variables: list
+    ) -> tuple[list, Any]:
         loss, aux = function(variables)
         if variables:
             loss.backward()
         # The gradients are in `grad`.
         return [], aux
 
-    def values(self, variables):
+    def values(self, variables: list) -> list:
         return [variable.value.detach().clone() for variable in variables]
 
     @torch.no_grad()
-    def assign(self, variables, values):
+    def assign(self, variables: list, values: list) -> None:
         super().assign(variables, values)
 
-    def total(self, update, carry, weighed):
+    def total(
+        self, update: Update, carry: Carry, weighed: Any
+    ) -> tuple[Carry, Any, bool]:
         denominator = carry.denominator if weighed.divided_last else 0.0
         scale = weighed.correction(denominator)
         if processes.count() == 1:
             return carry, scale, False
         # Each process corrects its own sums, because each has its own divisor.
         loss = carry.loss * scale
+        assert isinstance(update.sums, GradSums)
         update.sums.reduce(scale, loss, update.statistics.moving)
         return carry._replace(loss=loss), None, False
 
