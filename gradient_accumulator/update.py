@@ -45,6 +45,7 @@ class Update:
         if accumulation.clipping is not None:
             accumulation.clipping.check_excluded(model.weights)
         self.model = model
+        self.compiled = CompiledModel(model)
         self.clipping = accumulation.clipping
         self.engine = engine
         self.notices = notices
@@ -105,12 +106,12 @@ class Update:
             share: The micro-batch's number of examples over the batch's.
             factors: The factors of the compiled losses; None if all are 1.
         """
-        x, y, sample_weight = CompiledModel(self.model).unpack(data)
+        x, y, sample_weight = self.compiled.unpack(data)
         gradients, (loss, denominator, y_pred) = self.gradients(
             data, share, kinds, factors
         )
         sums = self.sums.add(carry.sums, gradients)
-        logs = CompiledModel(self.model).update_metrics(
+        logs = self.compiled.update_metrics(
             (x, y, y_pred, sample_weight),
             loss,
             ops.shape(first_input(data))[0],
@@ -131,7 +132,7 @@ class Update:
             `DIVIDED_LAST` loss (else 0), and the predictions.
         """
         model, engine = self.model, self.engine
-        x, y, sample_weight = CompiledModel(model).unpack(data)
+        x, y, sample_weight = self.compiled.unpack(data)
         weighing = None
         if factors is not None:
             weighing = losses.Weighing(kinds, [factors[j] for j in range(len(kinds))])
@@ -139,9 +140,7 @@ class Update:
         def scaled_loss(_):
             y_pred, additional = engine.forward(model, x)
             microbatch = (x, y, y_pred, sample_weight)
-            loss = CompiledModel(model).compute_loss(
-                microbatch, additional, share, weighing
-            )
+            loss = self.compiled.compute_loss(microbatch, additional, share, weighing)
             # A loss without reduction needs no share: the optimizer gets the sum of its
             # values, and sums of micro-batches add up.
             part = loss if len(loss.shape) else times(loss, share)
@@ -161,12 +160,10 @@ class Update:
             data: The micro-batch, as nested arrays.
             y_pred: Predictions, to be given if only their shapes matter.
         """
-        x, _, _ = CompiledModel(self.model).unpack(data)
+        x, _, _ = self.compiled.unpack(data)
         if y_pred is None:
             with self.statistics.pooling():
-                y_pred = CompiledModel(self.model).forward(
-                    x, internals.MEASURES_IN_TRAINING
-                )
+                y_pred = self.compiled.forward(x, internals.MEASURES_IN_TRAINING)
         return losses.values(losses.measure(self.model, data, y_pred))
 
     def finish(
@@ -189,7 +186,7 @@ class Update:
         position = OptimizerStep(self.model.optimizer).position() if kept else None
         self.steps.apply(gradients)
         self.statistics.finish(position, kept)
-        return CompiledModel(self.model).logs(carry.logs, loss, examples)
+        return self.compiled.logs(carry.logs, loss, examples)
 
     def apply(self, gradients: list) -> None:
         """Clip the finished gradients, and give them to the optimizer."""

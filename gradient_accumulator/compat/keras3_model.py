@@ -33,12 +33,7 @@ _SUMS_ACTIVITY_LOSSES = tuple(map(int, keras.__version__.split(".")[:2])) < (3, 
 class CompiledModel(CompiledModelBase):
     """A compiled model of Keras 3."""
 
-    @property
-    def has_static_inputs(self) -> bool:
-        """Whether the shapes of inputs are fixed, except for the number of examples."""
-        return type(self.model).call is Functional.call and all(
-            None not in tensor.shape[1:] for tensor in self.model.inputs
-        )
+    functional = Functional
 
     @property
     def moved_by_microbatches(self) -> list:

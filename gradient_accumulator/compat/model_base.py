@@ -22,6 +22,8 @@ class CompiledModelBase(ABC):
         model: The model.
     """
 
+    functional: Any  # Keras's class of functional models
+
     def __init__(self, model: Any):
         self.model = model
 
@@ -29,6 +31,13 @@ class CompiledModelBase(ABC):
     def layers(self) -> list:
         """The model and all its layers, at any depth."""
         return list(self.model._flatten_layers())
+
+    @property
+    def has_static_inputs(self) -> bool:
+        """Whether the shapes of inputs are fixed, except for the number of examples."""
+        return type(self.model).call is self.functional.call and all(
+            None not in tensor.shape[1:] for tensor in self.model.inputs
+        )
 
     @property
     def has_own_metrics(self) -> bool:

@@ -57,9 +57,8 @@ class Sums:
     def __init__(self, variables: list, dtypes: list[str]):
         self.variables = variables
         self.dtypes = dtypes
-        self.connected: set[int] = (
-            set()
-        )  # those that some micro-batch had a gradient of
+        # The places of those that some micro-batch had a gradient of.
+        self.connected: set[int] = set()
 
     def zeros(self) -> Any:
         return [

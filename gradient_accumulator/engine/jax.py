@@ -169,10 +169,9 @@ class JaxEngine(JaxFit):
             [variable.value for variable in variables]
             for variables in (model.trainable_variables, model.non_trainable_variables)
         ]
-        kwargs = {"training": True} if model._call_has_training_arg else {}
         with CompiledModel(model).summed_activity_losses():
-            y_pred, moved, additional = model.stateless_call(
-                *values, x, return_losses=True, **kwargs
+            y_pred, moved, additional = _in_training(
+                model, *values, x, return_losses=True
             )
         scope = internals.get_stateless_scope()
         for variable, value in zip(model.non_trainable_variables, moved):
@@ -268,8 +267,7 @@ class JaxEngine(JaxFit):
         unknown: list[keras.Variable] = []
 
         def run(trainable, non_trainable, x):
-            kwargs = {"training": True} if model._call_has_training_arg else {}
-            _, after = model.stateless_call(trainable, non_trainable, x, **kwargs)
+            _, after = _in_training(model, trainable, non_trainable, x)
             unknown.extend(
                 variable
                 for variable, old, new in zip(
@@ -286,6 +284,13 @@ class JaxEngine(JaxFit):
         # A layer's new state may depend on all examples of a micro-batch. XLA then
         # computes it over all devices, and reduces the gradients of every micro-batch.
         return None if unknown else replicas
+
+
+def _in_training(model, *values_and_x, **settings):
+    """`stateless_call` in training, for models with and without that argument."""
+    if model._call_has_training_arg:
+        settings["training"] = True
+    return model.stateless_call(*values_and_x, **settings)
 
 
 def _unreduced(carry, metrics):
